@@ -1,0 +1,508 @@
+"""What two or more of the five scripts share, in six sections.
+
+backbone   torchvision ResNets, and the layouts in which their weights come
+views      one affine matrix and one colour table per view, drawn from a seed
+loss       equivariance, pair weights, weighted NT-Xent
+files      arrays and checkpoints: read with checks, written under a private name, renamed when complete
+run        exit status, ranks, resuming, SIGTERM, the log
+drawing    skeletons, contact sheets, curves
+
+Pictures are RGB uint8 (H, W, 3). Pixel centres lie at whole numbers, as in OpenCV: a picture of side S covers
+-0.5 .. S - 0.5 and its centre is (S - 1) / 2. Keypoints are in MediaPipe's order, which is FreiHAND's.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------ backbone
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+# The official training code keeps the ResNet's children in a Sequential, so that their names became numbers.
+OFFICIAL_NAMES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def load_backbone(name, path):
+    """torchvision ResNet `name` with fc = Identity: pictures (N, 3, H, W) -> features (N, 512 or 2048).
+
+    path: "none" (random), "imagenet" (torchvision's IMAGENET1K_V1, which the paper starts from), or a file: ours,
+    torchvision's, SiMHand's or PeCLR's release, or an official training checkpoint. Keys that do not fit exactly
+    raise InputError naming them.
+    """
+    try:
+        network = getattr(torchvision.models, name)(weights="IMAGENET1K_V1" if path == "imagenet" else None)
+    except OSError as error:
+        raise InputError(f"--weights imagenet: torchvision could not download the weights ({error})")
+    network.fc = torch.nn.Identity()
+    if path in ("none", "imagenet"):
+        return network
+    state = load_checkpoint(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # PeCLR, official checkpoints
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path}: expected a state dict of a torchvision {name}, that is names and tensors only")
+    official = re.compile(r"encoder\.features\.(\d+)\.(.*)")
+    if any(official.match(key) for key in state):  # the projection head of such a checkpoint is left behind
+        found = {official.match(key): value for key, value in state.items() if official.match(key)}
+        state = {f"{OFFICIAL_NAMES.get(m[1], 'features.' + m[1])}.{m[2]}": value for m, value in found.items()}
+    state = {key: value for key, value in state.items() if key not in ("fc.weight", "fc.bias")}
+    own = network.state_dict()
+    needed = {key for key in own if not key.endswith("num_batches_tracked")}  # absent from files before PyTorch 0.4.1
+    wrong = [f"{key} (missing)" for key in sorted(needed - set(state))]
+    wrong += [f"{key} (unexpected)" for key in sorted(set(state) - set(own))]
+    wrong += [f"{key} (shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)})"
+              for key in own if key in state and state[key].shape != own[key].shape]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise InputError(f"{path}: not the weights of a {name}: {', '.join(wrong[:6])}{more}")
+    bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
+    if bad:
+        raise InputError(f"{path}: weights must be finite, {bad[0]} is not")
+    network.load_state_dict({**own, **state})
+    return network
+
+
+# ------------------------------------------------------------------------------------------------ views
+
+def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 224, colour=True):
+    """One random view of a hand (section 4.1 of PeCLR; shifts to both sides are ours). -> dict, see below.
+
+    rng: numpy Generator. keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the
+    square's half side, in largest distances of a keypoint from the keypoints' mean. move: largest shift of the square
+    per axis to either side, as a share of the crop's side. The view is
+      matrix (2, 3)  crop pixels -> view pixels
+      angle          degrees as in cv2.getRotationMatrix2D: positive turns the content counter-clockwise
+      shift (2,)     where the hand's centre lies in the view, minus the view's centre, over the view's side
+      colour (4,)    factors on hue, saturation and value, and what is added to value; None: colours stay
+    """
+    angle, scale = rng.uniform(-rotation, rotation), rng.uniform(*margin)
+    offset = rng.uniform(-move, move, 2) * crop_side
+    factors = (rng.uniform(0.01, 1), rng.uniform(0.01, 1), rng.uniform(0.5, 1), rng.uniform(5, 20))
+    centre = keypoints.mean(0, dtype=np.float64)
+    square = 2 * scale * max(np.linalg.norm(keypoints - centre, axis=1).max(), 1e-3)
+    shift = -offset / square
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    turn = np.array([[cos, sin], [-sin, cos]]) * view_side / square
+    move_to = (view_side - 1) / 2 + shift * view_side
+    matrix = np.concatenate([turn, (move_to - turn @ centre)[:, None]], 1)
+    return dict(matrix=matrix, angle=angle, shift=shift, colour=factors if colour else None)
+
+
+def apply_view(view, image, keypoints, view_side):
+    """image (H, W, 3) and keypoints (21, 2) of the crop -> the view's (view_side, view_side, 3) and (21, 2).
+
+    What lies outside the crop is black. The colour factors act in HSV with red and blue exchanged, as published: skin
+    then has a hue of 17-114 (of 180), so that the factor on hue really changes it.
+    """
+    image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR)
+    if view["colour"] is not None:
+        hue, saturation, value, add = view["colour"]
+        level = np.arange(256)
+        table = np.stack([level * hue, level * saturation, level * value + add], 1).clip(0, 255).astype(np.uint8)
+        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), table[None])  # BGR on an RGB picture: exchanged
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+    return image, (keypoints @ view["matrix"][:, :2].T + view["matrix"][:, 2]).astype(np.float32)
+
+
+def normalise(images):
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels last in memory, ImageNet mean 0 and deviation 1."""
+    mean = torch.tensor([123.675, 116.28, 103.53], device=images.device)
+    deviation = torch.tensor([58.395, 57.12, 57.375], device=images.device)
+    return ((images.float() - mean) / deviation).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+def undo_view(projection, angle, shift):
+    """Undo a view's shift and rotation in the projection space (PeCLR, equation 5). Returns a new tensor.
+
+    projection (N, M, 2): L2-normalised, read as M points in the plane, y down. angle (N,) degrees and shift (N, 2) as
+    a fraction of the view's side, both as in `sample_view`. Range and mean carry no gradient.
+    """
+    fixed = projection.detach()
+    extent = fixed.amax(1, keepdim=True) - fixed.amin(1, keepdim=True)
+    moved = projection - shift[:, None] * extent
+    mean = moved.detach().mean(1, keepdim=True)
+    radian = torch.deg2rad(angle)[:, None]
+    cos, sin = torch.cos(radian), torch.sin(radian)
+    x, y = (moved - mean).unbind(2)
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], 2) + mean
+
+
+@torch.no_grad()
+def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg=0.05):
+    """Weights of the N positive pairs (N,) and of all pairs of the 2N views (2N, 2N) (SiMHand, section 3.3).
+
+    keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels (or J = 1 vector of their
+    PCA embedding). d is the mean over J of the Euclidean distance. "linear": w = (d_max - d) / (d_max - d_min);
+    "nonlinear": w = 1 / (1 + exp(slope (d - mean d))). Positives and all pairs each have their own range and mean.
+    Distances that differ by less than 1e-4 px say nothing about similarity: then every weight is 1.
+    """
+    if kind not in ("linear", "nonlinear"):
+        raise ValueError(f"kind must be linear or nonlinear, not {kind}")
+
+    def weights(d, slope):
+        low, high = d.amin(), d.amax()
+        equal = high - low < 1e-4
+        if kind == "linear":
+            w = d.neg_().add_(high).div_(torch.where(equal, 1.0, high - low))
+        else:
+            w = d.sub_(d.mean()).mul_(-slope).sigmoid_()
+        return torch.where(equal, 1.0, w)
+
+    every = torch.cat([keypoints1, keypoints2])
+    every = every.to(torch.promote_types(every.dtype, torch.float32))
+    positive = torch.linalg.vector_norm(every[:len(keypoints1)] - every[len(keypoints1):], dim=2).mean(1)
+    pairs = every.new_zeros(len(every), len(every))
+    for j in range(every.shape[1]):  # joint by joint: a (2N, 2N, 21, 2) tensor would take 45 GB at N = 8192
+        pairs += torch.cdist(every[:, j], every[:, j], compute_mode="donot_use_mm_for_euclid_dist")
+    return weights(positive, slope_pos), weights(pairs.div_(every.shape[1]), slope_neg)
+
+
+def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
+    """Weighted NT-Xent (SiMHand, equation 3): mean over the 2N views i, with s the cosine similarity, of
+
+        -log( exp(w_pos s(i, i+) / t) / sum over k != i of exp(w_neg(i, k) s(i, k) / t) )
+
+    z1, z2: (N, D), L2-normalised, row i of both is a positive pair. pos_weight (N,), neg_weight (2N, 2N), or None for
+    1. The sum includes the positive, with its w_neg. Computed in float32 (float64 stays), under autocast too.
+    """
+    with torch.autocast(z1.device.type, enabled=False):
+        z = torch.cat([z1, z2])
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        n = len(z1)
+        logits = z @ z.T
+        positive = torch.cat([logits.diagonal(n), logits.diagonal(-n)])  # s(i, i+); (2N,)
+        if pos_weight is not None:
+            positive = positive * pos_weight.repeat(2)
+        if neg_weight is not None:
+            logits = logits * neg_weight
+        itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+        logits = (logits / temperature).masked_fill(itself, -math.inf)
+        return (torch.logsumexp(logits, 1) - positive / temperature).mean()
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+HANDS_DTYPE = np.dtype([("video", "<i4"), ("frame", "<i4"), ("time", "<f8"), ("box", "<f4", 4), ("left", "?"),
+                        ("score", "<f4")])
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message names the file and what was expected; exit status 2."""
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a binary file under a private name, which becomes `path` when the block ends without an exception."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written: {error.strerror or error}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_array(path, array):
+    with atomic(path) as file:
+        np.save(file, array)
+
+
+def save_image(path, image):
+    """image: RGB uint8 (H, W, 3) -> JPEG or PNG, by the name."""
+    with atomic(path) as file:
+        file.write(cv2.imencode(Path(path).suffix, image[:, :, ::-1])[1])
+
+
+def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
+    """Read a .npy file, never running code from it. shape: numbers, None where any length will do; hint: what to do.
+
+    Raises InputError where the file is missing, cut short, or differs from dtype, shape or finiteness.
+    """
+    hint = f" ({hint})" if hint else ""
+    name = "records of " + ", ".join(dtype.names) if np.dtype(dtype).names else np.dtype(dtype).name
+    wanted = f"{name} ({', '.join('N' if n is None else str(n) for n in shape)})"
+    if not Path(path).is_file():
+        raise InputError(f"{path}: missing, expected {wanted}{hint}")
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        raise InputError(f"{path}: truncated or not a .npy file of numbers, expected {wanted}{hint}")
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or len(array.shape) != len(shape) or any(
+            n not in (None, m) for n, m in zip(shape, array.shape)):
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
+        raise InputError(f"{path}: is {found}, expected {wanted}{hint}")
+    if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+        first = np.argwhere(~np.isfinite(array))[0]
+        raise InputError(f"{path}: values must be finite, row {first[0]} is not{hint}")
+    return array
+
+
+def load_hands(folder):
+    """A hands folder, checked -> folder, crops (memory map), offsets, keypoints, hands, videos, side (of the crops)."""
+    folder = Path(folder)
+    hint = "extract_hands.py writes it"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected a hands folder ({hint})")
+    keypoints = load_array(folder / "keypoints.npy", np.float32, (None, 21, 2), hint=hint)
+    offsets = load_array(folder / "offsets.npy", np.int64, (len(keypoints) + 1,), hint=hint)
+    hands = load_array(folder / "hands.npy", HANDS_DTYPE, (len(keypoints),), hint=hint)
+    if not len(keypoints):
+        raise InputError(f"{folder / 'keypoints.npy'}: holds no hand, expected at least one")
+    if offsets[0] != 0 or (np.diff(offsets) <= 0).any():
+        raise InputError(f"{folder / 'offsets.npy'}: must start at 0 and increase")
+    crops = load_array(folder / "crops.npy", np.uint8, (int(offsets[-1]),), hint=hint, mmap=True)
+    if not (folder / "videos.txt").is_file():
+        raise InputError(f"{folder / 'videos.txt'}: missing, expected one source a line ({hint})")
+    videos = (folder / "videos.txt").read_text().splitlines()
+    if hands["video"].min() < 0 or hands["video"].max() >= len(videos):
+        raise InputError(f"{folder / 'videos.txt'}: has {len(videos)} lines, hands.npy names video {hands['video'].max()}")
+    loaded = SimpleNamespace(folder=folder, crops=crops, offsets=offsets, keypoints=keypoints, hands=hands, videos=videos)
+    loaded.side = read_crop(loaded, 0).shape[0]
+    return loaded
+
+
+def read_crop(hands, i):
+    """Crop i of a hands folder -> RGB uint8 (side, side, 3)."""
+    image = cv2.imdecode(np.asarray(hands.crops[hands.offsets[i]:hands.offsets[i + 1]]), cv2.IMREAD_COLOR)
+    if image is None:
+        raise InputError(f"{hands.folder / 'crops.npy'}: crop {i} is not a JPEG, expected one from offset {hands.offsets[i]}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def load_checkpoint(path):
+    """A .pt file -> tensors, numbers, strings and containers of them; anything that could run code is refused."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: missing, expected a checkpoint written by torch.save")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        thing = re.search(r"GLOBAL (\S+)", str(error))
+        if thing:
+            raise InputError(f"{path}: holds pickled Python objects ({thing[1]}), which are never loaded; where you trust it, "
+                             f"save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
+        raise InputError(f"{path}: not a checkpoint written by torch.save")
+    except Exception:  # what a damaged file raises depends on where it is damaged
+        raise InputError(f"{path}: truncated, or not a checkpoint written by torch.save")
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+def run_script(main):
+    """Run main(); whatever the user can mend ends in one line on stderr and status 2."""
+    try:
+        main()
+        return
+    except InputError as error:  # raised in a loader's worker it arrives with a traceback before the message
+        message, status = str(error).split("InputError: ")[-1].strip(), 2
+    except OSError as error:
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+    except KeyboardInterrupt:
+        message, status = "stopped; the same command goes on", 130
+    for bar in list(tqdm._instances):
+        bar.close()  # the message gets a line of its own
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def print_settings(args, **effective):
+    """All arguments and the quantities that follow from them, once, at the start."""
+    for title, values in (("settings", vars(args)), ("effective", effective)):
+        if values:
+            print(f"{title}: " + "  ".join(f"{key} {value}" for key, value in values.items()), flush=True)
+
+
+def open_folder(folder):
+    """Make an output folder, lock it for this process's life, and clear what a killed run left half-written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder}: is a file, expected a folder to write to")
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another run is writing to it, wait for it or choose another folder")
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return lock  # closes, and thereby unlocks, with the process
+
+
+def start_ranks(device):
+    """Join the other processes of torchrun, if any. -> rank, number of ranks, device."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", local if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def gather(tensor):
+    """(n, ...) of every rank -> (ranks x n, ...) of all, in rank order; carries no gradient."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def save_checkpoint(folder, content):
+    """Write checkpoint.pt; the one before it stays as checkpoint-previous.pt."""
+    path = Path(folder) / "checkpoint.pt"
+    with atomic(path.with_name("checkpoint-new.pt")) as file:
+        torch.save(content, file)
+    if path.exists():
+        os.replace(path, path.with_name("checkpoint-previous.pt"))
+    os.replace(path.with_name("checkpoint-new.pt"), path)
+
+
+def resume(folder, args, free):
+    """The newest checkpoint of a run, or None where there is none.
+
+    free: names of arguments that cannot change the result; any other that differs from the checkpoint's is an error.
+    """
+    kept = [Path(folder) / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
+    kept = [path for path in kept if path.exists()]
+    if not kept:
+        return None
+    try:
+        content = load_checkpoint(kept[0])
+    except InputError as error:
+        if len(kept) == 1:
+            raise
+        print(f"{error}; going on from {kept[1]}", file=sys.stderr)
+        content = load_checkpoint(kept[1])
+    refuse_other_arguments(folder, content["args"], args, free)
+    return content
+
+
+def refuse_other_arguments(folder, old, args, free):
+    new = plain(args)
+    differ = [f"--{key.replace('_', '-')} was {old.get(key)}, is {new.get(key)}"
+              for key in sorted({*old, *new} - {*free}) if old.get(key) != new.get(key)]
+    if differ:
+        raise InputError(f"{folder}: holds a run with other arguments ({'; '.join(differ)}); choose another --out")
+
+
+def plain(args):
+    """argparse's result as a dict that json and torch.load(weights_only=True) can hold."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def start_log(folder, args, step=0):
+    """log.jsonl of a run: the command and all arguments in its first line. Going on from a checkpoint drops the lines
+    that a killed run wrote after it. Returns the rows kept, the first line not counted."""
+    path = Path(folder) / "log.jsonl"
+    first = {"command": shlex.join(sys.argv), "args": plain(args)}
+    rows = read_log(path)[1:] if step and path.exists() else []
+    rows = [row for row in rows if row.get("step", 0) <= step]
+    with atomic(path) as file:
+        file.writelines((json.dumps(row) + "\n").encode() for row in [first, *rows])
+    return rows
+
+
+def write_log(folder, row):
+    with open(Path(folder) / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_log(path):
+    """log.jsonl -> list of dicts; a last line cut short by a kill is left out."""
+    lines = Path(path).read_text().splitlines()
+    try:
+        return [json.loads(line) for line in lines[:-1]] + ([json.loads(lines[-1])] if lines[-1].endswith("}") else [])
+    except (IndexError, ValueError):
+        raise InputError(f"{path}: expected one JSON object a line")
+
+
+def catch_sigterm():
+    """A list that becomes non-empty when SIGTERM arrives; a second SIGTERM ends the process at once."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handler)
+    return received
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+PARENTS = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19)
+FINGER_COLOURS = ((255, 140, 0), (80, 220, 60), (60, 200, 255), (70, 90, 255), (230, 80, 230))  # thumb .. little, RGB
+
+
+def draw_hand(image, keypoints, colour=None):
+    """A copy of image (H, W, 3) with the skeleton of keypoints (21, 2) drawn, coloured by finger or in one colour."""
+    image = np.ascontiguousarray(image).copy()
+    points = np.round(np.clip(keypoints, -1e4, 1e4) * 16).astype(int)  # OpenCV draws to 1/16 px with shift=4
+    width = max(1, round(image.shape[0] / 150))
+    for joint in range(1, 21):
+        a, b = points[PARENTS[joint]].tolist(), points[joint].tolist()
+        cv2.line(image, a, b, colour or FINGER_COLOURS[(joint - 1) // 4], width, cv2.LINE_AA, 4)
+    return image
+
+
+def put_text(image, text):
+    """Write a short text into the upper left corner of image, in place."""
+    size = image.shape[0] / 380
+    for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        cv2.putText(image, text, (3, round(26 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, width, cv2.LINE_AA)
+
+
+def sheet(tiles, columns):
+    """Pictures of one size -> one picture, `columns` of them in a row, black where the last row ends early."""
+    tiles = list(tiles) + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[k:k + columns]) for k in range(0, len(tiles), columns)])
+
+
+def plot_curves(path, rows, groups):
+    """One panel for each list of keys in `groups`, over the step, from the rows of a log."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.2), squeeze=False)
+    for axis, keys in zip(axes[0], groups):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points), label=key, marker="." if len(points) < 30 else None)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=110)
+    plt.close(figure)

@@ -1,0 +1,166 @@
+"""Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand (section 3.2 of the paper).
+
+Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42 numbers) by PCA in 14 dimensions,
+and searches exactly. Writes into the same folder (or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy,
+and to look at pairs.jpg, distances.png and mining.jsonl.
+
+    python mine_pairs.py data/ego4d
+    python mine_pairs.py demo/hands --top-k 5
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from tqdm import tqdm
+
+from common import (InputError, atomic, draw_hand, load_hands, open_folder, plain, print_settings, put_text, read_crop,
+                    run_script, save_array, save_image, sheet)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hands", help="hands folder, as extract_hands.py writes it")
+    parser.add_argument("--out", help="folder for the pairs (default: the hands folder itself)")
+    parser.add_argument("--dims", type=int, default=14, help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
+    parser.add_argument("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1)")
+    parser.add_argument("--same-video", action="store_true",
+                        help="let a neighbour come from the hand's own video (ablation; such pairs are near-duplicates)")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one); the result is the same")
+    args = parser.parse_args()
+    if not 1 <= args.dims <= 42 or args.top_k < 1:
+        raise InputError("--dims must lie in 1..42, --top-k must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    hands = load_hands(args.hands)
+    keypoints, video = hands.keypoints, hands.hands["video"]
+    count, videos = len(keypoints), len(np.unique(video))
+    if count < args.dims + 1:
+        raise InputError(f"{hands.folder / 'keypoints.npy'}: {count} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
+    if videos == 1 and not args.same_video:
+        raise InputError(f"{hands.folder / 'hands.npy'}: all {count} hands come from one video, but neighbours come from "
+                         f"other videos; extract more videos or allow --same-video")
+    most = count - (1 if args.same_video else np.bincount(video)[np.unique(video)].min())
+    if args.top_k > most:
+        raise InputError(f"{hands.folder / 'hands.npy'}: no hand has more than {most} candidates, --top-k is {args.top_k}")
+    out = Path(args.out or args.hands)
+    lock = open_folder(out)  # noqa: F841
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print_settings(args, count=count, videos=videos, device=device)
+    if (out / "neighbours.npy").exists():
+        print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
+        (out / "neighbours.npy").unlink()  # written last: where it is, all files are of one mining
+
+    poses = keypoints.reshape(count, 42).astype(np.float64) / hands.side
+    mean, components, explained = fit_pca(poses, args.dims)
+    embeddings = ((poses - mean) @ components.T).astype(np.float32)
+    neighbours, distances = nearest(embeddings, None if args.same_video else video, args.top_k, device)
+
+    save_array(out / "pca.npy", np.concatenate([mean[None], components]).astype(np.float32))
+    save_array(out / "embeddings.npy", embeddings)
+    save_array(out / "distances.npy", distances)
+    paired = neighbours[:, 0] >= 0
+    others = np.bincount(neighbours[:, 0][paired], minlength=count)
+    summary = {"command": shlex.join(sys.argv), "args": plain(args), "hands": count, "without_neighbour": int((~paired).sum()),
+               "explained_variance": round(float(explained), 4),
+               "neighbours_from_videos": len(np.unique(video[neighbours[paired, 0]])),
+               "hubs_over_100": int((others > 100).sum()),
+               "median_distance": float(np.median(distances[paired, 0]))}
+    with atomic(out / "mining.jsonl") as file:
+        file.write((json.dumps(summary) + "\n").encode())
+    draw_pairs(out / "pairs.jpg", hands, neighbours, distances)
+    plot_distances(out / "distances.png", embeddings, distances[paired, 0])
+    save_array(out / "neighbours.npy", neighbours)
+    print("  ".join(f"{key} {value}" for key, value in summary.items() if key not in ("command", "args")))
+    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next: python pretrain.py {args.hands} --out RUN")
+
+
+def fit_pca(poses, dims):
+    """poses (N, 42) float64 -> mean (42,), components (dims, 42), share of the variance explained. The component's sign
+    is free in a PCA; here its largest loading is positive, so that the result does not depend on the library."""
+    if np.ptp(poses, axis=0).max() < 1e-9:
+        raise InputError("keypoints.npy: all hands have the same keypoints, a PCA needs them to vary")
+    pca = PCA(dims, svd_solver="covariance_eigh" if len(poses) > 42 else "full").fit(poses)
+    largest = np.abs(pca.components_).argmax(1)
+    signs = np.sign(pca.components_[np.arange(dims), largest])
+    return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
+
+
+def nearest(embeddings, video, top_k, device):
+    """Exact nearest neighbours of every row among the rows of other videos (video None: among all other rows).
+
+    embeddings (N, D) float32, video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K) float32,
+    inf there. A distance is the root of the float64 sum of squared differences, rounded to float32; of equal ones the
+    lower index comes first. Cost grows with the square of N.
+    """
+    count = len(embeddings)
+    rows = torch.from_numpy(embeddings).to(device, torch.float64)
+    group = torch.arange(count) if video is None else torch.from_numpy(video.astype(np.int64))
+    group, index = group.to(device), torch.arange(count, device=device)
+    neighbours, distances = np.empty((count, top_k), np.int64), np.empty((count, top_k), np.float32)
+    block = max(1, (1 << 25) // count)  # queries at a time: about 1 GB whatever the number of hands
+    for start in tqdm(range(0, count, block), unit="block", desc="neighbours", disable=count <= block):
+        query = slice(start, start + block)
+        d = torch.cdist(rows[query], rows, compute_mode="donot_use_mm_for_euclid_dist").float()
+        d[group[query, None] == group] = torch.inf
+        # the bits of a non-negative float32 order like the number: with the index below them, keys have no ties
+        key = d.view(torch.int32).long() << 32 | index
+        key = key.topk(top_k, largest=False).values.cpu()
+        distances[query] = (key >> 32).int().view(torch.float32).numpy()
+        neighbours[query] = (key & 0xFFFFFFFF).numpy()
+    neighbours[np.isinf(distances)] = -1
+    return neighbours, distances
+
+
+def draw_pairs(path, hands, neighbours, distances, pairs=6, seed=0):
+    """Queries beside their nearest neighbour, skeletons drawn; a row each of the best, median and worst tenth."""
+    rng = np.random.default_rng(seed)
+    order = np.argsort(distances[:, 0], kind="stable")
+    order = order[neighbours[order, 0] >= 0]
+    tenth = max(len(order) // 10, 1)
+    middle = (len(order) - tenth) // 2
+    tiles = []
+    for part in (order[:tenth], order[middle:middle + tenth], order[-tenth:]):
+        for i in rng.permutation(part)[:pairs]:
+            two = []
+            for k in (i, neighbours[i, 0]):
+                two.append(draw_hand(cv2.resize(read_crop(hands, k), (160, 160), interpolation=cv2.INTER_AREA),
+                                     (hands.keypoints[k] + 0.5) * (160 / hands.side) - 0.5))
+            put_text(two[0], f"{distances[i, 0]:.3f}")
+            tiles.append(np.hstack([*two, np.zeros((160, 8, 3), np.uint8)]))
+        tiles += [np.zeros((160, 328, 3), np.uint8)] * (-len(tiles) % pairs)
+    save_image(path, sheet(tiles, pairs))
+
+
+def plot_distances(path, embeddings, distances, seed=0):
+    """Histogram of the nearest neighbours' distances beside that of random pairs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    a, b = np.random.default_rng(seed).integers(0, len(embeddings), (2, 20000))
+    chance = np.linalg.norm(embeddings[a] - embeddings[b], axis=1)[a != b]
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    bins = np.linspace(0, np.quantile(chance, 0.99), 60)
+    for values, label in ((distances, "nearest neighbour"), (chance, "random pair")):
+        axis.hist(np.minimum(values, bins[-1]), bins, density=True, alpha=0.6, label=label)
+    axis.set_xlabel("distance in the PCA embedding (1 = the crop's side)")
+    axis.set_ylabel("density")
+    axis.legend()
+    figure.tight_layout()
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,423 @@
+"""Pre-train a ResNet on unlabelled hands by contrast: SiMHand, PeCLR or SimCLR.
+
+Reads hands folders with their mined pairs and writes into --out: backbone.pt (a torchvision ResNet state dict without
+fc), checkpoint.pt, log.jsonl, curves.png. Defaults are the paper's. Stop it at any moment and run the same command
+again: it goes on. Under torchrun the batch is spread over all ranks, and the result does not depend on their number.
+
+    python pretrain.py data/ego4d data/100doh --out runs/simhand --micro-batch 512
+    python pretrain.py demo/hands --out runs/tiny --backbone resnet18 --weights none --batch-size 64 --epochs 2
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from common import (BACKBONES, InputError, apply_view, atomic, catch_sigterm, draw_hand, gather, load_array,
+                    load_backbone, load_hands, normalise, nt_xent, open_folder, pair_weights, plain, plot_curves,
+                    print_settings, put_text, read_crop, resume, run_script, sample_view, save_checkpoint, save_image,
+                    sheet, start_log, start_ranks, undo_view, write_log)
+
+FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hands", nargs="+", help="hands folders; each hand's positive comes from its own folder")
+    parser.add_argument("--pairs", nargs="+", help="folders with the mined pairs, one for each hands folder "
+                        "(default: the hands folders themselves)")
+    parser.add_argument("--out", required=True, help="folder of this run")
+    # method
+    parser.add_argument("--method", choices=("simhand", "peclr", "simclr"), default="simhand",
+                        help="simhand: the positive is the mined neighbour; peclr: the same picture once more; simclr: "
+                        "the same, without equivariance and rotation")
+    parser.add_argument("--weighting", choices=("none", "linear", "nonlinear"), default="linear",
+                        help="how the distance of two hands' keypoints becomes a weight in the loss (paper: linear)")
+    parser.add_argument("--weight-on", choices=("both", "pos", "neg"), default="both", help="pairs that are weighted")
+    parser.add_argument("--weight-keypoints", choices=("augmented", "original"), default="augmented",
+                        help="keypoints that the distance is taken between: the views', or the crops' before any view")
+    parser.add_argument("--weight-pca", action="store_true",
+                        help="measure the distance in the PCA embedding of mining (pca.npy) instead of over the joints")
+    parser.add_argument("--slope-pos", type=float, default=1.0, help="nonlinear weights of positives: slope per pixel")
+    parser.add_argument("--slope-neg", type=float, default=0.05, help="nonlinear weights of all pairs: slope per pixel")
+    parser.add_argument("--top-k", type=int, default=1, help="draw the positive among the first k neighbours")
+    parser.add_argument("--temperature", type=float, default=0.5, help="of NT-Xent (paper: 0.5)")
+    parser.add_argument("--shift-unit", choices=("side", "hand"), default="side",
+                        help="side: undo a view's shift as a share of the view's side (paper); hand: as a share of the "
+                        "hand's own extent, which undoes it exactly for a projection that is the keypoints")
+    # network
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
+    parser.add_argument("--weights", default="imagenet", help="start from imagenet, none, or a file")
+    # views
+    parser.add_argument("--input-size", type=int, default=128, help="side of a view in pixels (paper: 128)")
+    parser.add_argument("--rotation", type=float, help="degrees to either side (default: 45; simclr: 0)")
+    parser.add_argument("--crop-margin", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="half side of the view, in largest distances of a keypoint from the keypoints' mean "
+                        "(default: 0.9 1.5; simclr: 1.25 1.25)")
+    parser.add_argument("--crop-move", type=float, default=15 / 224,
+                        help="largest shift of the view per axis, as a share of the crop's side (paper: 15 of 224 px)")
+    parser.add_argument("--no-colour", action="store_true", help="no colour jitter")
+    # optimisation
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8192, help="pairs a step over all ranks; each view has "
+                        "2 x this - 2 negatives (paper: 8192)")
+    parser.add_argument("--micro-batch", type=int, help="pairs that pass the network together on one rank; the gradient "
+                        "stays that of the whole batch, in less memory and 4/3 of the time or more. BatchNorm's "
+                        "statistics are those of a micro-batch (default: the rank's whole share)")
+    parser.add_argument("--optimizer", choices=("lars-adam", "adam", "lars"), default="lars-adam",
+                        help="lars-adam: LARS around Adam (paper); lars: around SGD with momentum 0.9")
+    parser.add_argument("--lr", type=float, default=3.2e-3, help="peak learning rate (paper: 1e-4 x sqrt(1024))")
+    parser.add_argument("--weight-decay", type=float, default=1e-6)
+    parser.add_argument("--warmup-epochs", type=int, help="linear warm-up (default: a tenth of the epochs; paper: 10)")
+    parser.add_argument("--seed", type=int, default=0)
+    # machine
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one)")
+    parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))),
+                        help="loader processes of each rank, 0: none (default: one a core, 8 at most)")
+    parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")
+    args = parser.parse_args()
+    simclr = args.method == "simclr"
+    args.rotation = args.rotation if args.rotation is not None else 0.0 if simclr else 45.0
+    args.crop_margin = args.crop_margin or ([1.25, 1.25] if simclr else [0.9, 1.5])
+    args.warmup_epochs = args.warmup_epochs if args.warmup_epochs is not None else args.epochs // 10
+    if min(args.epochs, args.batch_size, args.top_k, args.input_size) < 1 or args.temperature <= 0 or args.lr <= 0:
+        raise InputError("--epochs, --batch-size, --top-k, --input-size, --temperature and --lr must be above 0")
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+    if not 0 < args.crop_margin[0] <= args.crop_margin[1]:
+        raise InputError("--crop-margin: expected 0 < LOW <= HIGH")
+    return args
+
+
+def main():
+    args = parse_args()
+    rank, world, device = start_ranks(args.device)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    micro = args.micro_batch or args.batch_size // world
+    if args.batch_size % (world * micro):
+        raise InputError(f"--batch-size {args.batch_size} must be a multiple of {world} ranks x --micro-batch {micro}")
+    pieces = args.batch_size // (world * micro)
+    data = load_data(args)
+    steps_per_epoch = len(data.usable) // args.batch_size
+    if not steps_per_epoch:
+        raise InputError(f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size {args.batch_size}")
+    total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
+    lock = open_folder(args.out) if rank == 0 else None  # noqa: F841
+
+    torch.manual_seed(args.seed)
+    model = SimHandModel(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, args, device)
+    step = 0
+    kept = resume(args.out, args, FREE)
+    if kept:
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        torch.set_rng_state(kept["random"])
+        step = kept["step"]
+    rows = start_log(args.out, args, step) if rank == 0 else []
+    net = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) \
+        if world > 1 else model
+    if rank == 0:
+        print_settings(args, hands=sum(len(f.keypoints) for f in data.folders), usable=len(data.usable), ranks=world,
+                       negatives=2 * args.batch_size - 2, micro_batch=micro, steps=total, start=step, device=device,
+                       parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
+        for note in data.notes:
+            print(note)
+        if step == 0:
+            draw_views(Path(args.out) / "views.jpg", data, args)
+
+    order = [(s, rank * pieces + piece) for s in range(step, total) for piece in range(pieces)]
+    loader = iter(torch.utils.data.DataLoader(Views(data, args, micro), batch_size=None, sampler=order,
+                                              num_workers=args.workers, pin_memory=device.type == "cuda",
+                                              worker_init_fn=start_worker, generator=torch.Generator()))
+    stop, saved, report = catch_sigterm(), time.time(), max(1, steps_per_epoch // 4)
+    recent, since = [], time.time()
+    net.train()
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0)
+    while step < total:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, warmup, args.lr)
+        batch = [{key: value.to(device, non_blocking=True) for key, value in next(loader).items()}
+                 for _ in range(pieces)]
+        values = train_step(net, optimizer, batch, data.pca, rank, world, args)
+        step += 1
+        recent.append(values)
+        bar.update()
+
+        end_of_epoch = step % steps_per_epoch == 0
+        due = end_of_epoch or time.time() - saved > 60 * args.save_minutes or bool(stop)
+        if world > 1:  # all ranks leave the loop at the same step
+            due = bool(gather(torch.tensor([float(due)], device=device)).any())
+        if step % report == 0 or due:
+            mean = torch.stack(recent).mean(0).tolist()  # the one place where the host waits for the device
+            if not math.isfinite(mean[0]):
+                raise InputError(f"{args.out}: the loss is not finite at step {step}; checkpoint.pt holds the last good "
+                                 f"state; try a smaller --lr or --precision fp32")
+            row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"],
+                       **dict(zip(VALUES, mean)), views_per_s=2 * args.batch_size * len(recent) / (time.time() - since))
+            recent, since = [], time.time()
+            rows.append(row)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s")
+            if rank == 0:
+                write_log(args.out, row)
+        if due:
+            if rank == 0:
+                save_checkpoint(args.out, dict(args=plain(args), step=step, model=model.state_dict(),
+                                               optimizer=optimizer.state_dict(), random=torch.get_rng_state()))
+            saved = since = time.time()
+            if stop and step < total:
+                bar.close()
+                print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
+                return
+    bar.close()
+    if rank == 0:
+        with atomic(Path(args.out) / "backbone.pt") as file:
+            torch.save({key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}, file)
+        plot_curves(Path(args.out) / "curves.png", rows, [["loss"], ["lr"], ["positive_similarity", "mean_similarity"],
+                                                          ["positive_weight", "pair_weight"]])
+        print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next: python finetune.py --weights "
+              f"{args.out}/backbone.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+VALUES = ("loss", "positive_similarity", "mean_similarity", "positive_weight", "pair_weight")
+
+
+def train_step(net, optimizer, batch, pca, rank, world, args):
+    """One step on the whole batch, exactly, in pieces that pass the network one after another: embed all, take the
+    loss of all ranks' embeddings and its gradient on them, then backpropagate that gradient a piece at a time.
+
+    batch: this rank's pieces, dicts of tensors. -> (5,) tensor on the device, see VALUES. With one piece its graph is
+    kept; with more, they are embedded twice and BatchNorm's running statistics move in the second pass only.
+    """
+    once = len(batch) == 1
+    with contextlib.nullcontext() if once else no_gradient(net):
+        embedded = [embed(net, piece, args) for piece in batch]
+    # each rank holds the whole batch's embeddings: first views of all pairs, then second views
+    z1, z2 = (gather(torch.cat([e.detach() for e in part])).requires_grad_() for part in zip(*(e.chunk(2) for e in embedded)))
+    pos_weight = neg_weight = None
+    if args.weighting != "none":
+        k1, k2 = (gather(torch.cat(part)) for part in zip(*(p["weight_keypoints"].unbind(1) for p in batch)))
+        if args.weight_pca:
+            k1, k2 = (k.flatten(1) @ pca.to(k.device).T for k in (k1, k2))
+            k1, k2 = k1[:, None], k2[:, None]
+        pos_weight, neg_weight = pair_weights(k1, k2, args.weighting, args.slope_pos, args.slope_neg)
+        pos_weight = pos_weight if args.weight_on != "neg" else None
+        neg_weight = neg_weight if args.weight_on != "pos" else None
+    loss = nt_xent(z1, z2, pos_weight, neg_weight, args.temperature)
+    loss.backward()
+
+    optimizer.zero_grad(set_to_none=True)
+    own, n = rank * sum(len(e) // 2 for e in embedded), 0
+    for k, (piece, e) in enumerate(zip(batch, embedded)):
+        half = len(e) // 2
+        rows = slice(own + n, own + n + half)
+        gradient = torch.cat([z1.grad[rows], z2.grad[rows]]) * world  # DistributedDataParallel averages over ranks
+        with net.no_sync() if world > 1 and k < len(batch) - 1 else contextlib.nullcontext():
+            (e if once else embed(net, piece, args)).backward(gradient)
+        n += half
+    adapt_gradients(optimizer, args)
+    optimizer.step()
+    with torch.no_grad():
+        ones = torch.ones((), device=loss.device)
+        every = torch.cat([z1, z2])
+        return torch.stack([loss.detach(), (z1 * z2).sum(1).mean(), every.mean(0).square().sum(),
+                            ones if pos_weight is None else pos_weight.mean(),
+                            ones if neg_weight is None else neg_weight.mean()])
+
+
+def embed(net, piece, args):
+    """A piece of n pairs -> (2n, 128) L2-normalised embeddings, first views before second; float32."""
+    images = normalise(piece["images"].transpose(0, 1).flatten(0, 1))  # (n, 2, S, S, 3) -> (2n, 3, S, S)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        z = net(images)
+    z = F.normalize(z.float(), dim=1)
+    if args.method != "simclr":
+        angle, shift = (piece[key].transpose(0, 1).flatten(0, 1) for key in ("angle", "shift"))
+        z = F.normalize(undo_view(z.unflatten(1, (-1, 2)), angle, shift).flatten(1), dim=1)
+    return z
+
+
+@contextlib.contextmanager
+def no_gradient(net):
+    """Training mode without gradients, and without moving BatchNorm's running statistics."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    with torch.no_grad(), net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext():
+        yield
+    for norm in norms:
+        norm.track_running_stats = True
+
+
+class SimHandModel(nn.Module):
+    """Backbone and projection head: (N, 3, S, S) -> (N, 128), to be read as 64 points in the plane."""
+
+    def __init__(self, backbone, weights):
+        super().__init__()
+        self.backbone = load_backbone(backbone, weights)
+        features = 512 if backbone in ("resnet18", "resnet34") else 2048
+        self.projection = nn.Sequential(nn.Linear(features, 512), nn.BatchNorm1d(512), nn.ReLU(),
+                                        nn.Linear(512, 128, bias=False))
+
+    def forward(self, images):
+        return self.projection(self.backbone(images))
+
+
+# ---------------------------------------------------------------------------------------------- optimisation
+
+def learning_rate(step, total, warmup, peak):
+    """Linear from peak / warmup to peak over the first `warmup` steps, then cosine to 0 at step `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def make_optimizer(model, args, device):
+    """Two groups: weights, and those that neither decay nor adapt (biases and all normalisation layers)."""
+    plain_ids = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    plain_ids |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
+    groups = [dict(params=[p for p in model.parameters() if (id(p) in plain_ids) == skip], adapt=not skip)
+              for skip in (False, True)]
+    if args.optimizer == "lars":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+    return torch.optim.Adam(groups, lr=args.lr, fused=device.type == "cuda")
+
+
+@torch.no_grad()
+def adapt_gradients(optimizer, args):
+    """Add weight decay and scale each gradient by LARS's trust ratio before the optimiser sees it:
+    factor = min(0.02 |p| / (|g| + decay |p| + 1e-8) / lr, 1), and 1 where |p|, |g| or lr is 0 (appendix of PeCLR)."""
+    for group in optimizer.param_groups:
+        if not group["adapt"]:
+            continue
+        parameters = [p for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        p_norm, g_norm = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(gradients))
+        torch._foreach_add_(gradients, parameters, alpha=args.weight_decay)
+        if args.optimizer == "adam" or group["lr"] == 0:
+            continue
+        factor = 0.02 * p_norm / (g_norm + args.weight_decay * p_norm + 1e-8) / group["lr"]
+        factor = torch.where((p_norm > 0) & (g_norm > 0), factor.clamp(max=1), 1.0)
+        torch._foreach_mul_(gradients, list(factor.unbind()))
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def load_data(args):
+    """Check and open all folders -> folders, usable (U, 2) of folder and row, neighbours, pca, notes.
+
+    Every method uses exactly the hands that have a neighbour, so that methods compare on the same pictures; a folder
+    that was not mined is used whole, by simclr and peclr only.
+    """
+    folders, neighbours, usable, notes = [load_hands(path) for path in args.hands], [], [], []
+    pairs = args.pairs or args.hands
+    if len(pairs) != len(folders):
+        raise InputError(f"--pairs: {len(pairs)} folders for {len(folders)} hands folders, expected one for each")
+    pca = None
+    for number, (hands, path) in enumerate(zip(folders, map(Path, pairs))):
+        count = len(hands.keypoints)
+        hint = "run mine_pairs.py again"
+        if (path / "neighbours.npy").exists():
+            found = load_array(path / "neighbours.npy", np.int64, (count, None), hint=hint)
+            if found.min(initial=0) < -1 or found.max(initial=-1) >= count:
+                raise InputError(f"{path / 'neighbours.npy'}: values must lie in -1..{count - 1} ({hint})")
+            if args.method == "simhand" and args.top_k > found.shape[1]:
+                raise InputError(f"{path / 'neighbours.npy'}: {found.shape[1]} neighbours a hand were mined, --top-k is "
+                                 f"{args.top_k} (mine_pairs.py --top-k {args.top_k})")
+            rows = np.flatnonzero(found[:, 0] >= 0)
+        elif args.method == "simhand":
+            raise InputError(f"{path / 'neighbours.npy'}: missing, expected mined pairs (run mine_pairs.py first)")
+        else:
+            found, rows = None, np.arange(count)
+            notes.append(f"{path} was not mined: all its {count} hands are used")
+        if args.weight_pca and args.weighting != "none":
+            own = load_array(path / "pca.npy", np.float32, (None, 42), hint=hint)[1:]
+            if pca is not None and not np.array_equal(pca, own):
+                raise InputError(f"{path / 'pca.npy'}: differs from that of {pairs[0]}; --weight-pca needs one for all")
+            pca = own
+        neighbours.append(found)
+        usable.append(np.stack([np.full(len(rows), number), rows], 1))
+    return SimpleNamespace(folders=folders, neighbours=neighbours, usable=np.concatenate(usable), notes=notes,
+                           pca=None if pca is None else torch.from_numpy(pca))
+
+
+class Views(torch.utils.data.Dataset):
+    """Item (step, piece) -> one micro-batch of pairs, as uint8 pictures with the geometry of their views."""
+
+    def __init__(self, data, args, micro):
+        self.data, self.args, self.micro, self.epoch = data, args, micro, None
+
+    def __getitem__(self, item):
+        step, piece = item
+        args, usable = self.args, self.data.usable
+        epoch, place = divmod(step, len(usable) // args.batch_size)
+        if epoch != self.epoch:  # a new order each epoch, each hand at most once; the last part of a batch is left out
+            self.epoch, self.order = epoch, np.random.default_rng((args.seed, epoch)).permutation(len(usable))
+        start = place * args.batch_size + piece * self.micro
+        pairs = [make_pair(self.data, i, epoch, args) for i in self.order[start:start + self.micro]]
+        return {key: torch.from_numpy(np.stack([pair[key] for pair in pairs])) for key in pairs[0]}
+
+
+def make_pair(data, i, epoch, args):
+    """Two views of usable hand i and its positive -> images (2, S, S, 3), keypoints (2, 21, 2), angle (2,), shift (2, 2)
+    and weight_keypoints (2, 21, 2): those that the weights are computed from, in network-input pixels."""
+    number, row = data.usable[i]
+    hands, size = data.folders[number], args.input_size
+    images, keypoints, angles, shifts, weighted = [], [], [], [], []
+    for view in (0, 1):
+        rng = np.random.default_rng((args.seed, epoch, i, view))
+        if view == 1 and args.method == "simhand":
+            candidates = data.neighbours[number][row, :args.top_k]
+            row = rng.choice(candidates[candidates >= 0])
+        points = hands.keypoints[row]
+        v = sample_view(rng, points, hands.side, size, rotation=args.rotation, margin=args.crop_margin,
+                        move=args.crop_move, colour=not args.no_colour)
+        image, seen = apply_view(v, read_crop(hands, row), points, size)
+        shift = v["shift"] if args.shift_unit == "side" else v["shift"] * size / np.maximum(np.ptp(seen, axis=0), 1e-3)
+        images.append(image)
+        keypoints.append(seen)
+        angles.append(v["angle"])
+        shifts.append(shift)
+        weighted.append(seen if args.weight_keypoints == "augmented" else points * np.float32(size / hands.side))
+    return dict(images=np.stack(images), keypoints=np.stack(keypoints), angle=np.array(angles, np.float32),
+                shift=np.array(shifts, np.float32), weight_keypoints=np.stack(weighted))
+
+
+def start_worker(number):
+    cv2.setNumThreads(0)  # one process a core: threads inside would only get in each other's way
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)  # the parent decides; it still needs the batches under way
+
+
+def draw_views(path, data, args, pairs=6):
+    """A sheet of pairs as the network sees them, keypoints drawn, with the weight of each as a positive."""
+    chosen = np.random.default_rng(args.seed).choice(len(data.usable), min(pairs, len(data.usable)), replace=False)
+    made = [make_pair(data, i, 0, args) for i in chosen]
+    text = ["positive"] * len(made)
+    if args.weighting != "none":
+        weights, _ = pair_weights(*(torch.from_numpy(np.stack([p["weight_keypoints"][k] for p in made])) for k in (0, 1)),
+                                  args.weighting, args.slope_pos, args.slope_neg)
+        text = [f"weight {w:.2f}" for w in weights]
+    rows = [[draw_hand(pair["images"][k], pair["keypoints"][k]) for pair in made] for k in (0, 1)]
+    for tile, words in zip(rows[0], text):
+        put_text(tile, words)
+    save_image(path, sheet(rows[0] + rows[1], len(made)))
+
+
+if __name__ == "__main__":
+    run_script(main)

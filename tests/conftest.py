@@ -1,0 +1,91 @@
+"""One rendered set, extracted and mined once, serves the whole session; tests copy what they change."""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "real" / "handpose3d_stereo"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--workers", "0")
+
+
+def run(script, *arguments, status=0):
+    """Run a script as a user would. -> CompletedProcess; a wrong exit status shows all that it printed."""
+    result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
+                            env=ENVIRONMENT)
+    assert result.returncode == status, f"{script} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def refused(script, *arguments):
+    """Run a script's main() here (a process would take seconds) on input that it must refuse: status 2 and one line on
+    stderr. -> that line."""
+    module, errors, argv = importlib.import_module(script.removesuffix(".py")), io.StringIO(), sys.argv
+    sys.argv, status = [script, *map(str, arguments)], 0
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            common.run_script(module.main)
+    except SystemExit as ended:
+        status = ended.code
+    finally:
+        sys.argv = argv
+    bar = re.compile(r"\d+/\d+ \[")
+    lines = [line for line in errors.getvalue().splitlines() if line.strip() and not bar.search(line)]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: "), errors.getvalue()
+    return lines[0]
+
+
+def listing(folder):
+    """{name: bytes} of a folder's files, those of logs and locks apart."""
+    apart = {"log.jsonl", "worker.log", ".lock"}
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in apart}
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory):
+    """Folder with videos/ (6 of 4 s at 5 fps, and their truth) and freihand/ (16 training samples, 8 for testing)."""
+    import synthetic
+    folder = tmp_path_factory.mktemp("rendered")
+    synthetic.write_videos(folder / "videos", videos=6, seconds=4, fps=5, seed=0)
+    synthetic.write_freihand(folder / "freihand", train=16, evaluation=8, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def extracted(rendered, tmp_path_factory):
+    """The hands folder of the rendered videos, every frame sampled. Not to be changed."""
+    out = tmp_path_factory.mktemp("extracted") / "hands"
+    run("extract_hands.py", rendered / "videos", "--out", out, "--fps", 5)
+    return out
+
+
+@pytest.fixture(scope="session")
+def mined(extracted, tmp_path_factory):
+    """The same, mined with three neighbours each. Not to be changed."""
+    out = tmp_path_factory.mktemp("mined") / "hands"
+    shutil.copytree(extracted, out)
+    run("mine_pairs.py", out, "--top-k", 3)
+    return out
+
+
+@pytest.fixture
+def hands(extracted, tmp_path):
+    """A copy of the extracted hands folder, to break."""
+    return Path(shutil.copytree(extracted, tmp_path / "hands"))
+
+
+@pytest.fixture
+def pairs(mined, tmp_path):
+    """A copy of the mined hands folder, to break."""
+    return Path(shutil.copytree(mined, tmp_path / "pairs"))

@@ -1,0 +1,386 @@
+"""The method against slow references, and the files against damage."""
+
+import json
+import math
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import common
+from common import InputError, apply_view, load_backbone, nt_xent, pair_weights, sample_view, undo_view
+
+
+def random_hand(rng, side=224):
+    return (rng.uniform(0.2, 0.8, (21, 2)) * side).astype(np.float32)
+
+
+def random_unit(n, dims, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.functional.normalize(torch.randn(n, dims, generator=generator, dtype=dtype), dim=1) for _ in "12"]
+
+
+# ------------------------------------------------------------------------------------------------ views
+
+def test_a_dot_at_a_keypoint_is_found_at_the_transformed_keypoint():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        keypoints = random_hand(rng)
+        view = sample_view(rng, keypoints, 224, 128, colour=False)
+        image = np.zeros((224, 224, 3), np.float32)
+        where = np.round(keypoints[rng.integers(21)])
+        cv2.circle(image, where.astype(int).tolist(), 4, (1, 1, 1), -1)
+        seen, (there,) = apply_view(view, image, where[None], 128)
+        mass = seen[..., 0]
+        if 12 < there.min() and there.max() < 115:
+            found = np.array([(mass.sum(k) * np.arange(128)).sum() / mass.sum() for k in (0, 1)])
+            assert np.abs(found - there).max() < 0.15
+
+
+def test_a_view_is_turned_as_opencv_turns_and_shows_black_outside():
+    rng = np.random.default_rng(1)
+    keypoints = random_hand(rng)
+    view = sample_view(rng, keypoints, 224, 128, margin=(6, 6), colour=False)
+    turn = view["matrix"][:, :2]
+    expected = cv2.getRotationMatrix2D((0, 0), view["angle"], 1)[:, :2]
+    assert np.allclose(turn / np.linalg.norm(turn[0]), expected, atol=1e-6)
+    image, _ = apply_view(view, np.full((224, 224, 3), 200, np.uint8), keypoints, 128)
+    assert not image[0].any() and image.max() == 200  # a margin of 6 sees far beyond the crop
+
+
+def test_keypoints_follow_from_the_reported_shift_and_angle():
+    """DESIGN's test of the geometry: the views' keypoints, moved and turned back, agree to 0.1 %."""
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        keypoints, undone = random_hand(rng), []
+        for _ in range(2):
+            view = sample_view(rng, keypoints, 224, 128)
+            _, seen = apply_view(view, np.zeros((224, 224, 3), np.uint8), keypoints, 128)
+            moved = seen - 63.5 - view["shift"] * 128
+            assert np.abs(moved.mean(0)).max() < 1e-3  # the shift is where the hand's centre lies
+            back = cv2.getRotationMatrix2D((0, 0), -view["angle"], 1)[:, :2]
+            undone.append(((moved - moved.mean(0)) @ back.T + moved.mean(0)).ravel())
+        a, b = (u / np.linalg.norm(u) for u in undone)
+        assert np.abs(a - b).max() < 1e-3
+
+
+def test_undo_view_undoes_views_of_keypoints_in_the_unit_of_the_hand():
+    """With the shift in units of the hand's own extent, undo_view undoes the view of a projection that is the hand."""
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        keypoints, undone = random_hand(rng), []
+        for _ in range(2):
+            view = sample_view(rng, keypoints, 224, 128)
+            _, seen = apply_view(view, np.zeros((224, 224, 3), np.uint8), keypoints, 128)
+            shift = view["shift"] * 128 / np.ptp(seen, axis=0)
+            projection = torch.nn.functional.normalize(torch.from_numpy(seen - 63.5)[None].flatten(1), dim=1)
+            back = undo_view(projection.view(1, 21, 2), torch.tensor([view["angle"]]), torch.from_numpy(shift)[None])
+            undone.append(torch.nn.functional.normalize(back.flatten(1), dim=1))
+        assert (undone[0] - undone[1]).abs().max() < 1e-3
+
+
+def test_undo_view_against_a_loop_and_without_gradient_through_range_and_mean():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(5, 64, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    angle, shift = torch.rand(5, dtype=torch.float64) * 90 - 45, torch.rand(5, 2, dtype=torch.float64) - 0.5
+    before = p.detach().clone()
+    out = undo_view(p, angle, shift)
+    assert out is not p and torch.equal(p, before)
+    for n in range(5):
+        points = p.detach()[n].numpy()
+        moved = points - shift[n].numpy() * (points.max(0) - points.min(0))
+        turned = np.empty_like(moved)
+        for m, (x, y) in enumerate(moved - moved.mean(0)):
+            a = math.radians(angle[n])
+            turned[m] = x * math.cos(a) - y * math.sin(a), x * math.sin(a) + y * math.cos(a)
+        assert np.allclose(out[n].detach().numpy(), turned + moved.mean(0), atol=1e-12)
+    weight = torch.randn(5, 64, 2, generator=generator, dtype=torch.float64)
+    (out * weight).sum().backward()
+    for n in range(5):  # range and mean constant: the gradient is the weight turned forward, point by point
+        turn = torch.from_numpy(cv2.getRotationMatrix2D((0, 0), angle[n].item(), 1)[:, :2])
+        assert torch.allclose(p.grad[n], weight[n] @ turn.T, atol=1e-12)
+
+
+def test_a_view_depends_on_its_generator_alone():
+    keypoints = random_hand(np.random.default_rng(4))
+    a, b, c = (sample_view(np.random.default_rng((0, 1, 7, k)), keypoints, 224, 128) for k in (0, 0, 1))
+    assert np.array_equal(a["matrix"], b["matrix"]) and not np.array_equal(a["matrix"], c["matrix"])
+
+
+def test_views_cover_their_ranges():
+    rng, keypoints = np.random.default_rng(5), random_hand(np.random.default_rng(6))
+    views = [sample_view(rng, keypoints, 224, 128) for _ in range(2000)]
+    angles, shifts = np.array([v["angle"] for v in views]), np.array([v["shift"] for v in views])
+    radius = np.linalg.norm(keypoints - keypoints.mean(0), axis=1).max()
+    margins = np.array([128 / np.linalg.norm(v["matrix"][0, :2]) / 2 / radius for v in views])
+    moves = -shifts * (2 * margins * radius)[:, None]
+    for values, low, high in ((angles, -45, 45), (margins, 0.9, 1.5), (moves, -15, 15)):
+        assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
+
+
+def test_colour_factors_act_in_hsv_with_red_and_blue_exchanged():
+    image = np.random.default_rng(7).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    same = dict(matrix=np.eye(2, 3), colour=(1.0, 1.0, 1.0, 0.0))
+    assert np.abs(apply_view(same, image, np.zeros((21, 2)), 16)[0].astype(int) - image).max() <= 6  # HSV is 8 bit
+    skin = np.full((4, 4, 3), (210, 160, 130), np.uint8)
+    exchanged = skin[..., ::-1].astype(np.float32) / 255
+    hue, saturation, value = cv2.cvtColor(exchanged, cv2.COLOR_RGB2HSV)[0, 0]
+    changed = np.float32([[[hue * 0.5, saturation * 0.7, value * 0.8 + 10 / 255]]])
+    expected = cv2.cvtColor(changed, cv2.COLOR_HSV2RGB)[0, 0, ::-1] * 255
+    view = dict(matrix=np.eye(2, 3), colour=(0.5, 0.7, 0.8, 10.0))
+    assert np.abs(apply_view(view, skin, np.zeros((21, 2)), 4)[0][0, 0] - expected).max() < 5
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+@pytest.mark.parametrize("kind", ["linear", "nonlinear"])
+def test_weights_against_a_slow_loop(kind):
+    rng = np.random.default_rng(0)
+    k1, k2 = rng.uniform(0, 128, (2, 6, 21, 2))
+    every = np.concatenate([k1, k2])
+    d = np.array([[np.mean([math.dist(a, b) for a, b in zip(x, y)]) for y in every] for x in every])
+    positive = np.array([d[i, i + 6] for i in range(6)])
+    expected = []
+    for values, slope in ((positive, 0.3), (d, 0.02)):
+        if kind == "linear":
+            expected.append((values.max() - values) / (values.max() - values.min()))
+        else:
+            expected.append(1 / (1 + np.exp(slope * (values - values.mean()))))
+    for found, wanted in zip(pair_weights(torch.from_numpy(k1), torch.from_numpy(k2), kind, 0.3, 0.02), expected):
+        assert np.allclose(found, wanted, atol=1e-12)
+    single = pair_weights(torch.from_numpy(k1).float(), torch.from_numpy(k2).float(), kind, 0.3, 0.02)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(single, expected))
+
+
+@pytest.mark.parametrize("kind", ["linear", "nonlinear"])
+def test_equal_distances_weigh_one(kind):
+    keypoints = torch.rand(1, 21, 2).expand(4, -1, -1) * 100
+    pos, neg = pair_weights(keypoints, keypoints.clone(), kind)
+    assert torch.equal(pos, torch.ones(4)) and torch.equal(neg, torch.ones(8, 8))
+    shifted = pair_weights(torch.rand(4, 21, 2) * 100, torch.rand(4, 21, 2) * 100, kind)
+    assert all(torch.isfinite(w).all() and 0 <= w.min() and w.max() <= 1 for w in shifted)
+
+
+def slow_nt_xent(z1, z2, pos_weight, neg_weight, temperature):
+    z, n, total = np.concatenate([z1, z2]), len(z1), 0.0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        denominator = 0.0
+        for k in range(2 * n):
+            if k != i:
+                s = sum(z[i][c] * z[k][c] for c in range(z.shape[1]))
+                denominator += math.exp(neg_weight[i][k] * s / temperature)
+        total -= math.log(math.exp(pos_weight[i % n] * float(z[i] @ z[j]) / temperature) / denominator)
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+def test_loss_against_a_triple_loop(temperature):
+    z1, z2 = random_unit(5, 8)
+    rng = np.random.default_rng(0)
+    pos, neg = rng.uniform(0, 1, 5), rng.uniform(0, 1, (10, 10))
+    expected = slow_nt_xent(z1.numpy(), z2.numpy(), pos, neg, temperature)
+    assert nt_xent(z1, z2, torch.from_numpy(pos), torch.from_numpy(neg), temperature).item() == pytest.approx(expected)
+    plain = slow_nt_xent(z1.numpy(), z2.numpy(), np.ones(5), np.ones((10, 10)), temperature)
+    assert nt_xent(z1, z2, temperature=temperature).item() == pytest.approx(plain)
+    assert nt_xent(z1, z2, torch.ones(5), torch.ones(10, 10), temperature).item() == pytest.approx(plain)
+    for one in ((torch.from_numpy(pos), None), (None, torch.from_numpy(neg))):
+        wanted = slow_nt_xent(z1.numpy(), z2.numpy(), pos if one[0] is not None else np.ones(5),
+                              neg if one[1] is not None else np.ones((10, 10)), temperature)
+        assert nt_xent(z1, z2, *one, temperature).item() == pytest.approx(wanted)
+
+
+def test_plain_loss_is_cross_entropy_over_the_other_views():
+    z1, z2 = random_unit(7, 16)
+    z = torch.cat([z1, z2])
+    logits = (z @ z.T / 0.5).fill_diagonal_(-1e9)
+    target = torch.arange(14).roll(7)
+    assert nt_xent(z1, z2).item() == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item())
+
+
+def test_identical_embeddings_and_exchanged_views():
+    same = torch.nn.functional.normalize(torch.ones(6, 4), dim=1)
+    assert nt_xent(same, same).item() == pytest.approx(math.log(11), abs=1e-6)
+    z1, z2 = random_unit(5, 8)
+    pos, neg = torch.rand(5, dtype=torch.float64), torch.rand(10, 10, dtype=torch.float64)
+    turned = neg.roll((5, 5), (0, 1))
+    assert nt_xent(z1, z2, pos, neg).item() == pytest.approx(nt_xent(z2, z1, pos, turned).item(), abs=1e-12)
+
+
+def test_gradient_of_the_weighted_loss():
+    z1, z2 = (z.requires_grad_() for z in random_unit(4, 6))
+    pos, neg = torch.rand(4, dtype=torch.float64), torch.rand(8, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, pos, neg), (z1, z2))
+
+
+def test_loss_is_float32_under_autocast():
+    z1, z2 = random_unit(8, 16, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = nt_xent(z1, z2)
+    assert inside.dtype == torch.float32 and torch.equal(inside, nt_xent(z1, z2))
+
+
+# ------------------------------------------------------------------------------------------------ backbone
+
+@pytest.fixture(scope="module")
+def reference():
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18()
+    for p in network.buffers():
+        if p.dtype == torch.float32:
+            p.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["ours", "torchvision", "state_dict", "official", "before 0.4.1"])
+def test_every_published_layout_loads(reference, layout, tmp_path):
+    state = reference.state_dict()
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    content = {
+        "ours": {k: v for k, v in state.items() if not k.startswith("fc.")},
+        "torchvision": state,
+        "state_dict": {"state_dict": state, "epoch": 99},
+        "official": {"state_dict": {**{f"encoder.features.{numbers[k.split('.')[0]]}.{k.split('.', 1)[1]}": v
+                                       for k, v in state.items() if not k.startswith("fc.")},
+                                    "projection_head.0.weight": torch.zeros(3, 3)}, "epoch": 3},
+        "before 0.4.1": {k: v for k, v in state.items() if "num_batches" not in k},
+    }[layout]
+    network = load_backbone("resnet18", save(tmp_path / "weights.pt", content)).eval()
+    x = torch.rand(2, 3, 32, 32)
+    reference.fc, head = torch.nn.Identity(), reference.fc
+    assert torch.equal(network(x), reference(x)) and network(x).shape == (2, 512)
+    reference.fc = head
+
+
+def test_backbone_files_that_do_not_fit(reference, tmp_path):
+    state = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
+    with pytest.raises(InputError, match="not the weights of a resnet50.*conv3.weight"):
+        load_backbone("resnet50", save(tmp_path / "a.pt", state))
+    with pytest.raises(InputError, match=r"a\.pt.*layer1\.0\.conv2\.weight \(missing\)"):
+        short = {k: v for k, v in state.items() if k != "layer1.0.conv2.weight"}
+        load_backbone("resnet18", save(tmp_path / "a.pt", short))
+    with pytest.raises(InputError, match=r"surplus \(unexpected\)"):
+        load_backbone("resnet18", save(tmp_path / "b.pt", {**state, "surplus": torch.zeros(1)}))
+    with pytest.raises(InputError, match="must be finite, conv1.weight"):
+        load_backbone("resnet18", save(tmp_path / "c.pt", {**state, "conv1.weight": state["conv1.weight"] * math.nan}))
+    with pytest.raises(InputError, match="expected a state dict"):
+        load_backbone("resnet18", save(tmp_path / "d.pt", [1, 2]))
+    with pytest.raises(InputError, match="missing"):
+        load_backbone("resnet18", tmp_path / "nowhere.pt")
+    (tmp_path / "short.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("these are not weights")
+    for name in ("short.pt", "text.pt"):
+        with pytest.raises(InputError, match="checkpoint written by torch.save"):
+            load_backbone("resnet18", tmp_path / name)
+
+
+class Configuration(dict):
+    """Stands for the configuration object that official training checkpoints pickle."""
+
+
+def test_pickled_objects_are_never_run(reference, tmp_path):
+    save(tmp_path / "official.pt", {"state_dict": reference.state_dict(), "hyper_parameters": Configuration(a=1)})
+    with pytest.raises(InputError, match="never loaded.*state_dict"):
+        load_backbone("resnet18", tmp_path / "official.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"conv1.weight": Configuration()}))
+    with pytest.raises(InputError, match="pickle.pt"):
+        load_backbone("resnet18", tmp_path / "pickle.pt")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+def test_arrays_are_checked(tmp_path):
+    good = np.zeros((3, 2), np.float32)
+    common.save_array(tmp_path / "good.npy", good)
+    assert np.array_equal(common.load_array(tmp_path / "good.npy", np.float32, (None, 2)), good)
+    broken = {"missing.npy": None, "short.npy": (tmp_path / "good.npy").read_bytes()[:-4], "text.npy": b"hello",
+              "empty.npy": b""}
+    for name, content in broken.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        for mmap in (False, True):
+            with pytest.raises(InputError, match=rf"{name}.*expected float32 \(N, 2\)"):
+                common.load_array(tmp_path / name, np.float32, (None, 2), mmap=mmap)
+    np.save(tmp_path / "object.npy", np.array([{"run": "me"}], object), allow_pickle=True)
+    with pytest.raises(InputError, match="not a .npy file of numbers"):
+        common.load_array(tmp_path / "object.npy", np.float32, (None,))
+    for array, message in ((good.astype(float), "is float64"), (good[:, :1], r"is float32 \(3, 1\)"),
+                           (np.full((3, 2), np.nan, np.float32), "finite, row 0")):
+        np.save(tmp_path / "wrong.npy", array)
+        with pytest.raises(InputError, match=message):
+            common.load_array(tmp_path / "wrong.npy", np.float32, (3, 2))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    common.save_array(tmp_path / "a.npy", np.arange(3))
+    with pytest.raises(InputError, match="a.npy: could not be written: No space left"):
+        with common.atomic(tmp_path / "a.npy") as file:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.arange(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_real_full_disk_is_one_clear_error():
+    with pytest.raises(OSError, match="No space left"):
+        with open("/dev/full", "wb") as full:
+            np.save(full, np.zeros(1 << 16))
+
+
+def test_checkpoints_fall_back_to_the_one_before(tmp_path, capsys):
+    from argparse import Namespace
+    args = Namespace(lr=1.0, workers=2, out=tmp_path)
+    for step in (1, 2):
+        common.save_checkpoint(tmp_path, dict(args=common.plain(args), step=step))
+    assert common.resume(tmp_path, args, ("workers", "out"))["step"] == 2
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    assert common.resume(tmp_path, args, ("workers", "out"))["step"] == 1
+    assert "going on from" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").unlink()  # killed between the two renames
+    assert common.resume(tmp_path, Namespace(lr=1.0, workers=9, out=tmp_path), ("workers", "out"))["step"] == 1
+    with pytest.raises(InputError, match=r"--lr was 1.0, is 2.0"):
+        common.resume(tmp_path, Namespace(lr=2.0, workers=2, out=tmp_path), ("workers", "out"))
+    assert common.resume(tmp_path / "nothing", args, ()) is None
+
+
+def test_the_log_goes_on_after_the_checkpoint(tmp_path):
+    from argparse import Namespace
+    common.start_log(tmp_path, Namespace(lr=1.0))
+    for step in (1, 2, 3):
+        common.write_log(tmp_path, dict(step=step))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    assert [row["step"] for row in common.start_log(tmp_path, Namespace(lr=1.0), step=2)] == [1, 2]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["args"] == {"lr": 1.0} and [line.get("step") for line in lines] == [None, 1, 2]
+
+
+def test_a_second_live_run_is_refused(tmp_path):
+    lock = common.open_folder(tmp_path / "run")
+    with pytest.raises(InputError, match="another run is writing"):
+        common.open_folder(tmp_path / "run")
+    lock.close()
+    (tmp_path / "run" / ".a.npy.123.tmp").write_text("left by a killed run")
+    common.open_folder(tmp_path / "run")
+    assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+def test_a_drawn_skeleton_passes_through_its_joints_and_leaves_the_picture_alone():
+    image = np.zeros((224, 224, 3), np.uint8)
+    keypoints = random_hand(np.random.default_rng(8))
+    drawn = common.draw_hand(image, keypoints)
+    assert not image.any()
+    for joint, (x, y) in enumerate(np.round(keypoints).astype(int)):
+        if joint:
+            assert drawn[y - 1:y + 2, x - 1:x + 2].any()
+    common.draw_hand(image, keypoints * 1e6)  # far outside is no error

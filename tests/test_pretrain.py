@@ -1,0 +1,327 @@
+"""Pre-training: exact large batches, ranks, resuming, hand-over."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from common import load_array, load_checkpoint
+from conftest import ENVIRONMENT, ROOT, TINY, refused, run
+
+
+def parse(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+        return pretrain.parse_args()
+
+
+def same(a, b):
+    """Two checkpoints' contents, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return all(same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
+
+
+def small_batch(args, data, pieces, n):
+    views = pretrain.Views(data, args, n)
+    return [views[0, piece] for piece in range(pieces)]
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+@pytest.fixture
+def setting(mined):
+    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--epochs", 1)
+    args.precision = "fp32"
+    torch.manual_seed(0)
+    return args, pretrain.load_data(args), pretrain.SimHandModel("resnet18", "none")
+
+
+@pytest.mark.parametrize("method", ["simhand", "peclr", "simclr"])
+@pytest.mark.parametrize("weighting", ["none", "nonlinear"])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(setting, mined, method, weighting):
+    """With BatchNorm in eval mode nothing but rounding tells 12 pairs from 3 x 4."""
+    _, _, net = setting
+    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--method", method, "--weighting", weighting)
+    args.precision, data = "fp32", pretrain.load_data(args)
+    net.eval()
+    found = []
+    for pieces in (1, 3):
+        optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
+        values = pretrain.train_step(net, optimizer, small_batch(args, data, pieces, 12 // pieces), None, 0, 1, args)
+        found.append((values, [p.grad.clone() for p in net.parameters()]))
+    (values1, whole), (values3, parts) = found
+    assert torch.allclose(values1, values3, rtol=1e-5)
+    assert any(g.abs().max() > 1e-4 for g in whole)
+    for a, b in zip(whole, parts):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
+
+
+def test_the_whole_step_equals_autograd_through_everything(setting):
+    """One piece: the gradient must be that of the loss written straight on the network's output."""
+    args, data, net = setting
+    (batch,) = small_batch(args, data, 1, 12)
+    optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
+    net.eval()
+    values = pretrain.train_step(net, optimizer, [batch], None, 0, 1, args)
+    ours = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    z1, z2 = pretrain.embed(net, batch, args).chunk(2)
+    pos, neg = pretrain.pair_weights(*batch["weight_keypoints"].unbind(1))
+    loss = pretrain.nt_xent(z1, z2, pos, neg)
+    loss.backward()
+    assert values[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in zip(ours, net.parameters()))
+
+
+def test_running_statistics_move_in_the_second_pass_only(setting):
+    args, data, net = setting
+    net.train()
+    before = [b.clone() for b in net.buffers()]
+    with pretrain.no_gradient(net):
+        pretrain.embed(net, small_batch(args, data, 1, 4)[0], args)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.buffers()))
+    optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
+    pretrain.train_step(net, optimizer, small_batch(args, data, 3, 4), None, 0, 1, args)
+    assert net.backbone.bn1.num_batches_tracked == 3
+
+
+RANKS = '''
+import json, sys, torch, pretrain
+from common import start_ranks
+sys.argv = json.loads(sys.argv[1])
+args = pretrain.parse_args(); args.precision = "fp32"
+rank, world, device = start_ranks("cpu")
+torch.manual_seed(0)
+model = pretrain.SimHandModel("resnet18", "none").train()
+net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+data = pretrain.load_data(args)
+pieces = args.batch_size // (world * args.micro_batch)
+views = pretrain.Views(data, args, args.micro_batch)
+optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
+batch = [views[0, rank * pieces + piece] for piece in range(pieces)]
+values = pretrain.train_step(net, optimizer, batch, None, rank, world, args)
+if rank == 0:
+    torch.save([values, [p.grad for p in model.parameters()]], sys.argv[-1])
+'''
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_two_ranks_equal_one_process_with_the_same_batchnorm_groups(mined, tmp_path, micro):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.pt"
+        argv = ["pretrain.py", mined, *TINY, "--batch-size", 8, "--micro-batch", micro, "--out", out]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                   tmp_path / "ranks.py", json.dumps([str(a) for a in argv])]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=200,
+                       env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+        found.append(load_checkpoint(out))
+    (values1, one), (values2, two) = found
+    assert torch.allclose(values1, values2, rtol=1e-5)
+    for a, b in zip(one, two):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
+
+
+def test_lars_factor_against_its_formula():
+    torch.manual_seed(0)
+    layer, norm = torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)
+    model = torch.nn.Sequential(layer, norm)
+    args = Namespace(optimizer="lars-adam", lr=0.1, weight_decay=0.01)
+    optimizer = pretrain.make_optimizer(model, args, torch.device("cpu"))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3]  # the weight; three that do not adapt
+    for scale in (1.0, 1e-4, 0.0):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * scale
+        before = [p.grad.clone() for p in model.parameters()]
+        pretrain.adapt_gradients(optimizer, args)
+        p, g = layer.weight.detach(), before[0]
+        p_norm, g_norm = p.norm().item(), g.norm().item()
+        factor = min(0.02 * p_norm / (g_norm + 0.01 * p_norm + 1e-8) / 0.1, 1) if g_norm else 1
+        assert torch.allclose(layer.weight.grad, (g + 0.01 * p) * factor, rtol=1e-5)
+        assert all(torch.equal(q.grad, b) for q, b in zip(list(model.parameters())[1:], before[1:]))
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    rates = [pretrain.learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) == max(rates)
+    assert rates[55] == pytest.approx(1.0) and rates[99] < 0.002 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert pretrain.learning_rate(0, 5, 0, 2.0) == 2.0
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+def test_every_hand_at_most_once_an_epoch_and_positives_are_the_mined_neighbours(setting, mined):
+    args, data, _ = setting
+    neighbours = np.load(mined / "neighbours.npy")
+    count = len(neighbours)
+    steps = count // args.batch_size
+    orders = []
+    for epoch in (0, 1):
+        views, seen = pretrain.Views(data, args, args.batch_size), []
+        for place in range(steps):
+            views[epoch * steps + place, 0] if place == 0 else None
+            seen += views.order[place * args.batch_size:(place + 1) * args.batch_size].tolist()
+        assert len(set(seen)) == len(seen) == steps * args.batch_size
+        orders.append(seen)
+    assert orders[0] != orders[1]
+    args.crop_margin, args.rotation, args.crop_move = (1.25, 1.25), 0.0, 0.0
+    for i in (0, 5, count - 1):
+        pair = pretrain.make_pair(data, i, 0, args)
+        for row, seen in zip((i, neighbours[i, 0]), pair["keypoints"]):
+            points = np.load(mined / "keypoints.npy")[row]
+            centred = points - points.mean(0)
+            expected = centred / np.linalg.norm(centred, axis=1).max() / 2.5 * 32 + 15.5
+            assert np.allclose(seen, expected, atol=1e-3)
+
+
+def test_top_k_draws_among_the_first_k_and_peclr_takes_the_same_hand(setting, mined):
+    args, data, _ = setting
+    neighbours, keypoints = np.load(mined / "neighbours.npy"), np.load(mined / "keypoints.npy")
+    args.weight_keypoints, args.top_k = "original", 3
+    for i in (3, 40):
+        drawn = [pretrain.make_pair(data, i, epoch, args)["weight_keypoints"] for epoch in range(40)]
+        second = {int(np.abs(keypoints * 32 / 224 - pair[1]).sum((1, 2)).argmin()) for pair in drawn}
+        assert second == set(neighbours[i].tolist())
+        assert all(np.allclose(pair[0], keypoints[i] * 32 / 224) for pair in drawn)
+    args.method = "peclr"
+    pair = pretrain.make_pair(data, 3, 0, args)["weight_keypoints"]
+    assert np.array_equal(pair[0], pair[1])
+
+
+def test_pca_distances_use_the_frozen_components(mined):
+    args = parse(mined, "--out", "unused", *TINY, "--weight-pca")
+    pca = pretrain.load_data(args).pca
+    assert np.array_equal(pca, load_array(mined / "pca.npy", np.float32, (15, 42))[1:])
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+@pytest.fixture(scope="module")
+def straight(mined, tmp_path_factory):
+    """A run of two epochs without a stop."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    return out
+
+
+def test_a_run_writes_what_it_should(straight, mined):
+    log = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
+    steps = 2 * (len(np.load(mined / "keypoints.npy")) // 20)
+    assert log[0]["args"]["batch_size"] == 20 and log[-1]["step"] == steps and log[-1]["epoch"] == 2
+    assert all(np.isfinite(row["loss"]) and 0 < row["pair_weight"] < 1 for row in log[1:])
+    assert all(cv2.imread(str(straight / name)) is not None for name in ("curves.png", "views.jpg"))
+    assert (straight / "checkpoint-previous.pt").exists()
+
+
+def test_backbone_loads_into_torchvision_alone(straight):
+    code = ("import sys, torch, torchvision; n = torchvision.models.resnet18();"
+            "r = n.load_state_dict(torch.load(sys.argv[1], weights_only=True), strict=False);"
+            "assert sorted(r.missing_keys) == ['fc.bias', 'fc.weight'] and not r.unexpected_keys;"
+            "assert torch.isfinite(n.eval()(torch.rand(1, 3, 64, 64))).all()")
+    subprocess.run([sys.executable, "-c", code, straight / "backbone.pt"], check=True, cwd="/")
+    moved, fresh = load_checkpoint(straight / "backbone.pt"), pretrain.SimHandModel("resnet18", "none").backbone
+    assert not torch.equal(moved["conv1.weight"], fresh.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp_path, number):
+    out = tmp_path / "run"
+    arguments = (mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2,
+                 "--save-minutes", 0)
+    process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, arguments)], start_new_session=True,
+                               env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (out / "checkpoint-previous.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    printed, _ = process.communicate()
+    if number == signal.SIGTERM:
+        assert process.returncode == 0 and "stopped by SIGTERM" in printed
+    assert not (out / "backbone.pt").exists() and load_checkpoint(out / "checkpoint.pt")["step"] < 12
+    run("pretrain.py", *arguments)
+    assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
+    a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (out, straight))
+    assert same({k: v for k, v in a.items() if k != "args"}, {k: v for k, v in b.items() if k != "args"})
+
+
+def test_a_finished_run_given_again_changes_nothing(straight, mined, tmp_path):
+    out = Path(shutil.copytree(straight, tmp_path / "run"))
+    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
+    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 3, "--lr", 1)
+    for words in ("--epochs was 2, is 3", "--lr was 0.0032, is 1.0", "--micro-batch was 10, is None"):
+        assert words in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
+    line = refused("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 20, "--epochs", 2, "--lr",
+                   1e30, "--optimizer", "adam")
+    assert "loss is not finite at step" in line
+
+
+def test_unmined_folders_are_used_whole_by_peclr_only(extracted, tmp_path):
+    assert "neighbours.npy: missing" in refused("pretrain.py", extracted, "--out", tmp_path / "run", *TINY)
+    args = parse(extracted, "--out", "unused", *TINY, "--method", "simclr")
+    assert args.rotation == 0 and args.crop_margin == [1.25, 1.25]
+    data = pretrain.load_data(args)
+    assert len(data.usable) == len(np.load(extracted / "keypoints.npy")) and "was not mined" in data.notes[0]
+
+
+def test_several_folders_and_pairs_elsewhere(mined, extracted, tmp_path):
+    args = parse(mined, extracted, "--pairs", mined, mined, "--out", "unused", *TINY)
+    data, n = pretrain.load_data(args), len(np.load(mined / "keypoints.npy"))
+    assert data.usable.tolist() == [[k, i] for k in (0, 1) for i in range(n)]
+    line = refused("pretrain.py", mined, extracted, "--pairs", mined, "--out", tmp_path / "run")
+    assert "expected one for each" in line
+
+
+def test_rows_without_a_neighbour_are_not_used(pairs):
+    neighbours = np.load(pairs / "neighbours.npy")
+    neighbours[::2] = -1
+    np.save(pairs / "neighbours.npy", neighbours)
+    for method in ("simhand", "peclr"):
+        usable = pretrain.load_data(parse(pairs, "--out", "unused", *TINY, "--method", method)).usable
+        assert usable[:, 1].tolist() == list(range(1, len(neighbours), 2))
+
+
+def test_bad_input_is_refused_in_one_line(pairs, tmp_path):
+    def line(*arguments):
+        return refused("pretrain.py", pairs, "--out", tmp_path / "run", *TINY, *arguments)
+
+    run("pretrain.py", tmp_path / "nowhere", "--out", tmp_path / "run", status=2)
+    assert "fewer than --batch-size 8192" in line()
+    assert "3 neighbours a hand were mined, --top-k is 4" in line("--batch-size", 8, "--top-k", 4)
+    assert "must be below --epochs" in line("--epochs", 5, "--warmup-epochs", 5)
+    assert "must be a multiple of" in line("--batch-size", 9, "--micro-batch", 2)
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "other.pt: not the weights of a resnet18" in line("--batch-size", 8, "--weights", tmp_path / "other.pt")
+    assert "nowhere.pt: missing" in line("--batch-size", 8, "--weights", tmp_path / "nowhere.pt")
+    for content, word in ((np.zeros((5, 1), np.int64), "expected int64"), (np.load(pairs / "neighbours.npy") + 10 ** 6,
+                                                                            "values must lie in")):
+        np.save(pairs / "neighbours.npy", content)
+        assert "neighbours.npy" in (found := line("--batch-size", 8)) and word in found
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_damaged_crop_is_named(pairs, tmp_path):
+    crops, offsets = np.load(pairs / "crops.npy"), np.load(pairs / "offsets.npy")
+    crops[offsets[4]:offsets[5]] = 0
+    np.save(pairs / "crops.npy", crops)
+    for workers in (0, 1):  # an error in a loader's process arrives as one line too
+        result = run("pretrain.py", pairs, "--out", tmp_path / f"run{workers}", *TINY[:-1], workers, "--batch-size", 60,
+                     "--method", "peclr", "--epochs", 1, status=2)
+        assert "crops.npy: crop 4 is not a JPEG" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
