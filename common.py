@@ -16,12 +16,12 @@ import fcntl
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import shutil
 import signal
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +29,6 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
@@ -56,35 +55,27 @@ def load_backbone(name, path):
     if path in ("none", "imagenet"):
         return network
     state = load_checkpoint(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # PeCLR, official checkpoints
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path}: expected a state dict of a torchvision {name}, that is names and tensors only")
+    state = state.get("state_dict", state) if isinstance(state, dict) else None  # PeCLR's and official ones are wrapped
+    require(isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()),
+            f"{path}: expected a state dict of a torchvision {name}, that is names and tensors only")
     official = re.compile(r"encoder\.features\.(\d+)\.(.*)")
     if any(official.match(key) for key in state):  # the projection head of such a checkpoint is left behind
-        found = {official.match(key): value for key, value in state.items() if official.match(key)}
-        state = {f"{OFFICIAL_NAMES.get(m[1], 'features.' + m[1])}.{m[2]}": value for m, value in found.items()}
-    state = {key: value for key, value in state.items() if key not in ("fc.weight", "fc.bias")}
-    own = network.state_dict()
-    needed = {key for key in own if not key.endswith("num_batches_tracked")}  # absent from files before PyTorch 0.4.1
-    wrong = [f"{key} (missing)" for key in sorted(needed - set(state))]
-    wrong += [f"{key} (unexpected)" for key in sorted(set(state) - set(own))]
-    wrong += [f"{key} (shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)})"
-              for key in own if key in state and state[key].shape != own[key].shape]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise InputError(f"{path}: not the weights of a {name}: {', '.join(wrong[:6])}{more}")
+        found = [(official.match(key), value) for key, value in state.items() if official.match(key)]
+        state = {f"{OFFICIAL_NAMES.get(m[1], m[1])}.{m[2]}": value for m, value in found}
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # it names every key that is missing, unexpected or of another shape
+        raise InputError(f"{path}: not the weights of a {name}: {textwrap.shorten(str(error), 500)}")
     bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
-    if bad:
-        raise InputError(f"{path}: weights must be finite, {bad[0]} is not")
-    network.load_state_dict({**own, **state})
+    require(not bad, f"{path}: weights must be finite, not so: {', '.join(bad[:6])}")
     return network
 
 
 # ------------------------------------------------------------------------------------------------ views
 
 def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 224, colour=True):
-    """One random view of a hand (section 4.1 of PeCLR; shifts to both sides are ours). -> dict, see below.
+    """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours). -> dict, see below.
 
     rng: numpy Generator. keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the
     square's half side, in largest distances of a keypoint from the keypoints' mean. move: largest shift of the square
@@ -133,7 +124,7 @@ def normalise(images):
 # ------------------------------------------------------------------------------------------------ loss
 
 def undo_view(projection, angle, shift):
-    """Undo a view's shift and rotation in the projection space (PeCLR, equation 5). Returns a new tensor.
+    """Undo a view's shift and rotation in the projection space (PeCLR's equivariance). Returns a new tensor.
 
     projection (N, M, 2): L2-normalised, read as M points in the plane, y down. angle (N,) degrees and shift (N, 2) as
     a fraction of the view's side, both as in `sample_view`. Range and mean carry no gradient.
@@ -150,16 +141,13 @@ def undo_view(projection, angle, shift):
 
 @torch.no_grad()
 def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg=0.05):
-    """Weights of the N positive pairs (N,) and of all pairs of the 2N views (2N, 2N) (SiMHand, section 3.3).
+    """Weights of the N positive pairs (N,) and of all pairs of the 2N views (2N, 2N) (SiMHand's adaptive weighting).
 
     keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels (or J = 1 vector of their
     PCA embedding). d is the mean over J of the Euclidean distance. "linear": w = (d_max - d) / (d_max - d_min);
     "nonlinear": w = 1 / (1 + exp(slope (d - mean d))). Positives and all pairs each have their own range and mean.
     Distances that differ by less than 1e-4 px say nothing about similarity: then every weight is 1.
     """
-    if kind not in ("linear", "nonlinear"):
-        raise ValueError(f"kind must be linear or nonlinear, not {kind}")
-
     def weights(d, slope):
         low, high = d.amin(), d.amax()
         equal = high - low < 1e-4
@@ -179,7 +167,7 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
 
 
 def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
-    """Weighted NT-Xent (SiMHand, equation 3): mean over the 2N views i, with s the cosine similarity, of
+    """SiMHand's weighted NT-Xent: mean over the 2N views i, with s the cosine similarity, of
 
         -log( exp(w_pos s(i, i+) / t) / sum over k != i of exp(w_neg(i, k) s(i, k) / t) )
 
@@ -209,6 +197,11 @@ HANDS_DTYPE = np.dtype([("video", "<i4"), ("frame", "<i4"), ("time", "<f8"), ("b
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message names the file and what was expected; exit status 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
 
 
 @contextlib.contextmanager
@@ -247,67 +240,54 @@ def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
     hint = f" ({hint})" if hint else ""
     name = "records of " + ", ".join(dtype.names) if np.dtype(dtype).names else np.dtype(dtype).name
     wanted = f"{name} ({', '.join('N' if n is None else str(n) for n in shape)})"
-    if not Path(path).is_file():
-        raise InputError(f"{path}: missing, expected {wanted}{hint}")
+    require(Path(path).is_file(), f"{path}: missing, expected {wanted}{hint}")
     try:
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError, OSError):
         raise InputError(f"{path}: truncated or not a .npy file of numbers, expected {wanted}{hint}")
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or len(array.shape) != len(shape) or any(
-            n not in (None, m) for n, m in zip(shape, array.shape)):
-        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise InputError(f"{path}: is {found}, expected {wanted}{hint}")
+    require(isinstance(array, np.ndarray), f"{path}: is an archive of arrays, expected {wanted}{hint}")
+    fits = len(array.shape) == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
+    require(fits and array.dtype == dtype, f"{path}: is {array.dtype} {array.shape}, expected {wanted}{hint}")
     if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
-        first = np.argwhere(~np.isfinite(array))[0]
-        raise InputError(f"{path}: values must be finite, row {first[0]} is not{hint}")
+        raise InputError(f"{path}: values must be finite, row {np.argwhere(~np.isfinite(array))[0][0]} is not{hint}")
     return array
 
 
 def load_hands(folder):
     """A hands folder, checked -> folder, crops (memory map), offsets, keypoints, hands, videos, side (of the crops)."""
-    folder = Path(folder)
-    hint = "extract_hands.py writes it"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, expected a hands folder ({hint})")
+    folder, hint = Path(folder), "extract_hands.py writes it"
+    require(folder.is_dir(), f"{folder}: no such folder, expected a hands folder ({hint})")
     keypoints = load_array(folder / "keypoints.npy", np.float32, (None, 21, 2), hint=hint)
+    require(len(keypoints), f"{folder / 'keypoints.npy'}: holds no hand, expected at least one")
     offsets = load_array(folder / "offsets.npy", np.int64, (len(keypoints) + 1,), hint=hint)
-    hands = load_array(folder / "hands.npy", HANDS_DTYPE, (len(keypoints),), hint=hint)
-    if not len(keypoints):
-        raise InputError(f"{folder / 'keypoints.npy'}: holds no hand, expected at least one")
-    if offsets[0] != 0 or (np.diff(offsets) <= 0).any():
-        raise InputError(f"{folder / 'offsets.npy'}: must start at 0 and increase")
+    require(offsets[0] == 0 and (np.diff(offsets) > 0).all(), f"{folder / 'offsets.npy'}: must start at 0 and increase")
+    rows = load_array(folder / "hands.npy", HANDS_DTYPE, (len(keypoints),), hint=hint)
     crops = load_array(folder / "crops.npy", np.uint8, (int(offsets[-1]),), hint=hint, mmap=True)
-    if not (folder / "videos.txt").is_file():
-        raise InputError(f"{folder / 'videos.txt'}: missing, expected one source a line ({hint})")
-    videos = (folder / "videos.txt").read_text().splitlines()
-    if hands["video"].min() < 0 or hands["video"].max() >= len(videos):
-        raise InputError(f"{folder / 'videos.txt'}: has {len(videos)} lines, hands.npy names video {hands['video'].max()}")
-    loaded = SimpleNamespace(folder=folder, crops=crops, offsets=offsets, keypoints=keypoints, hands=hands, videos=videos)
-    loaded.side = read_crop(loaded, 0).shape[0]
-    return loaded
+    listed = folder / "videos.txt"
+    require(listed.is_file(), f"{listed}: missing, expected one source a line ({hint})")
+    videos, needed = listed.read_text().splitlines(), rows["video"].max() + 1
+    require(rows["video"].min() >= 0 and needed <= len(videos), f"{listed}: has {len(videos)} lines, expected {needed}")
+    hands = SimpleNamespace(folder=folder, crops=crops, offsets=offsets, keypoints=keypoints, hands=rows, videos=videos)
+    hands.side = read_crop(hands, 0).shape[0]
+    return hands
 
 
 def read_crop(hands, i):
     """Crop i of a hands folder -> RGB uint8 (side, side, 3)."""
     image = cv2.imdecode(np.asarray(hands.crops[hands.offsets[i]:hands.offsets[i + 1]]), cv2.IMREAD_COLOR)
-    if image is None:
-        raise InputError(f"{hands.folder / 'crops.npy'}: crop {i} is not a JPEG, expected one from offset {hands.offsets[i]}")
+    require(image is not None, f"{hands.folder / 'crops.npy'}: crop {i}, at {hands.offsets[i]}, is not a JPEG")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def load_checkpoint(path):
     """A .pt file -> tensors, numbers, strings and containers of them; anything that could run code is refused."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: missing, expected a checkpoint written by torch.save")
+    require(Path(path).is_file(), f"{path}: missing, expected a checkpoint written by torch.save")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
         thing = re.search(r"GLOBAL (\S+)", str(error))
-        if thing:
-            raise InputError(f"{path}: holds pickled Python objects ({thing[1]}), which are never loaded; where you trust it, "
-                             f"save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
-        raise InputError(f"{path}: not a checkpoint written by torch.save")
-    except Exception:  # what a damaged file raises depends on where it is damaged
+        require(not thing, f"{path}: holds pickled objects ({thing and thing[1]}), which are never loaded; if you trust "
+                "it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
         raise InputError(f"{path}: truncated, or not a checkpoint written by torch.save")
 
 
@@ -333,8 +313,7 @@ def run_script(main):
 def print_settings(args, **effective):
     """All arguments and the quantities that follow from them, once, at the start."""
     for title, values in (("settings", vars(args)), ("effective", effective)):
-        if values:
-            print(f"{title}: " + "  ".join(f"{key} {value}" for key, value in values.items()), flush=True)
+        print(f"{title}: " + "  ".join(f"{key} {value}" for key, value in values.items()), flush=True)
 
 
 def open_folder(folder):
@@ -378,12 +357,12 @@ def gather(tensor):
 
 def save_checkpoint(folder, content):
     """Write checkpoint.pt; the one before it stays as checkpoint-previous.pt."""
-    path = Path(folder) / "checkpoint.pt"
-    with atomic(path.with_name("checkpoint-new.pt")) as file:
+    new, path, previous = (Path(folder) / f"checkpoint{name}.pt" for name in ("-new", "", "-previous"))
+    with atomic(new) as file:
         torch.save(content, file)
     if path.exists():
-        os.replace(path, path.with_name("checkpoint-previous.pt"))
-    os.replace(path.with_name("checkpoint-new.pt"), path)
+        os.replace(path, previous)
+    os.replace(new, path)
 
 
 def resume(folder, args, free):
@@ -391,8 +370,8 @@ def resume(folder, args, free):
 
     free: names of arguments that cannot change the result; any other that differs from the checkpoint's is an error.
     """
-    kept = [Path(folder) / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
-    kept = [path for path in kept if path.exists()]
+    names = ("checkpoint.pt", "checkpoint-previous.pt")
+    kept = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
     if not kept:
         return None
     try:
@@ -410,8 +389,7 @@ def refuse_other_arguments(folder, old, args, free):
     new = plain(args)
     differ = [f"--{key.replace('_', '-')} was {old.get(key)}, is {new.get(key)}"
               for key in sorted({*old, *new} - {*free}) if old.get(key) != new.get(key)]
-    if differ:
-        raise InputError(f"{folder}: holds a run with other arguments ({'; '.join(differ)}); choose another --out")
+    require(not differ, f"{folder}: holds a run with other arguments ({'; '.join(differ)}); choose another --out")
 
 
 def plain(args):
@@ -438,10 +416,10 @@ def write_log(folder, row):
 
 def read_log(path):
     """log.jsonl -> list of dicts; a last line cut short by a kill is left out."""
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text().splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines[:-1]] + ([json.loads(lines[-1])] if lines[-1].endswith("}") else [])
-    except (IndexError, ValueError):
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError:
         raise InputError(f"{path}: expected one JSON object a line")
 
 
@@ -463,22 +441,25 @@ PARENTS = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19
 FINGER_COLOURS = ((255, 140, 0), (80, 220, 60), (60, 200, 255), (70, 90, 255), (230, 80, 230))  # thumb .. little, RGB
 
 
-def draw_hand(image, keypoints, colour=None):
-    """A copy of image (H, W, 3) with the skeleton of keypoints (21, 2) drawn, coloured by finger or in one colour."""
+def draw_hand(image, keypoints, colour=None, text=""):
+    """A copy of image (H, W, 3) with the skeleton of keypoints (21, 2), coloured by finger or in one colour, and a short
+    text in its upper left corner."""
     image = np.ascontiguousarray(image).copy()
     points = np.round(np.clip(keypoints, -1e4, 1e4) * 16).astype(int)  # OpenCV draws to 1/16 px with shift=4
     width = max(1, round(image.shape[0] / 150))
     for joint in range(1, 21):
         a, b = points[PARENTS[joint]].tolist(), points[joint].tolist()
         cv2.line(image, a, b, colour or FINGER_COLOURS[(joint - 1) // 4], width, cv2.LINE_AA, 4)
+    size = image.shape[0] / 380
+    for shade, width in ((0, 3), (255, 1)):
+        cv2.putText(image, text, (3, round(26 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, (shade,) * 3, width, cv2.LINE_AA)
     return image
 
 
-def put_text(image, text):
-    """Write a short text into the upper left corner of image, in place."""
-    size = image.shape[0] / 380
-    for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        cv2.putText(image, text, (3, round(26 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, width, cv2.LINE_AA)
+def draw_crop(hands, i, side, text=""):
+    """Crop i of a hands folder at another side, with its skeleton."""
+    image = cv2.resize(read_crop(hands, i), (side, side), interpolation=cv2.INTER_AREA)
+    return draw_hand(image, (hands.keypoints[i] + 0.5) * (side / hands.side) - 0.5, text=text)
 
 
 def sheet(tiles, columns):

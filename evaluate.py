@@ -75,7 +75,8 @@ def load_run(run):
         raise InputError(f"{run / 'valid.npy'}: no joint is valid, nothing can be scored")
     bone = np.median(np.linalg.norm(truth[:, 9] - truth[:, 0], axis=1)[valid[:, 0] & valid[:, 9]])
     if not 40 <= bone <= 140:
-        print(f"{run / 'gt_xyz.npy'}: warning: the bone 0-9 has a median of {bone:.3g}, expected 40 to 140 mm; are these mm?")
+        print(f"{run / 'gt_xyz.npy'}: warning: the bone 0-9 has a median of {bone:.3g}, expected 40 to 140: are "
+              "these mm?")
     return prediction.astype(np.float64), np.where(valid[..., None], truth, 0).astype(np.float64), valid
 
 
@@ -175,7 +176,8 @@ def plot_pck(path, names, curves):
     for name, curve in zip(names, curves):
         area = area_under(curve, THRESHOLDS["auc_0_50"])
         axis.plot(THRESHOLDS["auc_0_50"], curve, label=f"{name}  (AUC 0-50 {area:.3f})")
-    axis.set(xlabel="threshold on the wrist-aligned error, mm", ylabel="share of joints (PCK)", xlim=(0, 50), ylim=(0, 1))
+    axis.set(xlabel="threshold on the wrist-aligned error, mm", ylabel="share of joints (PCK)")
+    axis.set(xlim=(0, 50), ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()

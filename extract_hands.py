@@ -1,4 +1,4 @@
-"""Cut the hands out of videos: the pool that SiMHand pre-trains on (section 3.1 of the paper).
+"""Cut the hands out of videos: the pool that SiMHand pre-trains on.
 
 Reads videos, samples them by time, finds hands and their 21 keypoints with MediaPipe Hands, and writes a hands folder:
 crops.npy, offsets.npy, keypoints.npy, hands.npy, videos.txt (see README), with hands.jpg to look at, failed.txt and
@@ -11,13 +11,11 @@ command again: it goes on. Videos added to the input later are appended.
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import queue
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -27,9 +25,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import (HANDS_DTYPE, InputError, atomic, draw_hand, load_hands, open_folder, plain, print_settings, put_text,
-                    read_crop, read_log, refuse_other_arguments, run_script, save_array, save_image, sheet, start_log,
-                    write_log)
+from common import (HANDS_DTYPE, InputError, atomic, draw_crop, load_hands, open_folder, print_settings, read_log,
+                    refuse_other_arguments, run_script, save_array, save_image, sheet, start_log, write_log)
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 RENEW = 20  # videos until a worker is replaced: MediaPipe's memory grows with what it has seen
@@ -45,11 +42,11 @@ def parse_args():
                         help="frames a second that are looked at, by the stream's own time (paper: 1)")
     parser.add_argument("--max-hands", type=int, default=2, help="hands a frame at most (paper: 2)")
     parser.add_argument("--min-score", type=float, default=0.5,
-                        help="MediaPipe's detection confidence, 0 to 1, below which nothing is a hand (its default: 0.5)")
+                        help="MediaPipe's detection confidence, 0 to 1, below which nothing is a hand (default: 0.5)")
     parser.add_argument("--min-size", type=float, default=32, help="longer side of the keypoints' box, source pixels, "
                         "below which a hand is dropped: less is a smear at 224 px")
     parser.add_argument("--mirrored", action="store_true",
-                        help="the videos are selfies, shown as in a mirror: left and right are told the other way round")
+                        help="the videos are selfies, shown as in a mirror: left and right are told the other way")
     # the crops
     parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels (paper: 224)")
     parser.add_argument("--margin", type=float, default=1.3,
@@ -69,7 +66,7 @@ def main():
     args = parse_args()
     root, names = list_videos(args.videos)
     out = Path(args.out)
-    lock = open_folder(out)  # noqa: F841  (held until the process ends)
+    lock = open_folder(out)  # held until the process ends
     if (out / "log.jsonl").exists():
         refuse_other_arguments(out, read_log(out / "log.jsonl")[0]["args"], args, free=("workers", "videos", "out"))
     else:
@@ -192,7 +189,8 @@ def extract_video(root, name, parts, detector, args):
             frames += 1
             for points, left, score in find_hands(detector, image, args):
                 crop, points, box = cut_out(image, points, left, args)
-                crops.append(cv2.imencode(".jpg", crop[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, args.quality])[1].ravel())
+                quality = [cv2.IMWRITE_JPEG_QUALITY, args.quality]
+                crops.append(cv2.imencode(".jpg", crop[:, :, ::-1], quality)[1].ravel())
                 keypoints.append(points)
                 hands.append((0, frame, seconds, box, left, score))
     except BrokenVideo as error:
@@ -316,7 +314,7 @@ def merge(out, merged, new):
         shutil.rmtree(parts)  # so that another try reads the videos again
         shutil.rmtree(temporary)
         broken = f"; {len(failed)} could not be read: {failed[0].replace(chr(9), ': ')}" if failed else ""
-        raise InputError(f"{', '.join(new[:3])}{' ...' if len(new) > 3 else ''}: no hand found in {len(new)} videos{broken}")
+        raise InputError(f"{new[0]}{' ...' if len(new) > 1 else ''}: no hand found in {len(new)} videos{broken}")
     save_array(temporary / "offsets.npy", offsets)
     save_array(temporary / "keypoints.npy", np.concatenate(keypoints))
     save_array(temporary / "hands.npy", np.concatenate(hands))
@@ -352,11 +350,7 @@ def summarise(out, frames, seconds):
     chosen = np.sort(rng.choice(len(hands.keypoints), min(60, len(hands.keypoints)), replace=False))
     tiles = []
     for i in chosen:
-        scale = 160 / hands.side
-        tile = draw_hand(cv2.resize(read_crop(hands, i), (160, 160), interpolation=cv2.INTER_AREA),
-                         (hands.keypoints[i] + 0.5) * scale - 0.5)
-        put_text(tile, "was left" if hands.hands["left"][i] else "right")
-        tiles.append(tile)
+        tiles.append(draw_crop(hands, i, 160, "was left" if hands.hands["left"][i] else "right"))
     save_image(out / "hands.jpg", sheet(tiles, 12))
     left = int(hands.hands["left"].sum())
     total = len(hands.keypoints)

@@ -6,8 +6,9 @@ overlay.jpg. The model is chosen on a validation split, never on the test split.
 cropped by their true joints, and the wrist's place and the length of the bone 0-9, which one picture cannot tell, are
 taken from the ground truth. Stop it at any moment and run the same command again: it goes on.
 
-    python finetune.py --dataset freihand --root ~/FreiHAND_pub_v2 --weights runs/simhand/backbone.pt --out runs/freihand
-    python finetune.py --dataset freihand --root demo/freihand --weights none --backbone resnet18 --epochs 2 --out runs/tiny
+    python finetune.py --dataset freihand --root FreiHAND_pub_v2 --weights runs/simhand/backbone.pt --out runs/freihand
+    python finetune.py --dataset freihand --root demo/freihand --weights none --backbone resnet18 --input-size 64 \
+        --batch-size 16 --epochs 2 --out runs/tiny
 """
 
 import argparse
@@ -26,9 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, draw_hand, load_backbone, normalise,
-                    open_folder, plain, plot_curves, print_settings, put_text, resume, run_script, save_array,
-                    save_checkpoint, save_image, sheet, start_log, write_log)
+from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, draw_hand, load_backbone,
+                    load_checkpoint, normalise, open_folder, plain, plot_curves, print_settings, resume,
+                    run_script, save_array, save_checkpoint, save_image, sheet, start_log, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
 CROP = {"freihand": 2.0}  # side of the square around the joints, over their longer extent (DetNet's values)
@@ -40,14 +41,14 @@ def parse_args():
     parser.add_argument("--root", required=True, help="the data set's folder, in its own layout")
     parser.add_argument("--out", required=True, help="folder of this run")
     # network
-    parser.add_argument("--weights", default="imagenet", help="backbone to start from: a file (backbone.pt), imagenet, none")
+    parser.add_argument("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
     parser.add_argument("--freeze", action="store_true", help="keep the backbone as it is, train the heads alone")
     parser.add_argument("--input-size", type=int, default=128,
                         help="side of the network's input in pixels, a multiple of 32; heat-maps have a quarter (128)")
     # labels
-    parser.add_argument("--label-fraction", type=float, default=1.0, help="share of the unique training samples that is "
-                        "used, with all their versions; a smaller share lies within a larger one of the same seed")
+    parser.add_argument("--label-fraction", type=float, default=1.0, help="share of the unique training samples to "
+                        "use, with all their versions; a smaller share lies within a larger one of the same seed")
     # optimisation
     parser.add_argument("--epochs", type=int, default=120, help="(paper: 120)")
     parser.add_argument("--batch-size", type=int, default=128, help="pictures a step (paper: 128)")
@@ -84,7 +85,7 @@ def main():
     net = DetNet(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
     net.backbone.requires_grad_(not args.freeze)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], args.lr, fused=device.type == "cuda")
-    lock = open_folder(out)  # noqa: F841
+    lock = open_folder(out)  # held until the process ends
     step, best = 0, math.inf
     kept = resume(out, args, FREE)
     if kept:
@@ -122,8 +123,8 @@ def main():
         if end_of_epoch or stop or time.time() - saved > 60 * args.save_minutes:
             mean = torch.stack(recent).mean().item()
             if not math.isfinite(mean):
-                raise InputError(f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last good state; "
-                                 f"try a smaller --lr or --precision fp32")
+                raise InputError(f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last good "
+                                 f"state; try a smaller --lr or --precision fp32")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"], loss=mean,
                        pictures_per_s=args.batch_size * len(recent) / (time.time() - since))
             if end_of_epoch:
@@ -145,7 +146,7 @@ def main():
     bar.close()
     plot_curves(out / "curves.png", rows, [["loss"], ["lr"], ["validation_mpjpe"]])
 
-    net.load_state_dict(torch.load(out / "model.pt", map_location=device, weights_only=True)["model"])
+    net.load_state_dict(load_checkpoint(out / "model.pt")["model"])
     pred_uv, pred = predict(net, test, args, device, progress=True)
     scale = bone(test.xyz)[:, None, None]
     pred_xyz = (pred * scale + test.xyz[:, :1]).astype(np.float32)
@@ -173,7 +174,7 @@ def split(args):
     groups = np.unique(train.group)
     chosen = np.random.default_rng(args.seed).permutation(groups)[:max(round(args.label_fraction * len(groups)), 1)]
     if len(chosen) < 2:
-        raise InputError(f"{args.root}: {len(chosen)} unique training samples, expected at least 2: one is for validation")
+        raise InputError(f"{args.root}: {len(chosen)} training samples, expected at least 2: one is for validation")
     held_out = np.isin(train.group, chosen[::10])  # by unique sample, so that no pose is on both sides
     used = np.isin(train.group, chosen) & ~held_out
     notes = notes + [f"labels: {len(chosen)} of {len(groups)} unique training samples, "
@@ -209,8 +210,8 @@ def read_freihand(root):
             loaded[key + "_file"] = file
         matrix, xyz = loaded["K"], loaded["xyz"]
         if len(matrix) != len(xyz):
-            raise InputError(f"{loaded['K_file']}: has {len(matrix)} entries, {loaded['xyz_file'].name} has {len(xyz)}, "
-                             f"expected equal lengths")
+            raise InputError(f"{loaded['K_file']}: has {len(matrix)} entries, {loaded['xyz_file'].name} "
+                             f"has {len(xyz)}, expected equal lengths")
         if not 0 < np.median(np.linalg.norm(xyz[:, 9] - xyz[:, 0], axis=1)) < 1:
             raise InputError(f"{loaded['xyz_file']}: a bone 0-9 has a median above 1, expected metres")
         pictures = sorted((root / name / "rgb").glob("*.jpg"))
@@ -257,7 +258,8 @@ class Pictures(torch.utils.data.Dataset):
                 cos, sin = math.cos(math.radians(view["angle"])), math.sin(math.radians(view["angle"]))
                 pose = pose @ np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])  # the picture's turn, about the axis
                 image = image if args.no_colour else jitter(image, rng)
-            made.append((image, uv, pose.astype(np.float32), samples.valid[i], samples.valid[i, 0] & samples.valid[i, 9]))
+            valid = samples.valid[i]
+            made.append((image, uv, pose.astype(np.float32), valid, valid[0] & valid[9]))
         return {key: torch.from_numpy(np.stack(part))
                 for key, part in zip(("image", "uv", "pose", "valid", "has_pose"), zip(*made))}
 
@@ -290,7 +292,8 @@ def jitter(image, rng):
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[..., 2].mean()
     table = np.stack([(level + hue) % 180, level * saturation, (grey + (level - grey) * contrast) * value], 1)
     table[:, 1:] = table[:, 1:].clip(0, 255)
-    image = cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table[None].astype(np.uint8)), cv2.COLOR_HSV2RGB)
+    hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table[None].astype(np.uint8))
+    image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     return cv2.GaussianBlur(image, (3, 3), max(rng.uniform(0, 0.5), 1e-3))
 
 
@@ -357,8 +360,9 @@ def heat_targets(uv, valid, cells, sigma=1.0):
 
 
 def detnet_loss(outputs, batch):
-    """100 x 1/2 sum over joints of the heat-map's mean squared error + (delta + 10 location) / sqrt(128), each of the two
-    the mean over samples of the Frobenius norm of (prediction - target) x target heat-map. Invalid joints carry none."""
+    """100 x 1/2 sum over joints of the heat-map's mean squared error + (delta + 10 location) / sqrt(128), each of the
+    two the mean over samples of the Frobenius norm of (prediction - target) x target heat-map: minimal-hand's loss at
+    batch 128, but the same at any batch. Invalid joints carry none."""
     heat, delta, location = outputs
     target = heat_targets(batch["uv"], batch["valid"], heat.shape[-1])
     seen = target.amax((2, 3)) > 0  # in the picture and valid
@@ -424,8 +428,7 @@ def draw_overlay(path, samples, pred_uv, gt_uv, error, args, columns=8):
     for i in [*order[:columns], *order[middle:middle + columns], *order[-columns:]]:
         image = cv2.warpAffine(read_picture(samples.paths[i]), crop_view(samples, i, args, 256)["matrix"], (256, 256))
         for uv, colour in ((gt_uv[i], (255, 255, 255)), (pred_uv[i], None)):
-            image = draw_hand(image, (uv + 0.5) * 256 / args.input_size - 0.5, colour)
-        put_text(image, f"{error[i]:.1f} mm")
+            image = draw_hand(image, (uv + 0.5) * 256 / args.input_size - 0.5, colour, f"{error[i]:.1f} mm")
         tiles.append(image)
     save_image(path, sheet(tiles, columns))
 

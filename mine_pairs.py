@@ -1,4 +1,4 @@
-"""Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand (section 3.2 of the paper).
+"""Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand.
 
 Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42 numbers) by PCA in 14 dimensions,
 and searches exactly. Writes into the same folder (or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy,
@@ -14,14 +14,13 @@ import shlex
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from common import (InputError, atomic, draw_hand, load_hands, open_folder, plain, print_settings, put_text, read_crop,
-                    run_script, save_array, save_image, sheet)
+from common import (InputError, atomic, draw_crop, load_hands, open_folder, plain, print_settings, run_script,
+                    save_array, save_image, sheet)
 
 
 def parse_args():
@@ -31,7 +30,7 @@ def parse_args():
     parser.add_argument("--dims", type=int, default=14, help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
     parser.add_argument("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1)")
     parser.add_argument("--same-video", action="store_true",
-                        help="let a neighbour come from the hand's own video (ablation; such pairs are near-duplicates)")
+                        help="let a neighbour come from the hand's own video (ablation: mostly near-duplicates)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one); the result is the same")
     args = parser.parse_args()
     if not 1 <= args.dims <= 42 or args.top_k < 1:
@@ -45,15 +44,17 @@ def main():
     keypoints, video = hands.keypoints, hands.hands["video"]
     count, videos = len(keypoints), len(np.unique(video))
     if count < args.dims + 1:
-        raise InputError(f"{hands.folder / 'keypoints.npy'}: {count} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
+        raise InputError(f"{hands.folder / 'keypoints.npy'}: {count} hands, a PCA of --dims {args.dims} needs "
+                         f"{args.dims + 1}")
     if videos == 1 and not args.same_video:
-        raise InputError(f"{hands.folder / 'hands.npy'}: all {count} hands come from one video, but neighbours come from "
-                         f"other videos; extract more videos or allow --same-video")
+        raise InputError(f"{hands.folder / 'hands.npy'}: all {count} hands come from one video, but neighbours are "
+                         f"taken from other videos; extract more videos or allow --same-video")
     most = count - (1 if args.same_video else np.bincount(video)[np.unique(video)].min())
     if args.top_k > most:
-        raise InputError(f"{hands.folder / 'hands.npy'}: no hand has more than {most} candidates, --top-k is {args.top_k}")
+        raise InputError(f"{hands.folder / 'hands.npy'}: no hand has more than {most} candidates, fewer than --top-k "
+                         f"{args.top_k}")
     out = Path(args.out or args.hands)
-    lock = open_folder(out)  # noqa: F841
+    lock = open_folder(out)  # held until the process ends
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print_settings(args, count=count, videos=videos, device=device)
     if (out / "neighbours.npy").exists():
@@ -70,18 +71,19 @@ def main():
     save_array(out / "distances.npy", distances)
     paired = neighbours[:, 0] >= 0
     others = np.bincount(neighbours[:, 0][paired], minlength=count)
-    summary = {"command": shlex.join(sys.argv), "args": plain(args), "hands": count, "without_neighbour": int((~paired).sum()),
+    summary = {"hands": count, "without_neighbour": int((~paired).sum()),
                "explained_variance": round(float(explained), 4),
                "neighbours_from_videos": len(np.unique(video[neighbours[paired, 0]])),
                "hubs_over_100": int((others > 100).sum()),
                "median_distance": float(np.median(distances[paired, 0]))}
     with atomic(out / "mining.jsonl") as file:
-        file.write((json.dumps(summary) + "\n").encode())
+        for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, summary):
+            file.write((json.dumps(row) + "\n").encode())
     draw_pairs(out / "pairs.jpg", hands, neighbours, distances)
     plot_distances(out / "distances.png", embeddings, distances[paired, 0])
     save_array(out / "neighbours.npy", neighbours)
-    print("  ".join(f"{key} {value}" for key, value in summary.items() if key not in ("command", "args")))
-    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next: python pretrain.py {args.hands} --out RUN")
+    print("  ".join(f"{key} {value}" for key, value in summary.items()))
+    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next: python pretrain.py {args.hands}")
 
 
 def fit_pca(poses, dims):
@@ -98,9 +100,9 @@ def fit_pca(poses, dims):
 def nearest(embeddings, video, top_k, device):
     """Exact nearest neighbours of every row among the rows of other videos (video None: among all other rows).
 
-    embeddings (N, D) float32, video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K) float32,
-    inf there. A distance is the root of the float64 sum of squared differences, rounded to float32; of equal ones the
-    lower index comes first. Cost grows with the square of N.
+    embeddings (N, D) float32, video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K)
+    float32, inf there. A distance is the root of the float64 sum of squared differences, rounded to float32; of equal
+    ones the lower index comes first. Cost grows with the square of N.
     """
     count = len(embeddings)
     rows = torch.from_numpy(embeddings).to(device, torch.float64)
@@ -131,12 +133,8 @@ def draw_pairs(path, hands, neighbours, distances, pairs=6, seed=0):
     tiles = []
     for part in (order[:tenth], order[middle:middle + tenth], order[-tenth:]):
         for i in rng.permutation(part)[:pairs]:
-            two = []
-            for k in (i, neighbours[i, 0]):
-                two.append(draw_hand(cv2.resize(read_crop(hands, k), (160, 160), interpolation=cv2.INTER_AREA),
-                                     (hands.keypoints[k] + 0.5) * (160 / hands.side) - 0.5))
-            put_text(two[0], f"{distances[i, 0]:.3f}")
-            tiles.append(np.hstack([*two, np.zeros((160, 8, 3), np.uint8)]))
+            tiles.append(np.hstack([draw_crop(hands, i, 160, f"{distances[i, 0]:.3f}"),
+                                    draw_crop(hands, neighbours[i, 0], 160), np.zeros((160, 8, 3), np.uint8)]))
         tiles += [np.zeros((160, 328, 3), np.uint8)] * (-len(tiles) % pairs)
     save_image(path, sheet(tiles, pairs))
 

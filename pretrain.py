@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common import (BACKBONES, InputError, apply_view, atomic, catch_sigterm, draw_hand, gather, load_array,
                     load_backbone, load_hands, normalise, nt_xent, open_folder, pair_weights, plain, plot_curves,
-                    print_settings, put_text, read_crop, resume, run_script, sample_view, save_checkpoint, save_image,
+                    print_settings, read_crop, resume, run_script, sample_view, save_checkpoint, save_image,
                     sheet, start_log, start_ranks, undo_view, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
@@ -73,8 +73,8 @@ def parse_args():
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8192, help="pairs a step over all ranks; each view has "
                         "2 x this - 2 negatives (paper: 8192)")
-    parser.add_argument("--micro-batch", type=int, help="pairs that pass the network together on one rank; the gradient "
-                        "stays that of the whole batch, in less memory and 4/3 of the time or more. BatchNorm's "
+    parser.add_argument("--micro-batch", type=int, help="pairs that pass the network together on one rank: less "
+                        "memory, more time (all are embedded twice), the gradient of the whole batch. BatchNorm's "
                         "statistics are those of a micro-batch (default: the rank's whole share)")
     parser.add_argument("--optimizer", choices=("lars-adam", "adam", "lars"), default="lars-adam",
                         help="lars-adam: LARS around Adam (paper); lars: around SGD with momentum 0.9")
@@ -113,9 +113,10 @@ def main():
     data = load_data(args)
     steps_per_epoch = len(data.usable) // args.batch_size
     if not steps_per_epoch:
-        raise InputError(f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size {args.batch_size}")
+        raise InputError(f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size "
+                         f"{args.batch_size}")
     total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
-    lock = open_folder(args.out) if rank == 0 else None  # noqa: F841
+    lock = open_folder(args.out) if rank == 0 else None  # held until the process ends
 
     torch.manual_seed(args.seed)
     model = SimHandModel(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
@@ -164,8 +165,8 @@ def main():
         if step % report == 0 or due:
             mean = torch.stack(recent).mean(0).tolist()  # the one place where the host waits for the device
             if not math.isfinite(mean[0]):
-                raise InputError(f"{args.out}: the loss is not finite at step {step}; checkpoint.pt holds the last good "
-                                 f"state; try a smaller --lr or --precision fp32")
+                raise InputError(f"{args.out}: the loss is not finite at step {step}; checkpoint.pt holds the last "
+                                 f"good state; try a smaller --lr or --precision fp32")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"],
                        **dict(zip(VALUES, mean)), views_per_s=2 * args.batch_size * len(recent) / (time.time() - since))
             recent, since = [], time.time()
@@ -188,8 +189,8 @@ def main():
             torch.save({key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}, file)
         plot_curves(Path(args.out) / "curves.png", rows, [["loss"], ["lr"], ["positive_similarity", "mean_similarity"],
                                                           ["positive_weight", "pair_weight"]])
-        print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next: python finetune.py --weights "
-              f"{args.out}/backbone.pt")
+        print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next: python finetune.py "
+              f"--weights {args.out}/backbone.pt")
     if world > 1:
         dist.destroy_process_group()
 
@@ -207,8 +208,9 @@ def train_step(net, optimizer, batch, pca, rank, world, args):
     once = len(batch) == 1
     with contextlib.nullcontext() if once else no_gradient(net):
         embedded = [embed(net, piece, args) for piece in batch]
-    # each rank holds the whole batch's embeddings: first views of all pairs, then second views
-    z1, z2 = (gather(torch.cat([e.detach() for e in part])).requires_grad_() for part in zip(*(e.chunk(2) for e in embedded)))
+    # the whole batch's embeddings, on every rank: first views of all pairs, second views of all pairs
+    halves = zip(*(e.detach().chunk(2) for e in embedded))
+    z1, z2 = (gather(torch.cat(half)).requires_grad_() for half in halves)
     pos_weight = neg_weight = None
     if args.weighting != "none":
         k1, k2 = (gather(torch.cat(part)) for part in zip(*(p["weight_keypoints"].unbind(1) for p in batch)))
@@ -289,10 +291,11 @@ def learning_rate(step, total, warmup, peak):
 
 def make_optimizer(model, args, device):
     """Two groups: weights, and those that neither decay nor adapt (biases and all normalisation layers)."""
-    plain_ids = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
-    plain_ids |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
-    groups = [dict(params=[p for p in model.parameters() if (id(p) in plain_ids) == skip], adapt=not skip)
-              for skip in (False, True)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    skipped = {id(p) for m in norms for p in m.parameters()}
+    skipped |= {id(p) for name, p in model.named_parameters() if name.endswith(".bias")}
+    groups = [dict(params=[p for p in model.parameters() if (id(p) in skipped) != adapt], adapt=adapt)
+              for adapt in (True, False)]
     if args.optimizer == "lars":
         return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
     return torch.optim.Adam(groups, lr=args.lr, fused=device.type == "cuda")
@@ -301,7 +304,7 @@ def make_optimizer(model, args, device):
 @torch.no_grad()
 def adapt_gradients(optimizer, args):
     """Add weight decay and scale each gradient by LARS's trust ratio before the optimiser sees it:
-    factor = min(0.02 |p| / (|g| + decay |p| + 1e-8) / lr, 1), and 1 where |p|, |g| or lr is 0 (appendix of PeCLR)."""
+    factor = min(0.02 |p| / (|g| + decay |p| + 1e-8) / lr, 1), and 1 where |p|, |g| or lr is 0."""
     for group in optimizer.param_groups:
         if not group["adapt"]:
             continue
@@ -337,8 +340,8 @@ def load_data(args):
             if found.min(initial=0) < -1 or found.max(initial=-1) >= count:
                 raise InputError(f"{path / 'neighbours.npy'}: values must lie in -1..{count - 1} ({hint})")
             if args.method == "simhand" and args.top_k > found.shape[1]:
-                raise InputError(f"{path / 'neighbours.npy'}: {found.shape[1]} neighbours a hand were mined, --top-k is "
-                                 f"{args.top_k} (mine_pairs.py --top-k {args.top_k})")
+                raise InputError(f"{path / 'neighbours.npy'}: {found.shape[1]} neighbours a hand were mined, --top-k "
+                                 f"is {args.top_k} (mine_pairs.py --top-k {args.top_k})")
             rows = np.flatnonzero(found[:, 0] >= 0)
         elif args.method == "simhand":
             raise InputError(f"{path / 'neighbours.npy'}: missing, expected mined pairs (run mine_pairs.py first)")
@@ -374,8 +377,8 @@ class Views(torch.utils.data.Dataset):
 
 
 def make_pair(data, i, epoch, args):
-    """Two views of usable hand i and its positive -> images (2, S, S, 3), keypoints (2, 21, 2), angle (2,), shift (2, 2)
-    and weight_keypoints (2, 21, 2): those that the weights are computed from, in network-input pixels."""
+    """Two views of usable hand i and its positive -> images (2, S, S, 3), keypoints (2, 21, 2), angle (2,), shift
+    (2, 2) and weight_keypoints (2, 21, 2): those that the weights are computed from, in network-input pixels."""
     number, row = data.usable[i]
     hands, size = data.folders[number], args.input_size
     images, keypoints, angles, shifts, weighted = [], [], [], [], []
@@ -408,15 +411,14 @@ def draw_views(path, data, args, pairs=6):
     """A sheet of pairs as the network sees them, keypoints drawn, with the weight of each as a positive."""
     chosen = np.random.default_rng(args.seed).choice(len(data.usable), min(pairs, len(data.usable)), replace=False)
     made = [make_pair(data, i, 0, args) for i in chosen]
-    text = ["positive"] * len(made)
+    text = ["no weight"] * len(made)
     if args.weighting != "none":
-        weights, _ = pair_weights(*(torch.from_numpy(np.stack([p["weight_keypoints"][k] for p in made])) for k in (0, 1)),
-                                  args.weighting, args.slope_pos, args.slope_neg)
+        k1, k2 = torch.from_numpy(np.stack([pair["weight_keypoints"] for pair in made])).unbind(1)
+        weights, _ = pair_weights(k1, k2, args.weighting, args.slope_pos, args.slope_neg)
         text = [f"weight {w:.2f}" for w in weights]
-    rows = [[draw_hand(pair["images"][k], pair["keypoints"][k]) for pair in made] for k in (0, 1)]
-    for tile, words in zip(rows[0], text):
-        put_text(tile, words)
-    save_image(path, sheet(rows[0] + rows[1], len(made)))
+    tiles = [draw_hand(pair["images"][k], pair["keypoints"][k], text=words if k == 0 else "")
+             for k in (0, 1) for pair, words in zip(made, text)]
+    save_image(path, sheet(tiles, len(made)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ second call goes on where the first one stopped.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys

@@ -101,7 +101,7 @@ def test_label_fractions_are_nested_and_divided_by_sample(rendered):
 # ------------------------------------------------------------------------------------------------ pictures and targets
 
 def test_picture_and_pose_turn_together(rendered):
-    """The pose of an augmented sample is turned about the camera's axis as OpenCV turns its picture and its 2D joints."""
+    """The pose of an augmented sample is turned about the camera's axis as OpenCV turns its picture and 2D joints."""
     args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--no-colour")
     train, _, _, _ = finetune.split(args)
     for i in range(20):

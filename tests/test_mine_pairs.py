@@ -65,7 +65,7 @@ def test_files_as_the_contract_says(mined):
     expected = brute_force(embeddings, video, 3)
     assert np.array_equal(neighbours, expected[0]) and np.allclose(distances, expected[1], rtol=1e-6)
     assert (video[neighbours] != video[:, None]).all()
-    summary = json.loads((mined / "mining.jsonl").read_text())
+    summary = json.loads((mined / "mining.jsonl").read_text().splitlines()[1])
     assert summary["hands"] == n and summary["without_neighbour"] == 0 and 0.9 < summary["explained_variance"] <= 1
     assert all(cv2.imread(str(mined / name)) is not None for name in ("pairs.jpg", "distances.png"))
 

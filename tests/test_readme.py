@@ -1,0 +1,64 @@
+"""The README cannot drift: its commands parse, its files exist, and the CI runs what it says."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ENVIRONMENT, ROOT
+
+SCRIPTS = ("extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate")
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
+COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun) .*\b\w+\.py", line)]
+
+
+def test_every_stage_has_a_command():
+    assert {name for name in SCRIPTS for command in COMMANDS if f"{name}.py" in command} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, monkeypatch):
+    words = shlex.split(command)
+    script = next(k for k, word in enumerate(words) if word.endswith(".py"))
+    monkeypatch.setattr(sys, "argv", words[script:])
+    module = __import__(words[script].removesuffix(".py"))
+    assert vars(module.parse_args())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_teaches_and_only_extraction_needs_mediapipe(script):
+    """--help in a process where mediapipe cannot be imported."""
+    code = (f"import runpy, sys; sys.modules['mediapipe'] = None; sys.argv = ['{script}.py', '--help'];"
+            f"sys.path.insert(0, r'{ROOT}'); runpy.run_path(r'{ROOT / script}.py', run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0 and "python " + script + ".py" in result.stdout, result.stderr
+
+
+def test_only_extraction_imports_mediapipe():
+    for path in ROOT.glob("*.py"):
+        assert ("import mediapipe" in path.read_text()) == (path.name == "extract_hands.py")
+
+
+def test_ci_runs_the_second_command_exactly():
+    first, second = [line for line in BLOCKS.splitlines() if line.startswith("python3 -m venv")]
+    assert first.endswith("tests/demo.py") and second.endswith("-m pytest")
+    assert second in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_files_named_in_the_readme_are_written_by_a_script():
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    for name in set(re.findall(r"`([a-z_-]+\.(?:npy|pt|txt|jpg|png|jsonl|json|md|csv))`", README)):
+        assert name in code or name.removesuffix(".npy") in code, name
+
+
+def test_every_import_is_named_in_requirements():
+    names = {"cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+    required = (ROOT / "requirements.txt").read_text()
+    own = {path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        for module in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M):
+            if module not in sys.stdlib_module_names and module not in own:
+                assert re.search(rf"^{names.get(module, module)}\b", required, re.M), f"{path.name} imports {module}"
