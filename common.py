@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -36,16 +37,11 @@ from tqdm import tqdm
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
-# The official training code keeps the ResNet's children in a Sequential, so that their names became numbers.
-OFFICIAL_NAMES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-
 
 def load_backbone(name, path):
     """torchvision ResNet `name` with fc = Identity: pictures (N, 3, H, W) -> features (N, 512 or 2048).
-
-    path: "none" (random), "imagenet" (torchvision's IMAGENET1K_V1, which the paper starts from), or a file: ours,
-    torchvision's, SiMHand's or PeCLR's release, or an official training checkpoint. Keys that do not fit exactly
-    raise InputError naming them.
+    path: "none" (random), "imagenet" (torchvision's IMAGENET1K_V1), or a file: ours, torchvision's, SiMHand's or
+    PeCLR's release, or an official training checkpoint. Keys that do not fit exactly raise InputError naming them.
     """
     try:
         network = getattr(torchvision.models, name)(weights="IMAGENET1K_V1" if path == "imagenet" else None)
@@ -58,10 +54,10 @@ def load_backbone(name, path):
     state = state.get("state_dict", state) if isinstance(state, dict) else None  # PeCLR's and official ones are wrapped
     require(isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()),
             f"{path}: expected a state dict of a torchvision {name}, that is names and tensors only")
-    official = re.compile(r"encoder\.features\.(\d+)\.(.*)")
-    if any(official.match(key) for key in state):  # the projection head of such a checkpoint is left behind
-        found = [(official.match(key), value) for key, value in state.items() if official.match(key)]
-        state = {f"{OFFICIAL_NAMES.get(m[1], m[1])}.{m[2]}": value for m, value in found}
+    numbered = [(re.match(r"encoder\.features\.([0-7])\.(.*)", key), value) for key, value in state.items()]
+    if any(match for match, _ in numbered):  # official checkpoints number the ResNet's children, and carry more beside
+        children = [child for child, _ in network.named_children()]
+        state = {f"{children[int(match[1])]}.{match[2]}": value for match, value in numbered if match}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     try:
         network.load_state_dict(state)
@@ -76,10 +72,9 @@ def load_backbone(name, path):
 
 def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 224, colour=True):
     """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours). -> dict, see below.
-
-    rng: numpy Generator. keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the
-    square's half side, in largest distances of a keypoint from the keypoints' mean. move: largest shift of the square
-    per axis to either side, as a share of the crop's side. The view is
+    keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the square's half side, in
+    largest distances of a keypoint from their mean. move: largest shift of the square per axis, as a share of the
+    crop's side. The view is
       matrix (2, 3)  crop pixels -> view pixels
       angle          degrees as in cv2.getRotationMatrix2D: positive turns the content counter-clockwise
       shift (2,)     where the hand's centre lies in the view, minus the view's centre, over the view's side
@@ -100,7 +95,6 @@ def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(
 
 def apply_view(view, image, keypoints, view_side):
     """image (H, W, 3) and keypoints (21, 2) of the crop -> the view's (view_side, view_side, 3) and (21, 2).
-
     What lies outside the crop is black. The colour factors act in HSV with red and blue exchanged, as published: skin
     then has a hue of 17-114 (of 180), so that the factor on hue really changes it.
     """
@@ -125,7 +119,6 @@ def normalise(images):
 
 def undo_view(projection, angle, shift):
     """Undo a view's shift and rotation in the projection space (PeCLR's equivariance). Returns a new tensor.
-
     projection (N, M, 2): L2-normalised, read as M points in the plane, y down. angle (N,) degrees and shift (N, 2) as
     a fraction of the view's side, both as in `sample_view`. Range and mean carry no gradient.
     """
@@ -142,7 +135,6 @@ def undo_view(projection, angle, shift):
 @torch.no_grad()
 def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg=0.05):
     """Weights of the N positive pairs (N,) and of all pairs of the 2N views (2N, 2N) (SiMHand's adaptive weighting).
-
     keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels (or J = 1 vector of their
     PCA embedding). d is the mean over J of the Euclidean distance. "linear": w = (d_max - d) / (d_max - d_min);
     "nonlinear": w = 1 / (1 + exp(slope (d - mean d))). Positives and all pairs each have their own range and mean.
@@ -153,8 +145,10 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
         equal = high - low < 1e-4
         if kind == "linear":
             w = d.neg_().add_(high).div_(torch.where(equal, 1.0, high - low))
-        else:
+        elif kind == "nonlinear":
             w = d.sub_(d.mean()).mul_(-slope).sigmoid_()
+        else:
+            raise ValueError(f"kind must be linear or nonlinear, not {kind}")
         return torch.where(equal, 1.0, w)
 
     every = torch.cat([keypoints1, keypoints2])
@@ -168,7 +162,6 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
 
 def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
     """SiMHand's weighted NT-Xent: mean over the 2N views i, with s the cosine similarity, of
-
         -log( exp(w_pos s(i, i+) / t) / sum over k != i of exp(w_neg(i, k) s(i, k) / t) )
 
     z1, z2: (N, D), L2-normalised, row i of both is a positive pair. pos_weight (N,), neg_weight (2N, 2N), or None for
@@ -215,8 +208,11 @@ def atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: could not be written: {error.strerror or error}")
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise InputError(f"{path}: could not be written: {cause.strerror or cause}")
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -227,14 +223,12 @@ def save_array(path, array):
 
 
 def save_image(path, image):
-    """image: RGB uint8 (H, W, 3) -> JPEG or PNG, by the name."""
     with atomic(path) as file:
         file.write(cv2.imencode(Path(path).suffix, image[:, :, ::-1])[1])
 
 
 def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
     """Read a .npy file, never running code from it. shape: numbers, None where any length will do; hint: what to do.
-
     Raises InputError where the file is missing, cut short, or differs from dtype, shape or finiteness.
     """
     hint = f" ({hint})" if hint else ""
@@ -286,8 +280,8 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         thing = re.search(r"GLOBAL (\S+)", str(error))
-        require(not thing, f"{path}: holds pickled objects ({thing and thing[1]}), which are never loaded; if you trust "
-                "it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
+        require(not thing, f"{path}: holds pickled objects ({thing and thing[1]}), which are never loaded; if you "
+                "trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
         raise InputError(f"{path}: truncated, or not a checkpoint written by torch.save")
 
 
@@ -304,6 +298,9 @@ def run_script(main):
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on", 130
+    finally:
+        for child in multiprocessing.active_children():  # loader processes ignore SIGTERM
+            child.kill()
     for bar in list(tqdm._instances):
         bar.close()  # the message gets a line of its own
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -312,17 +309,15 @@ def run_script(main):
 
 def print_settings(args, **effective):
     """All arguments and the quantities that follow from them, once, at the start."""
-    for title, values in (("settings", vars(args)), ("effective", effective)):
-        print(f"{title}: " + "  ".join(f"{key} {value}" for key, value in values.items()), flush=True)
+    for values in (vars(args), effective):
+        print("  ".join(f"{key} {value}" for key, value in values.items()), flush=True)
 
 
 def open_folder(folder):
     """Make an output folder, lock it for this process's life, and clear what a killed run left half-written."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{folder}: is a file, expected a folder to write to")
+    require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
+    folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -335,8 +330,7 @@ def open_folder(folder):
 
 def start_ranks(device):
     """Join the other processes of torchrun, if any. -> rank, number of ranks, device."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local, world = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
@@ -367,20 +361,17 @@ def save_checkpoint(folder, content):
 
 def resume(folder, args, free):
     """The newest checkpoint of a run, or None where there is none.
-
     free: names of arguments that cannot change the result; any other that differs from the checkpoint's is an error.
     """
-    names = ("checkpoint.pt", "checkpoint-previous.pt")
-    kept = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
-    if not kept:
+    path, previous = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint-previous.pt"
+    if not path.exists() and not previous.exists():
         return None
     try:
-        content = load_checkpoint(kept[0])
+        content = load_checkpoint(path)
     except InputError as error:
-        if len(kept) == 1:
-            raise
-        print(f"{error}; going on from {kept[1]}", file=sys.stderr)
-        content = load_checkpoint(kept[1])
+        require(previous.exists(), error)
+        print(f"{error}; going on from {previous}", file=sys.stderr)
+        content = load_checkpoint(previous)
     refuse_other_arguments(folder, content["args"], args, free)
     return content
 
@@ -401,11 +392,10 @@ def start_log(folder, args, step=0):
     """log.jsonl of a run: the command and all arguments in its first line. Going on from a checkpoint drops the lines
     that a killed run wrote after it. Returns the rows kept, the first line not counted."""
     path = Path(folder) / "log.jsonl"
-    first = {"command": shlex.join(sys.argv), "args": plain(args)}
-    rows = read_log(path)[1:] if step and path.exists() else []
-    rows = [row for row in rows if row.get("step", 0) <= step]
+    rows = [row for row in read_log(path)[1:] if row.get("step", 0) <= step] if step and path.exists() else []
     with atomic(path) as file:
-        file.writelines((json.dumps(row) + "\n").encode() for row in [first, *rows])
+        for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, *rows):
+            file.write((json.dumps(row) + "\n").encode())
     return rows
 
 
@@ -429,7 +419,7 @@ def catch_sigterm():
 
     def handler(number, frame):
         received.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, handler)
     return received
@@ -442,8 +432,8 @@ FINGER_COLOURS = ((255, 140, 0), (80, 220, 60), (60, 200, 255), (70, 90, 255), (
 
 
 def draw_hand(image, keypoints, colour=None, text=""):
-    """A copy of image (H, W, 3) with the skeleton of keypoints (21, 2), coloured by finger or in one colour, and a short
-    text in its upper left corner."""
+    """A copy of image (H, W, 3) with the skeleton of keypoints (21, 2), coloured by finger or in one colour, and a text
+    in its upper left corner."""
     image = np.ascontiguousarray(image).copy()
     points = np.round(np.clip(keypoints, -1e4, 1e4) * 16).astype(int)  # OpenCV draws to 1/16 px with shift=4
     width = max(1, round(image.shape[0] / 150))
@@ -452,7 +442,7 @@ def draw_hand(image, keypoints, colour=None, text=""):
         cv2.line(image, a, b, colour or FINGER_COLOURS[(joint - 1) // 4], width, cv2.LINE_AA, 4)
     size = image.shape[0] / 380
     for shade, width in ((0, 3), (255, 1)):
-        cv2.putText(image, text, (3, round(26 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, (shade,) * 3, width, cv2.LINE_AA)
+        cv2.putText(image, text, (3, round(26 * size)), 0, size, (shade, shade, shade), width, cv2.LINE_AA)
     return image
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError, atomic, load_array, print_settings, run_script
+from common import atomic, load_array, print_settings, require, run_script
 
 HINT = "finetune.py writes it; any method's predictions will do"
 THRESHOLDS = {"auc_0_50": np.linspace(0, 50, 100), "auc_20_50": np.linspace(20, 50, 15)}  # mm
@@ -61,18 +61,16 @@ def main():
 
 def load_run(run):
     """-> prediction, truth (T, 21, 3) float64 mm, valid (T, 21)."""
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
+    require(run.is_dir(), f"{run}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
     truth = load_array(run / "gt_xyz.npy", np.float32, (None, 21, 3), hint=HINT, finite=False)
     prediction = load_array(run / "pred_xyz.npy", np.float32, (len(truth), 21, 3), hint=HINT)
     valid = np.ones(truth.shape[:2], bool)
     if (run / "valid.npy").exists():
         valid = load_array(run / "valid.npy", bool, truth.shape[:2], hint=HINT)
-    if not np.isfinite(truth[valid]).all():
-        raise InputError(f"{run / 'gt_xyz.npy'}: a valid joint must be finite, sample "
-                         f"{np.argwhere(valid & ~np.isfinite(truth).all(2))[0][0]} has one that is not")
-    if not valid.any():
-        raise InputError(f"{run / 'valid.npy'}: no joint is valid, nothing can be scored")
+    bad = np.flatnonzero((valid & ~np.isfinite(truth).all(2)).any(1))
+    require(not len(bad), f"{run / 'gt_xyz.npy'}: valid joints must be finite, those of {len(bad)} samples are not: "
+            f"{', '.join(map(str, bad[:5]))}")
+    require(valid.any(), f"{run / 'valid.npy'}: no joint is valid, nothing can be scored")
     bone = np.median(np.linalg.norm(truth[:, 9] - truth[:, 0], axis=1)[valid[:, 0] & valid[:, 9]])
     if not 40 <= bone <= 140:
         print(f"{run / 'gt_xyz.npy'}: warning: the bone 0-9 has a median of {bone:.3g}, expected 40 to 140: are "

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (HANDS_DTYPE, InputError, atomic, draw_crop, load_hands, open_folder, print_settings, read_log,
-                    refuse_other_arguments, run_script, save_array, save_image, sheet, start_log, write_log)
+                    refuse_other_arguments, require, run_script, save_array, save_image, sheet, start_log, write_log)
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 RENEW = 20  # videos until a worker is replaced: MediaPipe's memory grows with what it has seen
@@ -56,9 +56,9 @@ def parse_args():
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
                         help="processes, a video at a time each (default: one a core)")
     args = parser.parse_args()
-    if args.fps <= 0 or args.workers < 1 or args.size < 8 or not 1 <= args.quality <= 100 or args.max_hands < 1:
-        raise InputError("--fps must be above 0, --workers and --max-hands at least 1, --size at least 8, "
-                         "--quality 1 to 100")
+    require(args.fps > 0 and min(args.workers, args.max_hands) >= 1 and args.size >= 8 and 1 <= args.quality <= 100,
+            "--fps must be above 0, --workers and --max-hands at least 1, --size at least 8, --quality 1 to 100")
+    require(0 <= args.min_score <= 1 and args.margin >= 1, "--min-score must lie in 0..1, --margin must be at least 1")
     return args
 
 
@@ -73,18 +73,24 @@ def main():
         start_log(out, args)
     move_merged(out)
     merged = (out / "videos.txt").read_text().splitlines() if (out / "videos.txt").exists() else []
+    require(not merged or set(merged) & set(names),
+            f"{out / 'videos.txt'}: names none of the videos in {root}, expected the same input folder as before")
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
     todo = [name for name in names if name not in set(merged) and not part_path(parts, name).exists()]
     print_settings(args, root=root, videos=len(names), already_merged=len(merged), to_do=len(todo))
 
     start, frames, hands = time.time(), 0, 0
-    results = start_workers(todo, root, parts, args)
+    waiting = deque(todo)
+    results = start_workers(waiting, root, parts, args)
     with tqdm(total=len(names), initial=len(names) - len(todo), unit="video", disable=not todo) as bar:
         for _ in todo:
             result = results.get()
             if "fatal" in result:
+                waiting.clear()  # so that no worker starts while this process ends
                 raise InputError(result["fatal"])
+            if "died" in result:
+                result = save_part(parts, result["died"], [], [], [], 0, result["reason"])
             frames, hands = frames + result["frames"], hands + result["hands"]
             bar.set_postfix_str(f"{hands} hands, {frames / (time.time() - start):.1f} frames/s")
             bar.update()
@@ -103,14 +109,11 @@ def list_videos(inputs):
             found.append(path)
         else:
             raise InputError(f"{path}: no such file or folder, expected videos")
-    if not found:
-        raise InputError(f"{', '.join(inputs)}: holds no video ({', '.join(SUFFIXES)})")
+    require(found, f"{', '.join(inputs)}: holds no video, expected {', '.join(SUFFIXES)}")
     roots = [path if path.is_dir() else path.parent for path in map(Path, inputs)]
-    root = Path(os.path.commonpath([path.resolve() for path in roots]))
-    names = sorted({p.resolve().relative_to(root).as_posix() if p.resolve().is_relative_to(root)
-                    else p.as_posix() for p in found})  # a link may lead elsewhere
-    if any("\n" in name for name in names):
-        raise InputError(f"{root}: a video's name holds a line break, which videos.txt cannot")
+    root = Path(os.path.commonpath([os.path.abspath(path) for path in roots]))
+    names = sorted({Path(os.path.abspath(path)).relative_to(root).as_posix() for path in found})
+    require(not any("\n" in name for name in names), f"{root}: a video's name holds a line break, videos.txt cannot")
     return root, names
 
 
@@ -121,8 +124,8 @@ def part_path(parts, name):
 # ---------------------------------------------------------------------------------------------- workers
 
 def start_workers(todo, root, parts, args):
-    """Run all videos through `args.workers` processes. -> queue of one result for each video."""
-    todo, results = deque(todo), queue.Queue()
+    """Run the videos of the deque `todo` through `args.workers` processes. -> queue of one result for each video."""
+    results = queue.Queue()
     context = multiprocessing.get_context("spawn")
     cores = sorted(os.sched_getaffinity(0))
 
@@ -143,7 +146,7 @@ def start_workers(todo, root, parts, args):
                 except (EOFError, OSError):
                     process.join()
                     reason = f"the worker ended with status {process.exitcode}, see worker.log"
-                    results.put(save_part(parts, name, [], [], [], 0, reason))
+                    results.put({"died": name, "reason": reason})
                     break
             ours.close()
             process.join()
@@ -155,7 +158,8 @@ def start_workers(todo, root, parts, args):
 
 def work(connection, core, root, parts, args):
     """A worker process: extract the videos whose names arrive, answer each with its counts."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # the parent decides, and takes its workers with it
     os.sched_setaffinity(0, {core})  # before MediaPipe starts its threads: it has no option for their number
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
     with open(parts.parent / "worker.log", "ab") as log:

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, draw_hand, load_backbone,
-                    load_checkpoint, normalise, open_folder, plain, plot_curves, print_settings, resume,
+                    load_checkpoint, normalise, open_folder, plain, plot_curves, print_settings, require, resume,
                     run_script, save_array, save_checkpoint, save_image, sheet, start_log, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
@@ -64,10 +64,10 @@ def parse_args():
                         help="loader processes, 0: none (default: one a core, 8 at most)")
     parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")
     args = parser.parse_args()
-    if not 0 < args.label_fraction <= 1 or min(args.epochs, args.batch_size) < 1 or args.lr <= 0:
-        raise InputError("--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
-    if args.input_size < 32 or args.input_size % 32:
-        raise InputError(f"--input-size must be a multiple of 32, not {args.input_size}")
+    require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
+            "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
+    require(args.input_size >= 32 and args.input_size % 32 == 0,
+            f"--input-size must be a multiple of 32, not {args.input_size}")
     return args
 
 
@@ -77,8 +77,8 @@ def main():
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     train, validation, test, notes = split(args)
     steps_per_epoch = len(train.uv) // args.batch_size
-    if not steps_per_epoch:
-        raise InputError(f"{args.root}: {len(train.uv)} training pictures, fewer than --batch-size {args.batch_size}")
+    require(steps_per_epoch,
+            f"{args.root}: {len(train.uv)} training pictures, fewer than --batch-size {args.batch_size}")
     out, total = Path(args.out), args.epochs * steps_per_epoch
 
     torch.manual_seed(args.seed)
@@ -89,6 +89,8 @@ def main():
     step, best = 0, math.inf
     kept = resume(out, args, FREE)
     if kept:
+        require(kept["pictures"] == len(train.uv), f"{out}: was trained on {kept['pictures']} pictures, these are "
+                f"{len(train.uv)}; choose another --out")
         net.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step, best = kept["step"], kept["best"]
@@ -122,9 +124,8 @@ def main():
         end_of_epoch = step % steps_per_epoch == 0
         if end_of_epoch or stop or time.time() - saved > 60 * args.save_minutes:
             mean = torch.stack(recent).mean().item()
-            if not math.isfinite(mean):
-                raise InputError(f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last good "
-                                 f"state; try a smaller --lr or --precision fp32")
+            require(math.isfinite(mean), f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last "
+                    "good state; try a smaller --lr or --precision fp32")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"], loss=mean,
                        pictures_per_s=args.batch_size * len(recent) / (time.time() - since))
             if end_of_epoch:
@@ -135,8 +136,8 @@ def main():
                         torch.save(dict(backbone=args.backbone, model=net.state_dict()), file)
             rows.append(row)
             write_log(out, row)
-            save_checkpoint(out, dict(args=plain(args), step=step, best=best, model=net.state_dict(),
-                                      optimizer=optimizer.state_dict()))
+            save_checkpoint(out, dict(args=plain(args), pictures=len(train.uv), step=step, best=best,
+                                      model=net.state_dict(), optimizer=optimizer.state_dict()))
             bar.set_postfix_str(f"loss {mean:.3f}, validation {best:.1f} mm, {row['pictures_per_s']:.0f} pictures/s")
             saved, recent, since = time.time(), [], time.time()
             if stop and step < total:
@@ -173,8 +174,7 @@ def split(args):
     train, test, notes = READERS[args.dataset](Path(args.root))
     groups = np.unique(train.group)
     chosen = np.random.default_rng(args.seed).permutation(groups)[:max(round(args.label_fraction * len(groups)), 1)]
-    if len(chosen) < 2:
-        raise InputError(f"{args.root}: {len(chosen)} training samples, expected at least 2: one is for validation")
+    require(len(chosen) > 1, f"{args.root}: {len(chosen)} training samples, expected at least 2: one is for validation")
     held_out = np.isin(train.group, chosen[::10])  # by unique sample, so that no pose is on both sides
     used = np.isin(train.group, chosen) & ~held_out
     notes = notes + [f"labels: {len(chosen)} of {len(groups)} unique training samples, "
@@ -197,27 +197,24 @@ def read_freihand(root):
         loaded = {}
         for key in ("K", "xyz"):
             file = next((p / f"{name}_{key}.json" for p in places if (p / f"{name}_{key}.json").is_file()), None)
-            if not file:
-                raise InputError(f"{places[-1] / f'{name}_{key}.json'}: missing, expected FreiHAND's list"
-                                 + (f", there or in {root}" if len(places) > 1 else ""))
+            require(file, f"{places[-1] / f'{name}_{key}.json'}: missing, expected FreiHAND's list"
+                    + (f", there or in {root}" if len(places) > 1 else ""))
             try:
                 loaded[key] = np.array(json.loads(file.read_text()), np.float64)
             except ValueError:
                 raise InputError(f"{file}: truncated or not a list of arrays of one shape, expected FreiHAND's json")
             shape = (3, 3) if key == "K" else (21, 3)
-            if loaded[key].shape[1:] != shape or not np.isfinite(loaded[key]).all():
-                raise InputError(f"{file}: has shape {loaded[key].shape}, expected (N, {shape[0]}, {shape[1]}), finite")
+            require(loaded[key].shape[1:] == shape and np.isfinite(loaded[key]).all(),
+                    f"{file}: has shape {loaded[key].shape}, expected (N, {shape[0]}, {shape[1]}), finite")
             loaded[key + "_file"] = file
         matrix, xyz = loaded["K"], loaded["xyz"]
-        if len(matrix) != len(xyz):
-            raise InputError(f"{loaded['K_file']}: has {len(matrix)} entries, {loaded['xyz_file'].name} "
-                             f"has {len(xyz)}, expected equal lengths")
-        if not 0 < np.median(np.linalg.norm(xyz[:, 9] - xyz[:, 0], axis=1)) < 1:
-            raise InputError(f"{loaded['xyz_file']}: a bone 0-9 has a median above 1, expected metres")
+        require(len(matrix) == len(xyz), f"{loaded['K_file']}: has {len(matrix)} entries, {loaded['xyz_file'].name} "
+                f"has {len(xyz)}, expected equal lengths")
+        require(np.median(bone(xyz)) < 1, f"{loaded['xyz_file']}: the bone 0-9 has a median above 1, expected metres")
         pictures = sorted((root / name / "rgb").glob("*.jpg"))
         versions = 4 if name == "training" else 1
-        if len(pictures) != versions * len(xyz):
-            raise InputError(f"{root / name / 'rgb'}: holds {len(pictures)} pictures, expected {versions} x {len(xyz)}")
+        require(len(pictures) == versions * len(xyz),
+                f"{root / name / 'rgb'}: holds {len(pictures)} pictures, expected {versions} x {len(xyz)}")
         uvw = xyz @ matrix.transpose(0, 2, 1)
         group = np.tile(np.arange(len(xyz)), versions)  # picture i shows sample i % number of samples
         sets.append(SimpleNamespace(paths=np.array([str(p) for p in pictures]), left=np.zeros(len(group), bool),
@@ -266,8 +263,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def read_picture(path):
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise InputError(f"{path}: missing or not a picture that can be read")
+    require(image is not None, f"{path}: missing or not a picture that can be read")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

@@ -19,8 +19,8 @@ import torch
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from common import (InputError, atomic, draw_crop, load_hands, open_folder, plain, print_settings, run_script,
-                    save_array, save_image, sheet)
+from common import (atomic, draw_crop, load_hands, open_folder, plain, print_settings, require, run_script, save_array,
+                    save_image, sheet)
 
 
 def parse_args():
@@ -33,8 +33,7 @@ def parse_args():
                         help="let a neighbour come from the hand's own video (ablation: mostly near-duplicates)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one); the result is the same")
     args = parser.parse_args()
-    if not 1 <= args.dims <= 42 or args.top_k < 1:
-        raise InputError("--dims must lie in 1..42, --top-k must be at least 1")
+    require(1 <= args.dims <= 42 and args.top_k >= 1, "--dims must lie in 1..42, --top-k must be at least 1")
     return args
 
 
@@ -43,16 +42,12 @@ def main():
     hands = load_hands(args.hands)
     keypoints, video = hands.keypoints, hands.hands["video"]
     count, videos = len(keypoints), len(np.unique(video))
-    if count < args.dims + 1:
-        raise InputError(f"{hands.folder / 'keypoints.npy'}: {count} hands, a PCA of --dims {args.dims} needs "
-                         f"{args.dims + 1}")
-    if videos == 1 and not args.same_video:
-        raise InputError(f"{hands.folder / 'hands.npy'}: all {count} hands come from one video, but neighbours are "
-                         f"taken from other videos; extract more videos or allow --same-video")
+    listed = hands.folder / "hands.npy"
+    require(count > args.dims, f"{listed}: {count} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
+    require(videos > 1 or args.same_video, f"{listed}: all {count} hands come from one video, but neighbours are taken "
+            "from other videos; extract more videos or allow --same-video")
     most = count - (1 if args.same_video else np.bincount(video)[np.unique(video)].min())
-    if args.top_k > most:
-        raise InputError(f"{hands.folder / 'hands.npy'}: no hand has more than {most} candidates, fewer than --top-k "
-                         f"{args.top_k}")
+    require(args.top_k <= most, f"{listed}: no hand has more than {most} candidates, fewer than --top-k {args.top_k}")
     out = Path(args.out or args.hands)
     lock = open_folder(out)  # held until the process ends
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -83,14 +78,13 @@ def main():
     plot_distances(out / "distances.png", embeddings, distances[paired, 0])
     save_array(out / "neighbours.npy", neighbours)
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
-    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next: python pretrain.py {args.hands}")
+    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next: pretrain.py {args.hands}")
 
 
 def fit_pca(poses, dims):
     """poses (N, 42) float64 -> mean (42,), components (dims, 42), share of the variance explained. The component's sign
     is free in a PCA; here its largest loading is positive, so that the result does not depend on the library."""
-    if np.ptp(poses, axis=0).max() < 1e-9:
-        raise InputError("keypoints.npy: all hands have the same keypoints, a PCA needs them to vary")
+    require(np.ptp(poses, axis=0).max() > 1e-9, "keypoints.npy: all hands are the same, a PCA needs them to vary")
     pca = PCA(dims, svd_solver="covariance_eigh" if len(poses) > 42 else "full").fit(poses)
     largest = np.abs(pca.components_).argmax(1)
     signs = np.sign(pca.components_[np.arange(dims), largest])

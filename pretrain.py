@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, InputError, apply_view, atomic, catch_sigterm, draw_hand, gather, load_array,
+from common import (BACKBONES, apply_view, atomic, catch_sigterm, draw_hand, gather, load_array,
                     load_backbone, load_hands, normalise, nt_xent, open_folder, pair_weights, plain, plot_curves,
-                    print_settings, read_crop, resume, run_script, sample_view, save_checkpoint, save_image,
+                    print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint, save_image,
                     sheet, start_log, start_ranks, undo_view, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
@@ -93,12 +93,12 @@ def parse_args():
     args.rotation = args.rotation if args.rotation is not None else 0.0 if simclr else 45.0
     args.crop_margin = args.crop_margin or ([1.25, 1.25] if simclr else [0.9, 1.5])
     args.warmup_epochs = args.warmup_epochs if args.warmup_epochs is not None else args.epochs // 10
-    if min(args.epochs, args.batch_size, args.top_k, args.input_size) < 1 or args.temperature <= 0 or args.lr <= 0:
-        raise InputError("--epochs, --batch-size, --top-k, --input-size, --temperature and --lr must be above 0")
-    if not 0 <= args.warmup_epochs < args.epochs:
-        raise InputError(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    if not 0 < args.crop_margin[0] <= args.crop_margin[1]:
-        raise InputError("--crop-margin: expected 0 < LOW <= HIGH")
+    require(min(args.epochs, args.batch_size, args.top_k, args.input_size, args.temperature, args.lr) > 0,
+            "--epochs, --batch-size, --top-k, --input-size, --temperature and --lr must be above 0")
+    require(args.micro_batch is None or args.micro_batch > 0, "--micro-batch must be above 0")
+    require(0 <= args.warmup_epochs < args.epochs,
+            f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+    require(0 < args.crop_margin[0] <= args.crop_margin[1], "--crop-margin: expected 0 < LOW <= HIGH")
     return args
 
 
@@ -107,14 +107,13 @@ def main():
     rank, world, device = start_ranks(args.device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     micro = args.micro_batch or args.batch_size // world
-    if args.batch_size % (world * micro):
-        raise InputError(f"--batch-size {args.batch_size} must be a multiple of {world} ranks x --micro-batch {micro}")
+    require(micro and args.batch_size % (world * micro) == 0,
+            f"--batch-size {args.batch_size} must be a multiple of {world} ranks x --micro-batch {micro}")
     pieces = args.batch_size // (world * micro)
     data = load_data(args)
     steps_per_epoch = len(data.usable) // args.batch_size
-    if not steps_per_epoch:
-        raise InputError(f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size "
-                         f"{args.batch_size}")
+    require(steps_per_epoch,
+            f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size {args.batch_size}")
     total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     lock = open_folder(args.out) if rank == 0 else None  # held until the process ends
 
@@ -124,6 +123,8 @@ def main():
     step = 0
     kept = resume(args.out, args, FREE)
     if kept:
+        require(kept["usable"] == len(data.usable), f"{args.out}: was trained on {kept['usable']} hands, these are "
+                f"{len(data.usable)}; choose another --out")
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["random"])
@@ -164,9 +165,8 @@ def main():
             due = bool(gather(torch.tensor([float(due)], device=device)).any())
         if step % report == 0 or due:
             mean = torch.stack(recent).mean(0).tolist()  # the one place where the host waits for the device
-            if not math.isfinite(mean[0]):
-                raise InputError(f"{args.out}: the loss is not finite at step {step}; checkpoint.pt holds the last "
-                                 f"good state; try a smaller --lr or --precision fp32")
+            require(math.isfinite(mean[0]), f"{args.out}: the loss is not finite at step {step}; checkpoint.pt holds "
+                    "the last good state; try a smaller --lr or --precision fp32")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"],
                        **dict(zip(VALUES, mean)), views_per_s=2 * args.batch_size * len(recent) / (time.time() - since))
             recent, since = [], time.time()
@@ -176,8 +176,9 @@ def main():
                 write_log(args.out, row)
         if due:
             if rank == 0:
-                save_checkpoint(args.out, dict(args=plain(args), step=step, model=model.state_dict(),
-                                               optimizer=optimizer.state_dict(), random=torch.get_rng_state()))
+                save_checkpoint(args.out, dict(args=plain(args), usable=len(data.usable), step=step,
+                                               model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                               random=torch.get_rng_state()))
             saved = since = time.time()
             if stop and step < total:
                 bar.close()
@@ -329,29 +330,29 @@ def load_data(args):
     """
     folders, neighbours, usable, notes = [load_hands(path) for path in args.hands], [], [], []
     pairs = args.pairs or args.hands
-    if len(pairs) != len(folders):
-        raise InputError(f"--pairs: {len(pairs)} folders for {len(folders)} hands folders, expected one for each")
+    require(len(pairs) == len(folders),
+            f"--pairs: {len(pairs)} folders for {len(folders)} hands folders, expected one for each")
     pca = None
     for number, (hands, path) in enumerate(zip(folders, map(Path, pairs))):
         count = len(hands.keypoints)
         hint = "run mine_pairs.py again"
         if (path / "neighbours.npy").exists():
             found = load_array(path / "neighbours.npy", np.int64, (count, None), hint=hint)
-            if found.min(initial=0) < -1 or found.max(initial=-1) >= count:
-                raise InputError(f"{path / 'neighbours.npy'}: values must lie in -1..{count - 1} ({hint})")
-            if args.method == "simhand" and args.top_k > found.shape[1]:
-                raise InputError(f"{path / 'neighbours.npy'}: {found.shape[1]} neighbours a hand were mined, --top-k "
-                                 f"is {args.top_k} (mine_pairs.py --top-k {args.top_k})")
+            require(found.min(initial=0) >= -1 and found.max(initial=-1) < count,
+                    f"{path / 'neighbours.npy'}: values must lie in -1..{count - 1} ({hint})")
+            require(args.method != "simhand" or args.top_k <= found.shape[1],
+                    f"{path / 'neighbours.npy'}: {found.shape[1]} neighbours a hand were mined, --top-k is "
+                    f"{args.top_k}; run mine_pairs.py --top-k {args.top_k}")
             rows = np.flatnonzero(found[:, 0] >= 0)
-        elif args.method == "simhand":
-            raise InputError(f"{path / 'neighbours.npy'}: missing, expected mined pairs (run mine_pairs.py first)")
         else:
+            require(args.method != "simhand",
+                    f"{path / 'neighbours.npy'}: missing, expected mined pairs (run mine_pairs.py first)")
             found, rows = None, np.arange(count)
             notes.append(f"{path} was not mined: all its {count} hands are used")
         if args.weight_pca and args.weighting != "none":
             own = load_array(path / "pca.npy", np.float32, (None, 42), hint=hint)[1:]
-            if pca is not None and not np.array_equal(pca, own):
-                raise InputError(f"{path / 'pca.npy'}: differs from that of {pairs[0]}; --weight-pca needs one for all")
+            require(pca is None or np.array_equal(pca, own),
+                    f"{path / 'pca.npy'}: differs from that of {pairs[0]}; --weight-pca needs one for all")
             pca = own
         neighbours.append(found)
         usable.append(np.stack([np.full(len(rows), number), rows], 1))

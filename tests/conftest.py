@@ -54,10 +54,10 @@ def listing(folder):
 
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
-    """Folder with videos/ (6 of 4 s at 5 fps, and their truth) and freihand/ (16 training samples, 8 for testing)."""
+    """Folder with videos/ (8 of 4 s at 5 fps, and their truth) and freihand/ (16 training samples, 8 for testing)."""
     import synthetic
     folder = tmp_path_factory.mktemp("rendered")
-    synthetic.write_videos(folder / "videos", videos=6, seconds=4, fps=5, seed=0)
+    synthetic.write_videos(folder / "videos", videos=8, seconds=4, fps=5, seed=0)
     synthetic.write_freihand(folder / "freihand", train=16, evaluation=8, seed=0)
     return folder
 

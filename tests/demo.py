@@ -39,13 +39,13 @@ def main():
         times[name] = times.get(name, 0) + time.time() - start
 
     small = ("--backbone", "resnet18", "--input-size", 64)
-    finetune = ("--dataset", "freihand", "--root", out / "freihand", *small, "--epochs", 14, "--batch-size", 32)
-    stage("render", "tests/synthetic.py", "videos", out / "videos", "--videos", 40, "--seconds", 8, "--fps", 5)
+    finetune = ("--dataset", "freihand", "--root", out / "freihand", *small, "--epochs", 30, "--batch-size", 8)
+    stage("render", "tests/synthetic.py", "videos", out / "videos", "--videos", 32, "--seconds", 8, "--fps", 5)
     stage("render", "tests/synthetic.py", "freihand", out / "freihand", "--train", 60, "--evaluation", 200)
     stage("extract", "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 5, "--size", 112)
     stage("mine", "mine_pairs.py", out / "hands")
     stage("pre-train", "pretrain.py", out / "hands", "--out", out / "simhand", "--weights", "none", *small,
-          "--batch-size", 128, "--epochs", 12)
+          "--batch-size", 64, "--epochs", 12)
     stage("fine-tune from SiMHand", "finetune.py", "--weights", out / "simhand" / "backbone.pt",
           "--out", out / "finetuned-simhand", *finetune)
     stage("fine-tune from nothing", "finetune.py", "--weights", "none", "--out", out / "finetuned-none", *finetune)

@@ -171,7 +171,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     line = refused("evaluate.py", save_run(tmp_path / "nan", nan, truth))
     assert "pred_xyz.npy: values must be finite, row 3" in line
     assert "valid.npy" in refused("evaluate.py", save_run(tmp_path / "mask", truth, truth, all_valid(truth)[:, :20]))
-    assert "gt_xyz.npy: a valid joint must be finite, sample 3" in refused(
+    assert "gt_xyz.npy: valid joints must be finite, those of 1 samples are not: 3" in refused(
         "evaluate.py", save_run(tmp_path / "truth", truth, nan, all_valid(truth)))
     none = save_run(tmp_path / "none", truth, truth, ~all_valid(truth))
     assert "no joint is valid" in refused("evaluate.py", none)

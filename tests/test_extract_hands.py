@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ def test_files_as_the_contract_says(extracted):
     n = len(hands.keypoints)
     assert hands.crops.dtype == np.uint8 and hands.offsets.dtype == np.int64 and len(hands.offsets) == n + 1
     assert hands.keypoints.dtype == np.float32 and hands.hands.dtype == HANDS_DTYPE
-    assert hands.videos == sorted(hands.videos) and len(hands.videos) == 6
+    assert hands.videos == sorted(hands.videos) and len(hands.videos) == 8
     order = np.lexsort((hands.hands["frame"], hands.hands["video"]))
     assert np.array_equal(order, np.arange(n))
     assert all(read_crop(hands, i).shape == (224, 224, 3) for i in range(n))
@@ -58,7 +59,7 @@ def test_keypoints_lie_on_the_true_joints_and_left_hands_were_mirrored(extracted
             errors.append(each.min())
             if each.min() < 0.15:
                 sides.append(truth["left"][each.argmin()] == row["left"])
-    assert len(errors) > 80 and np.median(errors) < 0.06 and np.mean(sides) > 0.6
+    assert len(errors) > 140 and np.median(errors) < 0.06 and np.mean(sides) > 0.9
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not here")
@@ -228,6 +229,20 @@ def test_killed_while_extracting_it_goes_on_to_the_same_bytes(rendered, extracte
 def test_killed_while_merging_it_goes_on_to_the_same_bytes(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
     kill_when(lambda: any((tmp_path / "hands" / name).exists() for name in (".merging.tmp", "merged")), *arguments)
+    run("extract_hands.py", *arguments)
+    assert listing(tmp_path / "hands") == listing(extracted)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(rendered, extracted, tmp_path):
+    """A limit on the size of files stands for the full disk: a part, then the merged crops, cannot be written."""
+    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
+    command = shlex.join(map(str, [sys.executable, ROOT / "extract_hands.py", *arguments]))
+    for limit in (20, 1000):  # KiB
+        result = subprocess.run(["bash", "-c", f"ulimit -f {limit}; {command}"], capture_output=True, text=True,
+                                timeout=100, env=ENVIRONMENT)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert result.stderr.splitlines()[-1].endswith("could not be written: File too large")
+        assert not (tmp_path / "hands" / "crops.npy").exists()
     run("extract_hands.py", *arguments)
     assert listing(tmp_path / "hands") == listing(extracted)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -241,7 +242,7 @@ def test_backbone_loads_into_torchvision_alone(straight):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp_path, number):
     out = tmp_path / "run"
-    arguments = (mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2,
+    arguments = (mined, "--out", out, *TINY[:-1], 1, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2,
                  "--save-minutes", 0)
     process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, arguments)], start_new_session=True,
                                env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -251,11 +252,25 @@ def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp
     printed, _ = process.communicate()
     if number == signal.SIGTERM:
         assert process.returncode == 0 and "stopped by SIGTERM" in printed
-    assert not (out / "backbone.pt").exists() and load_checkpoint(out / "checkpoint.pt")["step"] < 12
+    assert not (out / "backbone.pt").exists() and load_checkpoint(out / "checkpoint.pt")["step"] < 16
     run("pretrain.py", *arguments)
     assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
     a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (out, straight))
     assert same({k: v for k, v in a.items() if k != "args"}, {k: v for k, v in b.items() if k != "args"})
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(straight, mined, tmp_path):
+    """A limit on the size of files stands for the full disk; loader processes must not keep the run alive."""
+    arguments = (mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--micro-batch", 10,
+                 "--epochs", 2)
+    command = shlex.join(map(str, [sys.executable, ROOT / "pretrain.py", *arguments]))
+    result = subprocess.run(["bash", "-c", f"ulimit -f 20000; {command}"], capture_output=True, text=True, timeout=100,
+                            env=ENVIRONMENT)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("could not be written: File too large")
+    assert not list((tmp_path / "run").glob("*.pt")) and not list((tmp_path / "run").glob(".*.tmp"))
+    run("pretrain.py", *arguments)
+    assert same(load_checkpoint(tmp_path / "run" / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
 
 
 def test_a_finished_run_given_again_changes_nothing(straight, mined, tmp_path):
@@ -324,4 +339,4 @@ def test_a_damaged_crop_is_named(pairs, tmp_path):
     for workers in (0, 1):  # an error in a loader's process arrives as one line too
         result = run("pretrain.py", pairs, "--out", tmp_path / f"run{workers}", *TINY[:-1], workers, "--batch-size", 60,
                      "--method", "peclr", "--epochs", 1, status=2)
-        assert "crops.npy: crop 4 is not a JPEG" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+        assert "crops.npy: crop 4, at" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
