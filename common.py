@@ -22,7 +22,6 @@ import shlex
 import shutil
 import signal
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,21 +33,19 @@ import torchvision
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ backbone
-
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def load_backbone(name, path):
     """torchvision ResNet `name` with fc = Identity: pictures (N, 3, H, W) -> features (N, 512 or 2048).
     path: "none" (random), "imagenet" (torchvision's IMAGENET1K_V1), or a file: ours, torchvision's, SiMHand's or
-    PeCLR's release, or an official training checkpoint. Keys that do not fit exactly raise InputError naming them.
-    """
+    PeCLR's release, or an official training checkpoint. Keys that do not fit exactly raise InputError naming them."""
     try:
         network = getattr(torchvision.models, name)(weights="IMAGENET1K_V1" if path == "imagenet" else None)
     except OSError as error:
         raise InputError(f"--weights imagenet: torchvision could not download the weights ({error})")
     network.fc = torch.nn.Identity()
-    if path in ("none", "imagenet"):
+    if path in (None, "none", "imagenet"):
         return network
     state = load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else None  # PeCLR's and official ones are wrapped
@@ -56,20 +53,19 @@ def load_backbone(name, path):
             f"{path}: expected a state dict of a torchvision {name}, that is names and tensors only")
     numbered = [(re.match(r"encoder\.features\.([0-7])\.(.*)", key), value) for key, value in state.items()]
     if any(match for match, _ in numbered):  # official checkpoints number the ResNet's children, and carry more beside
-        children = [child for child, _ in network.named_children()]
-        state = {f"{children[int(match[1])]}.{match[2]}": value for match, value in numbered if match}
+        names = [child for child, _ in network.named_children()]
+        state = {f"{names[int(match[1])]}.{match[2]}": value for match, value in numbered if match}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:  # it names every key that is missing, unexpected or of another shape
-        raise InputError(f"{path}: not the weights of a {name}: {textwrap.shorten(str(error), 500)}")
+        raise InputError(f"{path}: not the weights of a {name}: {' '.join(str(error).split())[:500]}")
     bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
     require(not bad, f"{path}: weights must be finite, not so: {', '.join(bad[:6])}")
     return network
 
 
 # ------------------------------------------------------------------------------------------------ views
-
 def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 224, colour=True):
     """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours). -> dict, see below.
     keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the square's half side, in
@@ -78,8 +74,7 @@ def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(
       matrix (2, 3)  crop pixels -> view pixels
       angle          degrees as in cv2.getRotationMatrix2D: positive turns the content counter-clockwise
       shift (2,)     where the hand's centre lies in the view, minus the view's centre, over the view's side
-      colour (4,)    factors on hue, saturation and value, and what is added to value; None: colours stay
-    """
+      colour (4,)    factors on hue, saturation and value, and what is added to value; None: colours stay"""
     angle, scale = rng.uniform(-rotation, rotation), rng.uniform(*margin)
     offset = rng.uniform(-move, move, 2) * crop_side
     factors = (rng.uniform(0.01, 1), rng.uniform(0.01, 1), rng.uniform(0.5, 1), rng.uniform(5, 20))
@@ -96,8 +91,7 @@ def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(
 def apply_view(view, image, keypoints, view_side):
     """image (H, W, 3) and keypoints (21, 2) of the crop -> the view's (view_side, view_side, 3) and (21, 2).
     What lies outside the crop is black. The colour factors act in HSV with red and blue exchanged, as published: skin
-    then has a hue of 17-114 (of 180), so that the factor on hue really changes it.
-    """
+    then has a hue of 17-114 (of 180), so that the factor on hue really changes it."""
     image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR)
     if view["colour"] is not None:
         hue, saturation, value, add = view["colour"]
@@ -110,21 +104,17 @@ def apply_view(view, image, keypoints, view_side):
 
 def normalise(images):
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels last in memory, ImageNet mean 0 and deviation 1."""
-    mean = torch.tensor([123.675, 116.28, 103.53], device=images.device)
-    deviation = torch.tensor([58.395, 57.12, 57.375], device=images.device)
+    mean, deviation = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], device=images.device)
     return ((images.float() - mean) / deviation).permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------------ loss
-
 def undo_view(projection, angle, shift):
     """Undo a view's shift and rotation in the projection space (PeCLR's equivariance). Returns a new tensor.
     projection (N, M, 2): L2-normalised, read as M points in the plane, y down. angle (N,) degrees and shift (N, 2) as
-    a fraction of the view's side, both as in `sample_view`. Range and mean carry no gradient.
-    """
-    fixed = projection.detach()
-    extent = fixed.amax(1, keepdim=True) - fixed.amin(1, keepdim=True)
-    moved = projection - shift[:, None] * extent
+    a fraction of the view's side, both as in `sample_view`. Range and mean carry no gradient."""
+    low, high = projection.detach().aminmax(dim=1, keepdim=True)
+    moved = projection - shift[:, None] * (high - low)
     mean = moved.detach().mean(1, keepdim=True)
     radian = torch.deg2rad(angle)[:, None]
     cos, sin = torch.cos(radian), torch.sin(radian)
@@ -138,8 +128,7 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
     keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels (or J = 1 vector of their
     PCA embedding). d is the mean over J of the Euclidean distance. "linear": w = (d_max - d) / (d_max - d_min);
     "nonlinear": w = 1 / (1 + exp(slope (d - mean d))). Positives and all pairs each have their own range and mean.
-    Distances that differ by less than 1e-4 px say nothing about similarity: then every weight is 1.
-    """
+    Distances that differ by less than 1e-4 px say nothing about similarity: then every weight is 1."""
     def weights(d, slope):
         low, high = d.amin(), d.amax()
         equal = high - low < 1e-4
@@ -150,9 +139,7 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
         else:
             raise ValueError(f"kind must be linear or nonlinear, not {kind}")
         return torch.where(equal, 1.0, w)
-
-    every = torch.cat([keypoints1, keypoints2])
-    every = every.to(torch.promote_types(every.dtype, torch.float32))
+    every = torch.cat([keypoints1, keypoints2]).to(torch.promote_types(keypoints1.dtype, torch.float32))
     positive = torch.linalg.vector_norm(every[:len(keypoints1)] - every[len(keypoints1):], dim=2).mean(1)
     pairs = every.new_zeros(len(every), len(every))
     for j in range(every.shape[1]):  # joint by joint: a (2N, 2N, 21, 2) tensor would take 45 GB at N = 8192
@@ -163,13 +150,10 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
 def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
     """SiMHand's weighted NT-Xent: mean over the 2N views i, with s the cosine similarity, of
         -log( exp(w_pos s(i, i+) / t) / sum over k != i of exp(w_neg(i, k) s(i, k) / t) )
-
     z1, z2: (N, D), L2-normalised, row i of both is a positive pair. pos_weight (N,), neg_weight (2N, 2N), or None for
-    1. The sum includes the positive, with its w_neg. Computed in float32 (float64 stays), under autocast too.
-    """
+    1. The sum includes the positive, with its w_neg. Computed in float32 (float64 stays), under autocast too."""
     with torch.autocast(z1.device.type, enabled=False):
-        z = torch.cat([z1, z2])
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32))
         n = len(z1)
         logits = z @ z.T
         positive = torch.cat([logits.diagonal(n), logits.diagonal(-n)])  # s(i, i+); (2N,)
@@ -183,7 +167,6 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
 
 
 # ------------------------------------------------------------------------------------------------ files
-
 HANDS_DTYPE = np.dtype([("video", "<i4"), ("frame", "<i4"), ("time", "<f8"), ("box", "<f4", 4), ("left", "?"),
                         ("score", "<f4")])
 
@@ -229,8 +212,7 @@ def save_image(path, image):
 
 def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
     """Read a .npy file, never running code from it. shape: numbers, None where any length will do; hint: what to do.
-    Raises InputError where the file is missing, cut short, or differs from dtype, shape or finiteness.
-    """
+    Raises InputError where the file is missing, cut short, or differs from dtype, shape or finiteness."""
     hint = f" ({hint})" if hint else ""
     name = "records of " + ", ".join(dtype.names) if np.dtype(dtype).names else np.dtype(dtype).name
     wanted = f"{name} ({', '.join('N' if n is None else str(n) for n in shape)})"
@@ -286,7 +268,6 @@ def load_checkpoint(path):
 
 
 # ------------------------------------------------------------------------------------------------ run
-
 def run_script(main):
     """Run main(); whatever the user can mend ends in one line on stderr and status 2."""
     try:
@@ -361,8 +342,7 @@ def save_checkpoint(folder, content):
 
 def resume(folder, args, free):
     """The newest checkpoint of a run, or None where there is none.
-    free: names of arguments that cannot change the result; any other that differs from the checkpoint's is an error.
-    """
+    free: names of arguments that cannot change the result; any other that differs from the checkpoint's is an error."""
     path, previous = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint-previous.pt"
     if not path.exists() and not previous.exists():
         return None
@@ -389,8 +369,7 @@ def plain(args):
 
 
 def start_log(folder, args, step=0):
-    """log.jsonl of a run: the command and all arguments in its first line. Going on from a checkpoint drops the lines
-    that a killed run wrote after it. Returns the rows kept, the first line not counted."""
+    """Start log.jsonl with the command and all arguments. -> the rows kept: those up to the checkpoint's step."""
     path = Path(folder) / "log.jsonl"
     rows = [row for row in read_log(path)[1:] if row.get("step", 0) <= step] if step and path.exists() else []
     with atomic(path) as file:
@@ -416,24 +395,20 @@ def read_log(path):
 def catch_sigterm():
     """A list that becomes non-empty when SIGTERM arrives; a second SIGTERM ends the process at once."""
     received = []
-
     def handler(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-
     signal.signal(signal.SIGTERM, handler)
     return received
 
 
 # ------------------------------------------------------------------------------------------------ drawing
-
 PARENTS = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19)
 FINGER_COLOURS = ((255, 140, 0), (80, 220, 60), (60, 200, 255), (70, 90, 255), (230, 80, 230))  # thumb .. little, RGB
 
 
 def draw_hand(image, keypoints, colour=None, text=""):
-    """A copy of image (H, W, 3) with the skeleton of keypoints (21, 2), coloured by finger or in one colour, and a text
-    in its upper left corner."""
+    """A copy of image (H, W, 3) with the skeleton of keypoints (21, 2), coloured by finger or in one colour."""
     image = np.ascontiguousarray(image).copy()
     points = np.round(np.clip(keypoints, -1e4, 1e4) * 16).astype(int)  # OpenCV draws to 1/16 px with shift=4
     width = max(1, round(image.shape[0] / 150))
@@ -460,20 +435,14 @@ def sheet(tiles, columns):
 
 def plot_curves(path, rows, groups):
     """One panel for each list of keys in `groups`, over the step, from the rows of a log."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # here: few processes draw, and none needs a display
 
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.2), squeeze=False)
-    for axis, keys in zip(axes[0], groups):
+    figure = Figure(figsize=(4.2 * len(groups), 3.2), layout="tight")
+    for axis, keys in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         for key in keys:
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points), label=key, marker="." if len(points) < 30 else None)
+            axis.plot([row["step"] for row in rows if key in row], [row[key] for row in rows if key in row], label=key)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
     with atomic(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:], dpi=110)
-    plt.close(figure)
+        figure.savefig(file, format="png", dpi=110)

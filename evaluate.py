@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from common import atomic, load_array, print_settings, require, run_script
 
@@ -166,11 +167,8 @@ def make_table(names, metrics, columns):
 
 
 def plot_pck(path, names, curves):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axis = figure.subplots()
     for name, curve in zip(names, curves):
         area = area_under(curve, THRESHOLDS["auc_0_50"])
         axis.plot(THRESHOLDS["auc_0_50"], curve, label=f"{name}  (AUC 0-50 {area:.3f})")
@@ -178,10 +176,8 @@ def plot_pck(path, names, curves):
     axis.set(xlim=(0, 50), ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.tight_layout()
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

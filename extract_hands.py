@@ -11,6 +11,7 @@ command again: it goes on. Videos added to the input later are appended.
 
 import argparse
 import hashlib
+import importlib.util
 import multiprocessing
 import os
 import queue
@@ -64,6 +65,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    require(importlib.util.find_spec("mediapipe"), "mediapipe is not installed (pip install -r requirements.txt)")
     root, names = list_videos(args.videos)
     out = Path(args.out)
     lock = open_folder(out)  # held until the process ends
@@ -73,11 +75,12 @@ def main():
         start_log(out, args)
     move_merged(out)
     merged = (out / "videos.txt").read_text().splitlines() if (out / "videos.txt").exists() else []
-    require(not merged or set(merged) & set(names),
+    new = sorted(set(names) - set(merged))
+    require(not merged or len(new) < len(names),
             f"{out / 'videos.txt'}: names none of the videos in {root}, expected the same input folder as before")
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
-    todo = [name for name in names if name not in set(merged) and not part_path(parts, name).exists()]
+    todo = [name for name in new if not part_path(parts, name).exists()]
     print_settings(args, root=root, videos=len(names), already_merged=len(merged), to_do=len(todo))
 
     start, frames, hands = time.time(), 0, 0
@@ -95,7 +98,7 @@ def main():
             bar.set_postfix_str(f"{hands} hands, {frames / (time.time() - start):.1f} frames/s")
             bar.update()
 
-    merge(out, merged, [name for name in names if name not in set(merged)])
+    merge(out, merged, new)
     summarise(out, frames, time.time() - start)
 
 
@@ -133,7 +136,11 @@ def start_workers(todo, root, parts, args):
         while todo:
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(theirs, core, root, parts, args), daemon=True)
-            process.start()
+            try:
+                process.start()
+            except OSError as error:
+                results.put({"fatal": f"a worker process could not be started: {error}"})
+                return
             theirs.close()
             for _ in range(RENEW):
                 try:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
@@ -135,23 +136,18 @@ def draw_pairs(path, hands, neighbours, distances, pairs=6, seed=0):
 
 def plot_distances(path, embeddings, distances, seed=0):
     """Histogram of the nearest neighbours' distances beside that of random pairs."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     a, b = np.random.default_rng(seed).integers(0, len(embeddings), (2, 20000))
     chance = np.linalg.norm(embeddings[a] - embeddings[b], axis=1)[a != b]
-    figure, axis = plt.subplots(figsize=(6, 3.5))
+    figure = Figure(figsize=(6, 3.5), layout="tight")
+    axis = figure.subplots()
     bins = np.linspace(0, np.quantile(chance, 0.99), 60)
     for values, label in ((distances, "nearest neighbour"), (chance, "random pair")):
         axis.hist(np.minimum(values, bins[-1]), bins, density=True, alpha=0.6, label=label)
     axis.set_xlabel("distance in the PCA embedding (1 = the crop's side)")
     axis.set_ylabel("density")
     axis.legend()
-    figure.tight_layout()
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -160,9 +160,10 @@ def main():
         bar.update()
 
         end_of_epoch = step % steps_per_epoch == 0
-        due = end_of_epoch or time.time() - saved > 60 * args.save_minutes or bool(stop)
-        if world > 1:  # all ranks leave the loop at the same step
-            due = bool(gather(torch.tensor([float(due)], device=device)).any())
+        stopping, due = bool(stop), end_of_epoch or time.time() - saved > 60 * args.save_minutes
+        if world > 1:  # all ranks save and leave the loop at the same step
+            stopping, due = gather(torch.tensor([[stopping, due]], device=device)).any(0).tolist()
+        due = due or stopping
         if step % report == 0 or due:
             mean = torch.stack(recent).mean(0).tolist()  # the one place where the host waits for the device
             require(math.isfinite(mean[0]), f"{args.out}: the loss is not finite at step {step}; checkpoint.pt holds "
@@ -180,9 +181,10 @@ def main():
                                                model=model.state_dict(), optimizer=optimizer.state_dict(),
                                                random=torch.get_rng_state()))
             saved = since = time.time()
-            if stop and step < total:
+            if stopping and step < total:
                 bar.close()
-                print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
+                if rank == 0:
+                    print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
                 return
     bar.close()
     if rank == 0:
@@ -417,8 +419,9 @@ def draw_views(path, data, args, pairs=6):
         k1, k2 = torch.from_numpy(np.stack([pair["weight_keypoints"] for pair in made])).unbind(1)
         weights, _ = pair_weights(k1, k2, args.weighting, args.slope_pos, args.slope_neg)
         text = [f"weight {w:.2f}" for w in weights]
-    tiles = [draw_hand(pair["images"][k], pair["keypoints"][k], text=words if k == 0 else "")
-             for k in (0, 1) for pair, words in zip(made, text)]
+    zoom = max(1, 192 // args.input_size)
+    tiles = [draw_hand(pair["images"][k].repeat(zoom, 0).repeat(zoom, 1), (pair["keypoints"][k] + 0.5) * zoom - 0.5,
+                       text=words if k == 0 else "") for k in (0, 1) for pair, words in zip(made, text)]
     save_image(path, sheet(tiles, len(made)))
 
 
