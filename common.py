@@ -1,12 +1,4 @@
 """What two or more of the five scripts share, in six sections.
-
-backbone   torchvision ResNets, and the layouts in which their weights come
-views      one affine matrix and one colour table per view, drawn from a seed
-loss       equivariance, pair weights, weighted NT-Xent
-files      arrays and checkpoints: read with checks, written under a private name, renamed when complete
-run        exit status, ranks, resuming, SIGTERM, the log
-drawing    skeletons, contact sheets, curves
-
 Pictures are RGB uint8 (H, W, 3). Pixel centres lie at whole numbers, as in OpenCV: a picture of side S covers
 -0.5 .. S - 0.5 and its centre is (S - 1) / 2. Keypoints are in MediaPipe's order, which is FreiHAND's.
 """
@@ -32,7 +24,7 @@ import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------ backbone
+# backbone: torchvision ResNets, and the layouts in which their weights come -------------------------------------------
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
@@ -49,7 +41,7 @@ def load_backbone(name, path):
         return network
     state = load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else None  # PeCLR's and official ones are wrapped
-    require(isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values()),
+    require(state and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()),
             f"{path}: expected a state dict of a torchvision {name}, that is names and tensors only")
     numbered = [(re.match(r"encoder\.features\.([0-7])\.(.*)", key), value) for key, value in state.items()]
     if any(match for match, _ in numbered):  # official checkpoints number the ResNet's children, and carry more beside
@@ -65,7 +57,7 @@ def load_backbone(name, path):
     return network
 
 
-# ------------------------------------------------------------------------------------------------ views
+# views: one affine matrix and one colour table per view ---------------------------------------------------------------
 def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 224, colour=True):
     """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours). -> dict, see below.
     keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the square's half side, in
@@ -108,7 +100,7 @@ def normalise(images):
     return ((images.float() - mean) / deviation).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ loss
+# loss: equivariance, pair weights, weighted NT-Xent -------------------------------------------------------------------
 def undo_view(projection, angle, shift):
     """Undo a view's shift and rotation in the projection space (PeCLR's equivariance). Returns a new tensor.
     projection (N, M, 2): L2-normalised, read as M points in the plane, y down. angle (N,) degrees and shift (N, 2) as
@@ -166,7 +158,7 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
         return (torch.logsumexp(logits, 1) - positive / temperature).mean()
 
 
-# ------------------------------------------------------------------------------------------------ files
+# files: read with checks, written under a private name, renamed when complete -----------------------------------------
 HANDS_DTYPE = np.dtype([("video", "<i4"), ("frame", "<i4"), ("time", "<f8"), ("box", "<f4", 4), ("left", "?"),
                         ("score", "<f4")])
 
@@ -219,13 +211,14 @@ def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
     require(Path(path).is_file(), f"{path}: missing, expected {wanted}{hint}")
     try:
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+    except Exception:  # what a damaged file raises depends on where it is damaged
         raise InputError(f"{path}: truncated or not a .npy file of numbers, expected {wanted}{hint}")
     require(isinstance(array, np.ndarray), f"{path}: is an archive of arrays, expected {wanted}{hint}")
     fits = len(array.shape) == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
     require(fits and array.dtype == dtype, f"{path}: is {array.dtype} {array.shape}, expected {wanted}{hint}")
-    if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError(f"{path}: values must be finite, row {np.argwhere(~np.isfinite(array))[0][0]} is not{hint}")
+    for part in [array[name] for name in array.dtype.names or ()] or [array]:
+        if finite and part.dtype.kind == "f" and not np.isfinite(part).all():
+            raise InputError(f"{path}: values must be finite, row {np.argwhere(~np.isfinite(part))[0][0]} is not{hint}")
     return array
 
 
@@ -241,10 +234,13 @@ def load_hands(folder):
     crops = load_array(folder / "crops.npy", np.uint8, (int(offsets[-1]),), hint=hint, mmap=True)
     listed = folder / "videos.txt"
     require(listed.is_file(), f"{listed}: missing, expected one source a line ({hint})")
-    videos, needed = listed.read_text().splitlines(), rows["video"].max() + 1
+    videos, needed = listed.read_text(errors="replace").splitlines(), rows["video"].max() + 1
     require(rows["video"].min() >= 0 and needed <= len(videos), f"{listed}: has {len(videos)} lines, expected {needed}")
-    hands = SimpleNamespace(folder=folder, crops=crops, offsets=offsets, keypoints=keypoints, hands=rows, videos=videos)
-    hands.side = read_crop(hands, 0).shape[0]
+    hands = SimpleNamespace(folder=folder, crops=crops, offsets=offsets, keypoints=keypoints, hands=rows, videos=videos,
+                            side=None)
+    hands.side = len(read_crop(hands, 0))  # every other crop must have it too
+    require((np.abs(keypoints) < 10 * hands.side).all(),
+            f"{folder / 'keypoints.npy'}: some lie 10 crops away, expected pixels of crops of side {hands.side}")
     return hands
 
 
@@ -252,6 +248,8 @@ def read_crop(hands, i):
     """Crop i of a hands folder -> RGB uint8 (side, side, 3)."""
     image = cv2.imdecode(np.asarray(hands.crops[hands.offsets[i]:hands.offsets[i + 1]]), cv2.IMREAD_COLOR)
     require(image is not None, f"{hands.folder / 'crops.npy'}: crop {i}, at {hands.offsets[i]}, is not a JPEG")
+    require(image.shape[:2] == (hands.side or len(image),) * 2,
+            f"{hands.folder / 'crops.npy'}: crop {i} is {image.shape[:2]}, expected squares of one side")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -267,7 +265,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: truncated, or not a checkpoint written by torch.save")
 
 
-# ------------------------------------------------------------------------------------------------ run
+# run: exit status, ranks, resuming, SIGTERM, the log ------------------------------------------------------------------
 def run_script(main):
     """Run main(); whatever the user can mend ends in one line on stderr and status 2."""
     try:
@@ -280,12 +278,24 @@ def run_script(main):
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on", 130
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take what follows for an accident
         for child in multiprocessing.active_children():  # loader processes ignore SIGTERM
             child.kill()
     for bar in list(tqdm._instances):
         bar.close()  # the message gets a line of its own
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def check_flags(args):
+    """What holds for the flags of every script: numbers are finite and not negative, the device is there."""
+    for name, value in vars(args).items():
+        require(not isinstance(value, (int, float)) or 0 <= value < math.inf,
+                f"--{name.replace('_', '-')} is {value}, expected a number that is finite and not negative")
+    try:
+        torch.empty(0, device=getattr(args, "device", None) or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}")
 
 
 def print_settings(args, **effective):
@@ -301,7 +311,7 @@ def open_folder(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: a child does not inherit it
     except BlockingIOError:
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another folder")
     for left in folder.glob(".*.tmp"):
@@ -319,15 +329,6 @@ def start_ranks(device):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
-
-
-def gather(tensor):
-    """(n, ...) of every rank -> (ranks x n, ...) of all, in rank order; carries no gradient."""
-    if not dist.is_initialized():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
 
 
 def save_checkpoint(folder, content):
@@ -352,6 +353,7 @@ def resume(folder, args, free):
         require(previous.exists(), error)
         print(f"{error}; going on from {previous}", file=sys.stderr)
         content = load_checkpoint(previous)
+    require(isinstance(content, dict) and "args" in content, f"{path}: not the checkpoint of such a run")
     refuse_other_arguments(folder, content["args"], args, free)
     return content
 
@@ -385,10 +387,10 @@ def write_log(folder, row):
 
 def read_log(path):
     """log.jsonl -> list of dicts; a last line cut short by a kill is left out."""
-    lines = Path(path).read_text().splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError:
+        lines = Path(path).read_text().splitlines(keepends=True)
+        return [dict(json.loads(line)) for line in lines if line.endswith("\n")]
+    except (TypeError, ValueError):
         raise InputError(f"{path}: expected one JSON object a line")
 
 
@@ -402,7 +404,7 @@ def catch_sigterm():
     return received
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# drawing: skeletons, contact sheets, curves ---------------------------------------------------------------------------
 PARENTS = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19)
 FINGER_COLOURS = ((255, 140, 0), (80, 220, 60), (60, 200, 255), (70, 90, 255), (230, 80, 230))  # thumb .. little, RGB
 

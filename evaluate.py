@@ -35,6 +35,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    require(not Path(args.out).is_file(), f"{args.out}: is a file, expected a folder to write to")
     print_settings(args)
     loaded = [load_run(Path(run)) for run in args.runs]  # all of them first: a wrong folder costs no minutes
     metrics, curves = [], []
@@ -64,19 +65,21 @@ def load_run(run):
     """-> prediction, truth (T, 21, 3) float64 mm, valid (T, 21)."""
     require(run.is_dir(), f"{run}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
     truth = load_array(run / "gt_xyz.npy", np.float32, (None, 21, 3), hint=HINT, finite=False)
-    prediction = load_array(run / "pred_xyz.npy", np.float32, (len(truth), 21, 3), hint=HINT)
+    prediction = load_array(run / "pred_xyz.npy", np.float32, (len(truth), 21, 3), hint=HINT, finite=False)
     valid = np.ones(truth.shape[:2], bool)
     if (run / "valid.npy").exists():
         valid = load_array(run / "valid.npy", bool, truth.shape[:2], hint=HINT)
-    bad = np.flatnonzero((valid & ~np.isfinite(truth).all(2)).any(1))
-    require(not len(bad), f"{run / 'gt_xyz.npy'}: valid joints must be finite, those of {len(bad)} samples are not: "
-            f"{', '.join(map(str, bad[:5]))}")
+    for name, array in (("pred_xyz.npy", prediction), ("gt_xyz.npy", truth)):
+        bad = np.flatnonzero((valid & ~np.isfinite(array).all(2)).any(1))
+        require(not len(bad), f"{run / name}: valid joints must be finite, those of {len(bad)} samples are not: "
+                f"{', '.join(map(str, bad[:5]))}")
     require(valid.any(), f"{run / 'valid.npy'}: no joint is valid, nothing can be scored")
-    bone = np.median(np.linalg.norm(truth[:, 9] - truth[:, 0], axis=1)[valid[:, 0] & valid[:, 9]])
+    bones = np.linalg.norm(truth[:, 9] - truth[:, 0], axis=1)[valid[:, 0] & valid[:, 9]]
+    bone = np.median(bones) if len(bones) else 90
     if not 40 <= bone <= 140:
         print(f"{run / 'gt_xyz.npy'}: warning: the bone 0-9 has a median of {bone:.3g}, expected 40 to 140: are "
               "these mm?")
-    return prediction.astype(np.float64), np.where(valid[..., None], truth, 0).astype(np.float64), valid
+    return *(np.where(valid[..., None], array, 0).astype(np.float64) for array in (prediction, truth)), valid
 
 
 def score(prediction, truth, valid):
@@ -114,7 +117,7 @@ def score(prediction, truth, valid):
 
 def mean_of(values):
     """The mean as a plain float; None, which json can hold, where there is nothing to average."""
-    return float(np.mean(values)) if len(values) and np.isfinite(np.mean(values)) else None
+    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
 
 
 def pck_curve(error, thresholds):

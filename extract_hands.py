@@ -26,8 +26,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import (HANDS_DTYPE, InputError, atomic, draw_crop, load_hands, open_folder, print_settings, read_log,
-                    refuse_other_arguments, require, run_script, save_array, save_image, sheet, start_log, write_log)
+from common import (HANDS_DTYPE, InputError, atomic, check_flags, draw_crop, load_hands, open_folder, print_settings,
+                    read_log, refuse_other_arguments, require, run_script, save_array, save_image, sheet, start_log,
+                    write_log)
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 RENEW = 20  # videos until a worker is replaced: MediaPipe's memory grows with what it has seen
@@ -57,9 +58,11 @@ def parse_args():
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
                         help="processes, a video at a time each (default: one a core)")
     args = parser.parse_args()
+    check_flags(args)
     require(args.fps > 0 and min(args.workers, args.max_hands) >= 1 and args.size >= 8 and 1 <= args.quality <= 100,
             "--fps must be above 0, --workers and --max-hands at least 1, --size at least 8, --quality 1 to 100")
-    require(0 <= args.min_score <= 1 and args.margin >= 1, "--min-score must lie in 0..1, --margin must be at least 1")
+    require(args.min_score <= 1 and 1 <= args.margin <= 10 and args.size <= 4096,
+            "--min-score must lie in 0..1, --margin in 1..10, --size must be at most 4096")
     return args
 
 
@@ -69,21 +72,20 @@ def main():
     root, names = list_videos(args.videos)
     out = Path(args.out)
     lock = open_folder(out)  # held until the process ends
-    if (out / "log.jsonl").exists():
+    args.root = str(root)  # names are relative to it: the same name under another root is another video
+    move_merged(out)
+    if (out / "log.jsonl").exists() and ((out / "videos.txt").exists() or any(out.glob("parts/*.npz"))):
         refuse_other_arguments(out, read_log(out / "log.jsonl")[0]["args"], args, free=("workers", "videos", "out"))
     else:
         start_log(out, args)
-    move_merged(out)
     merged = (out / "videos.txt").read_text().splitlines() if (out / "videos.txt").exists() else []
     new = sorted(set(names) - set(merged))
-    require(not merged or len(new) < len(names),
-            f"{out / 'videos.txt'}: names none of the videos in {root}, expected the same input folder as before")
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
     todo = [name for name in new if not part_path(parts, name).exists()]
-    print_settings(args, root=root, videos=len(names), already_merged=len(merged), to_do=len(todo))
+    print_settings(args, videos=len(names), already_merged=len(merged), to_do=len(todo))
 
-    start, frames, hands = time.time(), 0, 0
+    start, frames, hands, died = time.time(), 0, 0, {}
     waiting = deque(todo)
     results = start_workers(waiting, root, parts, args)
     with tqdm(total=len(names), initial=len(names) - len(todo), unit="video", disable=not todo) as bar:
@@ -93,12 +95,12 @@ def main():
                 waiting.clear()  # so that no worker starts while this process ends
                 raise InputError(result["fatal"])
             if "died" in result:
-                result = save_part(parts, result["died"], [], [], [], 0, result["reason"])
+                died[result["died"]] = result["reason"]
             frames, hands = frames + result["frames"], hands + result["hands"]
             bar.set_postfix_str(f"{hands} hands, {frames / (time.time() - start):.1f} frames/s")
             bar.update()
 
-    merge(out, merged, new)
+    merge(out, merged, [name for name in new if name not in died], died)
     summarise(out, frames, time.time() - start)
 
 
@@ -115,8 +117,11 @@ def list_videos(inputs):
     require(found, f"{', '.join(inputs)}: holds no video, expected {', '.join(SUFFIXES)}")
     roots = [path if path.is_dir() else path.parent for path in map(Path, inputs)]
     root = Path(os.path.commonpath([os.path.abspath(path) for path in roots]))
+    found = {os.path.realpath(path): path for path in sorted(found, reverse=True)}.values()  # a link is no other video
     names = sorted({Path(os.path.abspath(path)).relative_to(root).as_posix() for path in found})
-    require(not any("\n" in name for name in names), f"{root}: a video's name holds a line break, videos.txt cannot")
+    for name in names:
+        require(len(name.splitlines()) == 1 and name == name.encode(errors="replace").decode(),
+                f"{root / name!a}: this name cannot be a line of videos.txt, rename the video")
     return root, names
 
 
@@ -132,7 +137,8 @@ def start_workers(todo, root, parts, args):
     context = multiprocessing.get_context("spawn")
     cores = sorted(os.sched_getaffinity(0))
 
-    def feed(core):  # one thread for each worker; a worker that dies costs its video, not the run
+    def feed(core):  # one thread for each worker; a video whose worker dies is tried once more, in a fresh one
+        again = set()
         while todo:
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(theirs, core, root, parts, args), daemon=True)
@@ -152,8 +158,12 @@ def start_workers(todo, root, parts, args):
                     results.put(ours.recv())
                 except (EOFError, OSError):
                     process.join()
-                    reason = f"the worker ended with status {process.exitcode}, see worker.log"
-                    results.put({"died": name, "reason": reason})
+                    if name in again:
+                        reason = f"the worker ended with status {process.exitcode} twice, see worker.log"
+                        results.put({"died": name, "reason": reason, "frames": 0, "hands": 0})
+                    else:
+                        again.add(name)
+                        todo.appendleft(name)
                     break
             ours.close()
             process.join()
@@ -296,16 +306,17 @@ def save_part(parts, name, crops, keypoints, hands, frames, reason):
 
 # ---------------------------------------------------------------------------------------------- merging
 
-def merge(out, merged, new):
+def merge(out, merged, new, died):
     """Append the parts of the new videos to what is merged already, as a set: all files are written in a folder of
     their own, whose renaming says that it is complete; a merge cut short is done again or finished by move_merged."""
-    if not new:
+    if not new and not died:
         return
     parts, temporary = out / "parts", out / ".merging.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    old = load_hands(out) if merged and (out / "hands.npy").exists() else None
+    old = load_hands(out) if merged else None
     failed = (out / "failed.txt").read_text().splitlines() if merged and (out / "failed.txt").exists() else []
+    failed = [line for line in failed if line.split("\t")[0] in set(merged)]  # the others are tried again each time
     lengths, keypoints, hands = [np.empty(0, np.int64)], [np.empty((0, 21, 2), np.float32)], [np.empty(0, HANDS_DTYPE)]
     if old:
         lengths, keypoints, hands = [np.diff(old.offsets)], [old.keypoints], [old.hands]
@@ -318,6 +329,7 @@ def merge(out, merged, new):
             hands.append(rows)
             if str(part["reason"]):
                 failed.append(f"{name}\t{part['reason']}")
+    failed += [f"{name}\t{reason}" for name, reason in died.items()]
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     (temporary / "failed.txt").write_text("".join(line + "\n" for line in failed))
     if offsets[-1] == 0:
@@ -325,7 +337,8 @@ def merge(out, merged, new):
         shutil.rmtree(parts)  # so that another try reads the videos again
         shutil.rmtree(temporary)
         broken = f"; {len(failed)} could not be read: {failed[0].replace(chr(9), ': ')}" if failed else ""
-        raise InputError(f"{new[0]}{' ...' if len(new) > 1 else ''}: no hand found in {len(new)} videos{broken}")
+        tried = [*new, *died]
+        raise InputError(f"{tried[0]}{' ...' if len(tried) > 1 else ''}: no hand found in {len(tried)} videos{broken}")
     save_array(temporary / "offsets.npy", offsets)
     save_array(temporary / "keypoints.npy", np.concatenate(keypoints))
     save_array(temporary / "hands.npy", np.concatenate(hands))

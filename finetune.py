@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, draw_hand, load_backbone,
-                    load_checkpoint, normalise, open_folder, plain, plot_curves, print_settings, require, resume,
-                    run_script, save_array, save_checkpoint, save_image, sheet, start_log, write_log)
+from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
+                    load_backbone, load_checkpoint, normalise, open_folder, plain, plot_curves, print_settings, require,
+                    resume, run_script, save_array, save_checkpoint, save_image, sheet, start_log, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
 CROP = {"freihand": 2.0}  # side of the square around the joints, over their longer extent (DetNet's values)
@@ -64,6 +65,8 @@ def parse_args():
                         help="loader processes, 0: none (default: one a core, 8 at most)")
     parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")
     args = parser.parse_args()
+    check_flags(args)
+    args.root = os.path.normpath(args.root)
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
             "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
     require(args.input_size >= 32 and args.input_size % 32 == 0,
@@ -87,10 +90,9 @@ def main():
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], args.lr, fused=device.type == "cuda")
     lock = open_folder(out)  # held until the process ends
     step, best = 0, math.inf
-    kept = resume(out, args, FREE)
+    kept, digest = resume(out, args, FREE), zlib.crc32(np.concatenate([train.uv, train.xyz], 2))
     if kept:
-        require(kept["pictures"] == len(train.uv), f"{out}: was trained on {kept['pictures']} pictures, these are "
-                f"{len(train.uv)}; choose another --out")
+        require(kept["data"] == digest, f"{args.root}: other labels than {out} was trained on; choose another --out")
         net.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step, best = kept["step"], kept["best"]
@@ -136,7 +138,7 @@ def main():
                         torch.save(dict(backbone=args.backbone, model=net.state_dict()), file)
             rows.append(row)
             write_log(out, row)
-            save_checkpoint(out, dict(args=plain(args), pictures=len(train.uv), step=step, best=best,
+            save_checkpoint(out, dict(args=plain(args), data=digest, step=step, best=best,
                                       model=net.state_dict(), optimizer=optimizer.state_dict()))
             bar.set_postfix_str(f"loss {mean:.3f}, validation {best:.1f} mm, {row['pictures_per_s']:.0f} pictures/s")
             saved, recent, since = time.time(), [], time.time()
@@ -201,7 +203,7 @@ def read_freihand(root):
                     + (f", there or in {root}" if len(places) > 1 else ""))
             try:
                 loaded[key] = np.array(json.loads(file.read_text()), np.float64)
-            except ValueError:
+            except (TypeError, ValueError):
                 raise InputError(f"{file}: truncated or not a list of arrays of one shape, expected FreiHAND's json")
             shape = (3, 3) if key == "K" else (21, 3)
             require(loaded[key].shape[1:] == shape and np.isfinite(loaded[key]).all(),
@@ -210,6 +212,8 @@ def read_freihand(root):
         matrix, xyz = loaded["K"], loaded["xyz"]
         require(len(matrix) == len(xyz), f"{loaded['K_file']}: has {len(matrix)} entries, {loaded['xyz_file'].name} "
                 f"has {len(xyz)}, expected equal lengths")
+        bad = np.flatnonzero((xyz[..., 2] <= 0).any(1) | (bone(xyz) <= 0))
+        require(not len(bad), f"{loaded['xyz_file']}: sample {bad[:1]} lies behind the camera or has no bone 0-9")
         require(np.median(bone(xyz)) < 1, f"{loaded['xyz_file']}: the bone 0-9 has a median above 1, expected metres")
         pictures = sorted((root / name / "rgb").glob("*.jpg"))
         versions = 4 if name == "training" else 1

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from common import (atomic, draw_crop, load_hands, open_folder, plain, print_settings, require, run_script, save_array,
-                    save_image, sheet)
+from common import (atomic, check_flags, draw_crop, load_hands, open_folder, plain, print_settings, require, run_script,
+                    save_array, save_image, sheet)
 
 
 def parse_args():
@@ -34,6 +34,7 @@ def parse_args():
                         help="let a neighbour come from the hand's own video (ablation: mostly near-duplicates)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one); the result is the same")
     args = parser.parse_args()
+    check_flags(args)
     require(1 <= args.dims <= 42 and args.top_k >= 1, "--dims must lie in 1..42, --top-k must be at least 1")
     return args
 
@@ -53,15 +54,16 @@ def main():
     lock = open_folder(out)  # held until the process ends
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print_settings(args, count=count, videos=videos, device=device)
-    if (out / "neighbours.npy").exists():
-        print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
-        (out / "neighbours.npy").unlink()  # written last: where it is, all files are of one mining
-
     poses = keypoints.reshape(count, 42).astype(np.float64) / hands.side
+    require(np.ptp(poses, axis=0).max() > 1e-9,
+            f"{hands.folder / 'keypoints.npy'}: all hands are the same, a PCA needs them to vary")
     mean, components, explained = fit_pca(poses, args.dims)
     embeddings = ((poses - mean) @ components.T).astype(np.float32)
     neighbours, distances = nearest(embeddings, None if args.same_video else video, args.top_k, device)
 
+    if (out / "neighbours.npy").exists():
+        print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
+        (out / "neighbours.npy").unlink()  # written last: where it is, all files are of one mining
     save_array(out / "pca.npy", np.concatenate([mean[None], components]).astype(np.float32))
     save_array(out / "embeddings.npy", embeddings)
     save_array(out / "distances.npy", distances)
@@ -71,7 +73,7 @@ def main():
                "explained_variance": round(float(explained), 4),
                "neighbours_from_videos": len(np.unique(video[neighbours[paired, 0]])),
                "hubs_over_100": int((others > 100).sum()),
-               "median_distance": float(np.median(distances[paired, 0]))}
+               "median_distance": round(float(np.median(distances[paired, 0])), 4)}
     with atomic(out / "mining.jsonl") as file:
         for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, summary):
             file.write((json.dumps(row) + "\n").encode())
@@ -79,13 +81,13 @@ def main():
     plot_distances(out / "distances.png", embeddings, distances[paired, 0])
     save_array(out / "neighbours.npy", neighbours)
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
-    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next: pretrain.py {args.hands}")
+    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:\n"
+          f"python pretrain.py {args.hands} --out RUN" + (f" --pairs {out}" if args.out else ""))
 
 
 def fit_pca(poses, dims):
     """poses (N, 42) float64 -> mean (42,), components (dims, 42), share of the variance explained. The component's sign
     is free in a PCA; here its largest loading is positive, so that the result does not depend on the library."""
-    require(np.ptp(poses, axis=0).max() > 1e-9, "keypoints.npy: all hands are the same, a PCA needs them to vary")
     pca = PCA(dims, svd_solver="covariance_eigh" if len(poses) > 42 else "full").fit(poses)
     largest = np.abs(pca.components_).argmax(1)
     signs = np.sign(pca.components_[np.arange(dims), largest])

@@ -2,7 +2,8 @@
 
 Reads hands folders with their mined pairs and writes into --out: backbone.pt (a torchvision ResNet state dict without
 fc), checkpoint.pt, log.jsonl, curves.png. Defaults are the paper's. Stop it at any moment and run the same command
-again: it goes on. Under torchrun the batch is spread over all ranks, and the result does not depend on their number.
+again: it goes on. Under torchrun the batch is spread over all ranks; with the same --micro-batch the result does not
+depend on their number.
 
     python pretrain.py data/ego4d data/100doh --out runs/simhand --micro-batch 512
     python pretrain.py demo/hands --out runs/tiny --backbone resnet18 --weights none --batch-size 64 --epochs 2
@@ -14,6 +15,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, apply_view, atomic, catch_sigterm, draw_hand, gather, load_array,
+from common import (BACKBONES, apply_view, atomic, catch_sigterm, check_flags, draw_hand, load_array,
                     load_backbone, load_hands, normalise, nt_xent, open_folder, pair_weights, plain, plot_curves,
                     print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint, save_image,
                     sheet, start_log, start_ranks, undo_view, write_log)
@@ -89,6 +91,8 @@ def parse_args():
                         help="loader processes of each rank, 0: none (default: one a core, 8 at most)")
     parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")
     args = parser.parse_args()
+    check_flags(args)
+    args.hands = [os.path.normpath(folder) for folder in args.hands]
     simclr = args.method == "simclr"
     args.rotation = args.rotation if args.rotation is not None else 0.0 if simclr else 45.0
     args.crop_margin = args.crop_margin or ([1.25, 1.25] if simclr else [0.9, 1.5])
@@ -98,7 +102,7 @@ def parse_args():
     require(args.micro_batch is None or args.micro_batch > 0, "--micro-batch must be above 0")
     require(0 <= args.warmup_epochs < args.epochs,
             f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    require(0 < args.crop_margin[0] <= args.crop_margin[1], "--crop-margin: expected 0 < LOW <= HIGH")
+    require(0 < args.crop_margin[0] <= args.crop_margin[1] < math.inf, "--crop-margin: expected 0 < LOW <= HIGH")
     return args
 
 
@@ -109,6 +113,7 @@ def main():
     micro = args.micro_batch or args.batch_size // world
     require(micro and args.batch_size % (world * micro) == 0,
             f"--batch-size {args.batch_size} must be a multiple of {world} ranks x --micro-batch {micro}")
+    args.micro_batch = micro  # a number of ranks that makes it another is another run: BatchNorm sees other groups
     pieces = args.batch_size // (world * micro)
     data = load_data(args)
     steps_per_epoch = len(data.usable) // args.batch_size
@@ -123,8 +128,8 @@ def main():
     step = 0
     kept = resume(args.out, args, FREE)
     if kept:
-        require(kept["usable"] == len(data.usable), f"{args.out}: was trained on {kept['usable']} hands, these are "
-                f"{len(data.usable)}; choose another --out")
+        require(kept["data"] == data.digest, f"{args.out}: was trained on other hands or pairs than those in "
+                f"{', '.join(args.hands)}; choose another --out")
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["random"])
@@ -177,7 +182,7 @@ def main():
                 write_log(args.out, row)
         if due:
             if rank == 0:
-                save_checkpoint(args.out, dict(args=plain(args), usable=len(data.usable), step=step,
+                save_checkpoint(args.out, dict(args=plain(args), data=data.digest, step=step,
                                                model=model.state_dict(), optimizer=optimizer.state_dict(),
                                                random=torch.get_rng_state()))
             saved = since = time.time()
@@ -192,8 +197,9 @@ def main():
             torch.save({key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}, file)
         plot_curves(Path(args.out) / "curves.png", rows, [["loss"], ["lr"], ["positive_similarity", "mean_similarity"],
                                                           ["positive_weight", "pair_weight"]])
-        print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next: python finetune.py "
-              f"--weights {args.out}/backbone.pt")
+        print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
+              f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
+              f"--backbone {args.backbone} --out RUN")
     if world > 1:
         dist.destroy_process_group()
 
@@ -243,6 +249,15 @@ def train_step(net, optimizer, batch, pca, rank, world, args):
         return torch.stack([loss.detach(), (z1 * z2).sum(1).mean(), every.mean(0).square().sum(),
                             ones if pos_weight is None else pos_weight.mean(),
                             ones if neg_weight is None else neg_weight.mean()])
+
+
+def gather(tensor):
+    """(n, ...) of every rank -> (ranks x n, ...) of all, in rank order; carries no gradient."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def embed(net, piece, args):
@@ -325,7 +340,7 @@ def adapt_gradients(optimizer, args):
 # ---------------------------------------------------------------------------------------------- data
 
 def load_data(args):
-    """Check and open all folders -> folders, usable (U, 2) of folder and row, neighbours, pca, notes.
+    """Check and open all folders -> folders, usable (U, 2) of folder and row, neighbours, pca, notes, digest.
 
     Every method uses exactly the hands that have a neighbour, so that methods compare on the same pictures; a folder
     that was not mined is used whole, by simclr and peclr only.
@@ -334,17 +349,19 @@ def load_data(args):
     pairs = args.pairs or args.hands
     require(len(pairs) == len(folders),
             f"--pairs: {len(pairs)} folders for {len(folders)} hands folders, expected one for each")
-    pca = None
+    pca, digest = None, 0
     for number, (hands, path) in enumerate(zip(folders, map(Path, pairs))):
         count = len(hands.keypoints)
         hint = "run mine_pairs.py again"
         if (path / "neighbours.npy").exists():
             found = load_array(path / "neighbours.npy", np.int64, (count, None), hint=hint)
-            require(found.min(initial=0) >= -1 and found.max(initial=-1) < count,
+            require(found.shape[1] and found.min() >= -1 and found.max() < count,
                     f"{path / 'neighbours.npy'}: values must lie in -1..{count - 1} ({hint})")
             require(args.method != "simhand" or args.top_k <= found.shape[1],
                     f"{path / 'neighbours.npy'}: {found.shape[1]} neighbours a hand were mined, --top-k is "
                     f"{args.top_k}; run mine_pairs.py --top-k {args.top_k}")
+            require(not (found == np.arange(count)[:, None]).any(), f"{path / 'neighbours.npy'}: a hand is its own "
+                    f"neighbour ({hint})")
             rows = np.flatnonzero(found[:, 0] >= 0)
         else:
             require(args.method != "simhand",
@@ -353,13 +370,16 @@ def load_data(args):
             notes.append(f"{path} was not mined: all its {count} hands are used")
         if args.weight_pca and args.weighting != "none":
             own = load_array(path / "pca.npy", np.float32, (None, 42), hint=hint)[1:]
+            require(len(own), f"{path / 'pca.npy'}: holds no component ({hint})")
             require(pca is None or np.array_equal(pca, own),
                     f"{path / 'pca.npy'}: differs from that of {pairs[0]}; --weight-pca needs one for all")
             pca = own
+        for array in (hands.keypoints, found if found is not None else np.empty(0)):
+            digest = zlib.crc32(np.ascontiguousarray(array), digest)
         neighbours.append(found)
         usable.append(np.stack([np.full(len(rows), number), rows], 1))
     return SimpleNamespace(folders=folders, neighbours=neighbours, usable=np.concatenate(usable), notes=notes,
-                           pca=None if pca is None else torch.from_numpy(pca))
+                           digest=digest, pca=None if pca is None else torch.from_numpy(pca))
 
 
 class Views(torch.utils.data.Dataset):

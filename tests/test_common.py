@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import pickle
 import resource
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
@@ -13,6 +17,7 @@ import torchvision
 
 import common
 from common import InputError, apply_view, load_backbone, nt_xent, pair_weights, sample_view, undo_view
+from conftest import ROOT
 
 
 def random_hand(rng, side=224):
@@ -366,10 +371,17 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
 
 
 def test_a_second_live_run_is_refused(tmp_path):
+    code = f"import sys; sys.path.insert(0, r'{ROOT}'); import common; common.open_folder(r'{tmp_path / 'run'}')"
     lock = common.open_folder(tmp_path / "run")
-    with pytest.raises(InputError, match="another run is writing"):
-        common.open_folder(tmp_path / "run")
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another run is writing" in second.stderr
+    child = os.fork()
+    if not child:  # a loader process that outlives its parent must not hold the lock
+        time.sleep(3)
+        os._exit(0)
     lock.close()
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    os.waitpid(child, 0)
     (tmp_path / "run" / ".a.npy.123.tmp").write_text("left by a killed run")
     common.open_folder(tmp_path / "run")
     assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()

@@ -169,7 +169,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     nan = truth.copy()
     nan[3, 4] = np.nan
     line = refused("evaluate.py", save_run(tmp_path / "nan", nan, truth))
-    assert "pred_xyz.npy: values must be finite, row 3" in line
+    assert "pred_xyz.npy: valid joints must be finite, those of 1 samples are not: 3" in line
     assert "valid.npy" in refused("evaluate.py", save_run(tmp_path / "mask", truth, truth, all_valid(truth)[:, :20]))
     assert "gt_xyz.npy: valid joints must be finite, those of 1 samples are not: 3" in refused(
         "evaluate.py", save_run(tmp_path / "truth", truth, nan, all_valid(truth)))

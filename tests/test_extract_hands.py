@@ -192,7 +192,7 @@ def test_a_second_call_changes_nothing_and_new_videos_come_after_the_old(rendere
     assert listing(out) == before
     assert "--fps was 5.0, is 1.0" in refused("extract_hands.py", videos, "--out", out)
     lock = open_folder(out)
-    assert "another run" in refused("extract_hands.py", videos, "--out", out, "--fps", 5)
+    assert "another run is writing" in run("extract_hands.py", videos, "--out", out, "--fps", 5, status=2).stderr
     lock.close()
     old = np.load(out / "keypoints.npy")
     (videos / names[0]).write_bytes((rendered / "videos" / names[0]).read_bytes())  # sorts before the others
@@ -245,6 +245,52 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(re
         assert not (tmp_path / "hands" / "crops.npy").exists()
     run("extract_hands.py", *arguments)
     assert listing(tmp_path / "hands") == listing(extracted)
+
+
+def test_a_video_whose_worker_dies_is_tried_again(rendered, extracted, tmp_path):
+    """The kernel kills a worker (as when memory runs out): the video is not lost."""
+    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
+    process = subprocess.Popen([sys.executable, ROOT / "extract_hands.py", *map(str, arguments)], env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "hands").glob("parts/*.npz")) and process.poll() is None:
+        time.sleep(0.005)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
+    assert process.wait() == 0
+    assert listing(tmp_path / "hands") == listing(extracted)
+
+
+def test_the_same_name_under_another_root_is_another_video(rendered, tmp_path):
+    names = sorted(p.name for p in (rendered / "videos").glob("*.mp4"))
+    for root, name in (("a", names[0]), ("b", names[1])):
+        (tmp_path / root).mkdir()
+        shutil.copy(rendered / "videos" / name, tmp_path / root / "clip.mp4")
+    run("extract_hands.py", tmp_path / "a", "--out", tmp_path / "hands", "--fps", 5)
+    assert "--root was" in refused("extract_hands.py", tmp_path / "b", "--out", tmp_path / "hands", "--fps", 5)
+
+
+def test_links_and_odd_names(tmp_path):
+    (tmp_path / "b.mp4").write_text("")
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "b.mp4")
+    (tmp_path / ".hidden.mp4").write_text("")
+    (tmp_path / "with space é.MOV").write_text("")
+    assert extract_hands.list_videos([str(tmp_path)])[1] == ["a.mp4", "with space é.MOV"]  # one video, under one name
+    for name in ("line\nbreak.mp4", "line\u2028break.mp4"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(InputError, match="cannot be a line of videos.txt"):
+            extract_hands.list_videos([str(tmp_path)])
+        (tmp_path / name).unlink()
+
+
+def test_a_damaged_hands_folder_is_not_merged_into(rendered, hands, tmp_path):
+    shutil.copytree(rendered / "videos", tmp_path / "videos")
+    log = (hands / "log.jsonl").read_text().replace(str(rendered / "videos"), str(tmp_path / "videos"))
+    (hands / "log.jsonl").write_text(log)
+    (tmp_path / "videos" / "new.mp4").write_bytes(next((tmp_path / "videos").glob("*.mp4")).read_bytes())
+    (hands / "hands.npy").unlink()
+    before = listing(hands)
+    line = run("extract_hands.py", tmp_path / "videos", "--out", hands, "--fps", 5, status=2).stderr.splitlines()[-1]
+    assert "hands.npy: missing" in line and {k: v for k, v in listing(hands).items() if k in before} == before
 
 
 def test_a_merge_that_was_half_moved_is_finished(rendered, extracted, tmp_path):

@@ -278,8 +278,21 @@ def test_a_finished_run_given_again_changes_nothing(straight, mined, tmp_path):
     run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
     assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
     line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 3, "--lr", 1)
-    for words in ("--epochs was 2, is 3", "--lr was 0.0032, is 1.0", "--micro-batch was 10, is None"):
+    for words in ("--epochs was 2, is 3", "--lr was 0.0032, is 1.0", "--micro-batch was 10, is 20"):
         assert words in line
+
+
+def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
+    out = Path(shutil.copytree(straight, tmp_path / "run"))
+    neighbours = np.load(pairs / "neighbours.npy")
+    np.save(pairs / "neighbours.npy", neighbours[:, ::-1].copy())
+    log = load_checkpoint(out / "checkpoint.pt")
+    log["args"]["hands"] = [str(pairs)]
+    torch.save(log, out / "checkpoint.pt")
+    line = refused("pretrain.py", pairs, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    assert "was trained on other hands or pairs" in line
+    np.save(pairs / "neighbours.npy", np.arange(len(neighbours))[:, None])
+    assert "a hand is its own neighbour" in refused("pretrain.py", pairs, "--out", tmp_path / "new", *TINY)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
@@ -321,6 +334,9 @@ def test_bad_input_is_refused_in_one_line(pairs, tmp_path):
     assert "fewer than --batch-size 8192" in line()
     assert "3 neighbours a hand were mined, --top-k is 4" in line("--batch-size", 8, "--top-k", 4)
     assert "must be below --epochs" in line("--epochs", 5, "--warmup-epochs", 5)
+    for flag, value in (("--lr", "nan"), ("--lr", "inf"), ("--seed", -1), ("--workers", -1), ("--rotation", "nan")):
+        assert f"{flag} is" in line(flag, value)
+    assert "--device cuda" in line("--device", "cuda") and "--device foo" in line("--device", "foo")
     assert "must be a multiple of" in line("--batch-size", 9, "--micro-batch", 2)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "other.pt: not the weights of a resnet18" in line("--batch-size", 8, "--weights", tmp_path / "other.pt")
