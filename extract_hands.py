@@ -281,10 +281,10 @@ def cut_out(image, points, left, args):
     low, high = points.min(0), points.max(0)
     side = max(int(round(args.margin * (high - low).max())), 1)
     x0, y0 = np.round((low + high + 1) / 2 - side / 2).astype(int).tolist()  # edges: pixel i covers i .. i + 1 here
-    height, width = image.shape[:2]
     inside = image[max(y0, 0):max(y0 + side, 0), max(x0, 0):max(x0 + side, 0)]
-    pad = [max(-y0, 0), max(y0 + side - height, 0), max(-x0, 0), max(x0 + side - width, 0)]
-    square = cv2.copyMakeBorder(inside, *[min(p, side) for p in pad], cv2.BORDER_CONSTANT)
+    square = np.zeros((side, side, 3), np.uint8)
+    top, leftmost = max(-y0, 0), max(-x0, 0)
+    square[top:top + inside.shape[0], leftmost:leftmost + inside.shape[1]] = inside
     shrink = cv2.INTER_AREA if side > args.size else cv2.INTER_LINEAR
     crop = cv2.resize(square, (args.size, args.size), interpolation=shrink)
     points = (points + 0.5 - (x0, y0)) * (args.size / side) - 0.5
@@ -372,9 +372,7 @@ def summarise(out, frames, seconds):
     failed = (out / "failed.txt").read_text().splitlines()
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(len(hands.keypoints), min(60, len(hands.keypoints)), replace=False))
-    tiles = []
-    for i in chosen:
-        tiles.append(draw_crop(hands, i, 160, "was left" if hands.hands["left"][i] else "right"))
+    tiles = [draw_crop(hands, i, 160, "was left" if hands.hands["left"][i] else "right") for i in chosen]
     save_image(out / "hands.jpg", sheet(tiles, 12))
     left = int(hands.hands["left"].sum())
     total = len(hands.keypoints)

@@ -106,6 +106,8 @@ def test_crops_are_square_padded_and_carry_their_keypoints(left):
         height, width = image.shape[:2]
         outside = (box[0] < 0) * -box[0] + (box[2] > width) * (box[2] - width)
         assert abs((crop[112, :, 0] == 0).sum() - outside * 224 / 156) <= 2
+    away, _, _ = extract_hands.cut_out(image, points + 1000, left, args)
+    assert away.shape == (224, 224, 3) and not away.any()  # wholly outside the picture
 
 
 def test_the_same_hand_twice_gives_one_row():
