@@ -117,8 +117,8 @@ def main():
     pieces = args.batch_size // (world * micro)
     data = load_data(args)
     steps_per_epoch = len(data.usable) // args.batch_size
-    require(steps_per_epoch,
-            f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size {args.batch_size}")
+    require(steps_per_epoch, f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size "
+            f"{args.batch_size}; lower it or extract more videos")
     total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     lock = open_folder(args.out) if rank == 0 else None  # held until the process ends
 
