@@ -75,10 +75,9 @@ def load_run(run):
                 f"{', '.join(map(str, bad[:5]))}")
     require(valid.any(), f"{run / 'valid.npy'}: no joint is valid, nothing can be scored")
     bones = np.linalg.norm(truth[:, 9] - truth[:, 0], axis=1)[valid[:, 0] & valid[:, 9]]
-    bone = np.median(bones) if len(bones) else 90
-    if not 40 <= bone <= 140:
-        print(f"{run / 'gt_xyz.npy'}: warning: the bone 0-9 has a median of {bone:.3g}, expected 40 to 140: are "
-              "these mm?")
+    if len(bones) and not 40 <= np.median(bones) <= 140:
+        print(f"{run / 'gt_xyz.npy'}: warning: the bone 0-9 has a median of {np.median(bones):.3g}, expected 40 to "
+              "140: are these mm?")
     return *(np.where(valid[..., None], array, 0).astype(np.float64) for array in (prediction, truth)), valid
 
 

@@ -86,13 +86,13 @@ def main():
     print_settings(args, videos=len(names), already_merged=len(merged), to_do=len(todo))
 
     start, frames, hands, died = time.time(), 0, 0, {}
-    waiting = deque(todo)
-    results = start_workers(waiting, root, parts, args)
+    starting = threading.Lock()
+    results = start_workers(deque(todo), starting, root, parts, args)
     with tqdm(total=len(names), initial=len(names) - len(todo), unit="video", disable=not todo) as bar:
         for _ in todo:
             result = results.get()
             if "fatal" in result:
-                waiting.clear()  # so that no worker starts while this process ends
+                starting.acquire()  # and kept: no worker starts while this process ends
                 raise InputError(result["fatal"])
             if "died" in result:
                 died[result["died"]] = result["reason"]
@@ -131,8 +131,9 @@ def part_path(parts, name):
 
 # ---------------------------------------------------------------------------------------------- workers
 
-def start_workers(todo, root, parts, args):
-    """Run the videos of the deque `todo` through `args.workers` processes. -> queue of one result for each video."""
+def start_workers(todo, starting, root, parts, args):
+    """Run the videos of the deque `todo` through `args.workers` processes, each started while the lock `starting` is
+    held. -> queue of one result for each video."""
     results = queue.Queue()
     context = multiprocessing.get_context("spawn")
     cores = sorted(os.sched_getaffinity(0))
@@ -143,7 +144,8 @@ def start_workers(todo, root, parts, args):
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(theirs, core, root, parts, args), daemon=True)
             try:
-                process.start()
+                with starting:
+                    process.start()
             except OSError as error:
                 results.put({"fatal": f"a worker process could not be started: {error}"})
                 return
@@ -312,14 +314,11 @@ def merge(out, merged, new, died):
     if not new and not died:
         return
     parts, temporary = out / "parts", out / ".merging.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir()  # open_folder has cleared what a killed merge left
     old = load_hands(out) if merged else None
     failed = (out / "failed.txt").read_text().splitlines() if merged and (out / "failed.txt").exists() else []
     failed = [line for line in failed if line.split("\t")[0] in set(merged)]  # the others are tried again each time
-    lengths, keypoints, hands = [np.empty(0, np.int64)], [np.empty((0, 21, 2), np.float32)], [np.empty(0, HANDS_DTYPE)]
-    if old:
-        lengths, keypoints, hands = [np.diff(old.offsets)], [old.keypoints], [old.hands]
+    lengths, keypoints, hands = ([np.diff(old.offsets)], [old.keypoints], [old.hands]) if old else ([], [], [])
     for number, name in enumerate(new, len(merged)):
         with np.load(part_path(parts, name), allow_pickle=False) as part:
             rows = part["hands"]
@@ -330,7 +329,7 @@ def merge(out, merged, new, died):
             if str(part["reason"]):
                 failed.append(f"{name}\t{part['reason']}")
     failed += [f"{name}\t{reason}" for name, reason in died.items()]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    offsets = np.cumsum(np.concatenate([[0], *lengths])).astype(np.int64)
     (temporary / "failed.txt").write_text("".join(line + "\n" for line in failed))
     if offsets[-1] == 0:
         shutil.copy(temporary / "failed.txt", out / "failed.txt")

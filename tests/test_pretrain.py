@@ -336,7 +336,8 @@ def test_bad_input_is_refused_in_one_line(pairs, tmp_path):
     assert "must be below --epochs" in line("--epochs", 5, "--warmup-epochs", 5)
     for flag, value in (("--lr", "nan"), ("--lr", "inf"), ("--seed", -1), ("--workers", -1), ("--rotation", "nan")):
         assert f"{flag} is" in line(flag, value)
-    assert "--device cuda" in line("--device", "cuda") and "--device foo" in line("--device", "foo")
+    for device in ("cuda:99", "foo"):  # wrong with and without a GPU
+        assert f"--device {device}" in line("--device", device)
     assert "must be a multiple of" in line("--batch-size", 9, "--micro-batch", 2)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "other.pt: not the weights of a resnet18" in line("--batch-size", 8, "--weights", tmp_path / "other.pt")
