@@ -21,7 +21,6 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from tqdm import tqdm
 
 # backbone: torchvision ResNets, and the layouts in which their weights come -------------------------------------------
@@ -32,8 +31,9 @@ def load_backbone(name, path):
     """torchvision ResNet `name` with fc = Identity: pictures (N, 3, H, W) -> features (N, 512 or 2048).
     path: "none" (random), "imagenet" (torchvision's IMAGENET1K_V1), or a file: ours, torchvision's, SiMHand's or
     PeCLR's release, or an official training checkpoint. Keys that do not fit exactly raise InputError naming them."""
+    from torchvision import models  # here: it takes as long to import as all the rest
     try:
-        network = getattr(torchvision.models, name)(weights="IMAGENET1K_V1" if path == "imagenet" else None)
+        network = getattr(models, name)(weights="IMAGENET1K_V1" if path == "imagenet" else None)
     except OSError as error:
         raise InputError(f"--weights imagenet: torchvision could not download the weights ({error})")
     network.fc = torch.nn.Identity()
@@ -239,7 +239,7 @@ def load_hands(folder):
     hands = SimpleNamespace(folder=folder, crops=crops, offsets=offsets, keypoints=keypoints, hands=rows, videos=videos,
                             side=None)
     hands.side = len(read_crop(hands, 0))  # every other crop must have it too
-    require((np.abs(keypoints) < 10 * hands.side).all(),
+    require(max(-keypoints.min(), keypoints.max()) < 10 * hands.side,
             f"{folder / 'keypoints.npy'}: some lie 10 crops away, expected pixels of crops of side {hands.side}")
     return hands
 
@@ -300,21 +300,21 @@ def check_flags(args):
 
 def print_settings(args, **effective):
     """All arguments and the quantities that follow from them, once, at the start."""
-    for values in (vars(args), effective):
-        print("  ".join(f"{key} {value}" for key, value in values.items()), flush=True)
+    print(*("  ".join(f"{k} {v}" for k, v in group.items()) for group in (vars(args), effective)), sep="\n", flush=1)
 
 
-def open_folder(folder):
-    """Make an output folder, lock it for this process's life, and clear what a killed run left half-written."""
+def open_folder(folder, rank=0, ranks=1):
+    """Make an output folder, lock it (a rank: its share) for this process's life, clear what a killed run left."""
     folder = Path(folder)
     require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
+    start, end = (k * 2 ** 40 // ranks for k in (rank, rank + 1))  # another run's shares overlap, however many it has
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: a child does not inherit it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)  # a child does not inherit it
     except BlockingIOError:
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another folder")
-    for left in folder.glob(".*.tmp"):
+    for left in folder.glob(".*.tmp") if ranks == 1 else ():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     return lock  # closes, and thereby unlocks, with the process
 

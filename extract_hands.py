@@ -1,17 +1,22 @@
 """Cut the hands out of videos: the pool that SiMHand pre-trains on.
 
-Reads videos, samples them by time, finds hands and their 21 keypoints with MediaPipe Hands, and writes a hands folder:
-crops.npy, offsets.npy, keypoints.npy, hands.npy, videos.txt (see README), with hands.jpg to look at, failed.txt and
-log.jsonl. Left hands are mirrored, so that every crop shows a right hand. Stop it at any moment and run the same
-command again: it goes on. Videos added to the input later are appended.
+Reads videos and folders of stills, samples them by time, finds hands and their 21 keypoints with MediaPipe Hands, and
+writes a hands folder: crops.npy, offsets.npy, keypoints.npy, hands.npy, videos.txt (see README), with hands.jpg to look
+at, failed.txt and log.jsonl. Left hands are mirrored, so that every crop shows a right hand. Stop it at any moment and
+run the same command again: it goes on. Videos added to the input later are appended. Under torchrun or srun each rank
+takes its share of the videos, and whoever finishes last merges; nothing but the folder is shared.
 
-    python extract_hands.py ~/ego4d/v1/full_scale --out data/ego4d
+    python extract_hands.py ~/ego4d/v1/full_scale ~/100doh --out data/hands
     python extract_hands.py demo/videos --out demo/hands --fps 5 --workers 2
+    python extract_hands.py --annotations Hand100M_Ego4D_1m_v1-1.json --frames ~/Hand100M --out data/hand100m
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import queue
@@ -19,8 +24,9 @@ import shutil
 import signal
 import threading
 import time
-from collections import deque
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -30,18 +36,21 @@ from common import (HANDS_DTYPE, InputError, atomic, check_flags, draw_crop, loa
                     read_log, refuse_other_arguments, require, run_script, save_array, save_image, sheet, start_log,
                     write_log)
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-RENEW = 20  # videos until a worker is replaced: MediaPipe's memory grows with what it has seen
-FINAL = ("crops.npy", "offsets.npy", "keypoints.npy", "hands.npy", "videos.txt", "failed.txt")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+STILLS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+RENEW = 20_000  # frames after which a worker is replaced, when its video ends: MediaPipe's memory grows with use
+LAYOUT = (("crops", np.uint8, ()), ("offsets", np.int64, ()), ("keypoints", np.float32, (21, 2)),
+          ("hands", HANDS_DTYPE, ()))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", help="folders, searched for " + ", ".join(SUFFIXES) + ", or single files")
+    parser.add_argument("videos", nargs="*", help="folders, searched for " + ", ".join(VIDEOS) + " and for folders of "
+                        "stills (each one \"video\", in name order); single videos; .txt files with such a path a line")
     parser.add_argument("--out", required=True, help="hands folder to write")
     # what is sampled and kept
-    parser.add_argument("--fps", type=float, default=1.0,
-                        help="frames a second that are looked at, by the stream's own time (paper: 1)")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames a second that are looked at, by the stream's "
+                        "own time (paper: 1); of stills every one: they count as sampled at this rate")
     parser.add_argument("--max-hands", type=int, default=2, help="hands a frame at most (paper: 2)")
     parser.add_argument("--min-score", type=float, default=0.5,
                         help="MediaPipe's detection confidence, 0 to 1, below which nothing is a hand (default: 0.5)")
@@ -49,151 +58,224 @@ def parse_args():
                         "below which a hand is dropped: less is a smear at 224 px")
     parser.add_argument("--mirrored", action="store_true",
                         help="the videos are selfies, shown as in a mirror: left and right are told the other way")
+    # the authors' own hands instead
+    parser.add_argument("--annotations", metavar="JSON", help="SiMHand's published Hand100M file: its hands and pairs "
+                        "instead of MediaPipe's; each folder of frames is a \"video\". Needs --frames, takes no videos")
+    parser.add_argument("--frames", metavar="FOLDER", help="where the pictures named by --annotations lie")
     # the crops
     parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels (paper: 224)")
     parser.add_argument("--margin", type=float, default=1.3,
                         help="side of the square over the longer side of the keypoints' box (paper: 1.3)")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality of the crops, 1 to 100")
     # the machine
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
-                        help="processes, a video at a time each (default: one a core)")
+    parser.add_argument("--workers", type=int, help="processes, a video at a time each (default: one a core)")
     args = parser.parse_args()
     check_flags(args)
-    require(args.fps > 0 and min(args.workers, args.max_hands) >= 1 and args.size >= 8 and 1 <= args.quality <= 100,
-            "--fps must be above 0, --workers and --max-hands at least 1, --size at least 8, --quality 1 to 100")
+    require(args.fps > 0 and args.max_hands >= 1 and args.size >= 8 and 1 <= args.quality <= 100,
+            "--fps must be above 0, --max-hands at least 1, --size at least 8, --quality 1 to 100")
     require(args.min_score <= 1 and 1 <= args.margin <= 10 and args.size <= 4096,
             "--min-score must lie in 0..1, --margin in 1..10, --size must be at most 4096")
+    require(args.workers is None or args.workers >= 1, "--workers must be at least 1")
+    require(bool(args.videos) != bool(args.annotations) == bool(args.frames),
+            "expected either videos, or --annotations with --frames")
+    for name in ("fps", "max_hands", "min_score", "min_size", "mirrored", "margin"):
+        require(not args.annotations or getattr(args, name) == parser.get_default(name),
+                f"--{name.replace('_', '-')} has no effect with --annotations: its hands are found and cut already")
     return args
 
 
 def main():
     args = parse_args()
-    require(importlib.util.find_spec("mediapipe"), "mediapipe is not installed (pip install -r requirements.txt)")
-    root, names = list_videos(args.videos)
-    out = Path(args.out)
-    lock = open_folder(out)  # held until the process ends
-    args.root = str(root)  # names are relative to it: the same name under another root is another video
-    move_merged(out)
-    if (out / "log.jsonl").exists() and ((out / "videos.txt").exists() or any(out.glob("parts/*.npz"))):
-        refuse_other_arguments(out, read_log(out / "log.jsonl")[0]["args"], args, free=("workers", "videos", "out"))
+    require(args.annotations or importlib.util.find_spec("mediapipe"),
+            "mediapipe is not installed (pip install -r requirements.txt)")
+    env = {"RANK": os.environ.get("SLURM_PROCID", 0), "WORLD_SIZE": os.environ.get("SLURM_NTASKS", 1), **os.environ}
+    rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
+    cores = sorted(os.sched_getaffinity(0))  # srun gives each task its own; the ranks of torchrun divide them here
+    cores = cores[int(env.get("LOCAL_RANK", 0))::int(env.get("LOCAL_WORLD_SIZE", 1))] or cores
+    args.workers = args.workers or len(cores)
+    annotations = load_annotations(args.annotations, args.frames) if args.annotations else None
+    if annotations:
+        root, beside = os.path.abspath(args.frames), 0
+        sources = [os.path.join(root, name) for name in annotations.given]
     else:
-        start_log(out, args)
-    merged = (out / "videos.txt").read_text().splitlines() if (out / "videos.txt").exists() else []
-    new = sorted(set(names) - set(merged))
-    parts = out / "parts"
-    parts.mkdir(exist_ok=True)
-    todo = [name for name in new if not part_path(parts, name).exists()]
-    print_settings(args, videos=len(names), already_merged=len(merged), to_do=len(todo))
+        root, sources, beside = list_sources(args.videos)
+    out = Path(args.out)
+    lock = open_folder(out, rank, ranks)  # held until the process ends
+    with one_at_a_time(lock):
+        root, names, merged, failed = prepare(out, root, sources, args)
+        share = sorted(set(names) - set(merged))[rank::ranks]
+        for name in failed.intersection(share):  # nothing could be read of it: it is tried again
+            part_path(out, name).unlink(missing_ok=True)
+        todo = [name for name in share if not part_path(out, name).exists()]
+        (out / "parts").mkdir(exist_ok=True)
+    print_settings(args, videos=len(names), already_merged=len(merged), rank=f"{rank} of {ranks}", to_do=len(todo))
+    if beside:
+        print(f"{beside} pictures lie beside videos and are not looked at: only folders without videos are stills")
 
-    start, frames, hands, died = time.time(), 0, 0, {}
+    start, frames, hands = time.time(), 0, 0
     starting = threading.Lock()
-    results = start_workers(deque(todo), starting, root, parts, args)
-    with tqdm(total=len(names), initial=len(names) - len(todo), unit="video", disable=not todo) as bar:
+    results = start_workers(iter(todo), annotations and annotations.given, starting, root, out, cores, args)
+    with tqdm(total=len(share), initial=len(share) - len(todo), unit="video", disable=not todo) as bar:
         for _ in todo:
             result = results.get()
             if "fatal" in result:
                 starting.acquire()  # and kept: no worker starts while this process ends
                 raise InputError(result["fatal"])
-            if "died" in result:
-                died[result["died"]] = result["reason"]
             frames, hands = frames + result["frames"], hands + result["hands"]
             bar.set_postfix_str(f"{hands} hands, {frames / (time.time() - start):.1f} frames/s")
             bar.update()
 
-    merge(out, merged, [name for name in new if name not in died], died)
-    summarise(out, frames, time.time() - start)
+    with one_at_a_time(lock):
+        merged = lines(out / "videos.txt")  # by now another rank may have merged
+        new = sorted(set(names) - set(merged))
+        others = sum(not part_path(out, name).exists() for name in new)
+        if others:
+            print(f"{others} videos are not done yet, they are other ranks'; whoever finishes last merges")
+            return
+        frames = merge(out, merged, new, annotations)
+        summarise(out, frames, len(lines(out / "videos.txt")) - len(merged), time.time() - start)
 
 
-def list_videos(inputs):
-    """-> the folder that names are relative to, and the sorted names of all videos."""
-    found = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found += [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."]
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(f"{path}: no such file or folder, expected videos")
-    require(found, f"{', '.join(inputs)}: holds no video, expected {', '.join(SUFFIXES)}")
-    roots = [path if path.is_dir() else path.parent for path in map(Path, inputs)]
-    root = Path(os.path.commonpath([os.path.abspath(path) for path in roots]))
-    found = {os.path.realpath(path): path for path in sorted(found, reverse=True)}.values()  # a link is no other video
-    names = sorted({Path(os.path.abspath(path)).relative_to(root).as_posix() for path in found})
+def list_sources(inputs):
+    """-> the folder that names are relative to; absolute paths of all videos and folders of stills; the number of
+    pictures passed over because they lie beside videos."""
+    paths, roots, found, seen, beside = [], [], [], set(), 0
+    for path in inputs:
+        listed = lines(path) if path.endswith(".txt") and os.path.isfile(path) else None
+        require(listed is not None or os.path.exists(path), f"{path}: no such file or folder, expected videos")
+        paths += [path] if listed is None else [line for line in listed if line.strip()]
+    for path in map(os.path.abspath, paths):
+        found += [] if os.path.isdir(path) else [path]  # of a list it may be missing: that is for failed.txt
+        for folder, below, files in os.walk(path, followlinks=True):
+            if os.path.realpath(folder) in seen or "log.jsonl" in files:  # a loop of links; a folder that we wrote
+                below.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            below[:] = sorted(name for name in below if name[0] != ".")
+            videos = [name for name in sorted(files) if is_a(VIDEOS, name)]
+            stills = sum(is_a(STILLS, name) for name in files)
+            found += [os.path.join(folder, name) for name in videos] or ([folder] if stills else [])
+            beside += stills if videos else 0
+        roots.append(path if os.path.isdir(path) and path not in found else os.path.dirname(path))
+    require(found, f"{', '.join(inputs)}: holds no video, expected {', '.join(VIDEOS)} or folders of stills")
+    unique = {}
+    for path in sorted(found, key=lambda path: (os.path.islink(path), path)):
+        unique.setdefault(os.path.realpath(path), path)  # a link is no other video
+    return os.path.commonpath(roots), list(unique.values()), beside
+
+
+def is_a(suffixes, name):
+    return name.lower().endswith(suffixes) and name[0] != "."
+
+
+def lines(path):
+    """The lines of a text file; none where it is missing."""
+    return Path(path).read_text(errors="replace").splitlines() if os.path.exists(path) else []
+
+
+def part_path(out, name):
+    """Where the result of one video waits to be merged."""
+    return out / "parts" / (hashlib.sha1(name.encode()).hexdigest()[:20] + ".npz")
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock):
+    """Of all ranks, on whatever machine, only one is in here. The byte locked is beyond those of open_folder."""
+    fcntl.lockf(lock, fcntl.LOCK_EX, 1, 1 << 41)
+    try:
+        yield
+    finally:
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, 1 << 41)
+
+
+def prepare(out, root, sources, args):
+    """Finish a merge that was cut short, compare the arguments with the folder's, give each source its name.
+    -> root, sorted names, merged names, names that failed."""
+    move_merged(out)
+    merged, log = lines(out / "videos.txt"), out / "log.jsonl"
+    log = read_log(log) if log.exists() else []
+    if log and (merged or any(out.glob("parts/*.npz"))):
+        old = log[0]["args"]
+        args.root = root = old["root"]  # names stay relative to it, also those of an input that came later
+        refuse_other_arguments(out, old, args, free=("workers", "videos", "out"))
+    else:
+        args.root = root
+        start_log(out, args)
+    names = sorted({Path(os.path.relpath(path, root)).as_posix() for path in sources})
     for name in names:
-        require(len(name.splitlines()) == 1 and name == name.encode(errors="replace").decode(),
-                f"{root / name!a}: this name cannot be a line of videos.txt, rename the video")
-    return root, names
-
-
-def part_path(parts, name):
-    return parts / (hashlib.sha1(name.encode()).hexdigest()[:20] + ".npz")
+        require(len(name.splitlines()) == 1 and "\t" not in name and name == name.encode(errors="replace").decode(),
+                f"{os.path.join(root, name)!a}: this name cannot be a line of videos.txt, rename the video")
+    require(not merged or set(merged) & set(names), f"{out}: none of its {len(merged)} videos is among the inputs, "
+            f"they lay below {root}; give those too, or choose another --out")
+    return root, names, merged, {line.split("\t")[0] for line in lines(out / "failed.txt")}
 
 
 # ---------------------------------------------------------------------------------------------- workers
 
-def start_workers(todo, starting, root, parts, args):
-    """Run the videos of the deque `todo` through `args.workers` processes, each started while the lock `starting` is
-    held. -> queue of one result for each video."""
+def start_workers(todo, given, starting, root, out, cores, args):
+    """Run the videos that the iterator `todo` names through `args.workers` processes, each started while the lock
+    `starting` is held. given: what annotations say about each video, or None. -> queue of one result for each video."""
     results = queue.Queue()
     context = multiprocessing.get_context("spawn")
-    cores = sorted(os.sched_getaffinity(0))
 
     def feed(core):  # one thread for each worker; a video whose worker dies is tried once more, in a fresh one
-        again = set()
-        while todo:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, core, root, parts, args), daemon=True)
-            try:
+        name, died = next(todo, None), None
+        try:
+            while name:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=work, args=(theirs, core, root, out, args), daemon=True)
                 with starting:
                     process.start()
-            except OSError as error:
-                results.put({"fatal": f"a worker process could not be started: {error}"})
-                return
-            theirs.close()
-            for _ in range(RENEW):
-                try:
-                    name = todo.popleft()
-                except IndexError:
-                    break
-                try:
-                    ours.send(name)
-                    results.put(ours.recv())
-                except (EOFError, OSError):
-                    process.join()
-                    if name in again:
+                theirs.close()
+                seen = 0
+                while name and seen < RENEW:
+                    try:
+                        ours.send((name, given and given[name]))
+                        result = ours.recv()
+                    except (EOFError, OSError):
+                        process.join()
+                        seen = RENEW
+                        if name != died:
+                            died = name
+                            continue
                         reason = f"the worker ended with status {process.exitcode} twice, see worker.log"
-                        results.put({"died": name, "reason": reason, "frames": 0, "hands": 0})
-                    else:
-                        again.add(name)
-                        todo.appendleft(name)
-                    break
-            ours.close()
-            process.join()
+                        result = save_part(out, name, broken(reason), args)
+                    results.put(result)
+                    seen += result.get("frames", 0)
+                    name = next(todo, None)
+                ours.close()
+                process.join()
+        except (InputError, OSError) as error:
+            results.put({"fatal": f"a worker could not be started or replaced: {error}"})
 
-    for k in range(min(args.workers, len(todo))):
+    for k in range(args.workers):
         threading.Thread(target=feed, args=(cores[k % len(cores)],), daemon=True).start()
     return results
 
 
-def work(connection, core, root, parts, args):
+def work(connection, core, root, out, args):
     """A worker process: extract the videos whose names arrive, answer each with its counts."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the parent decides, and takes its workers with it
     os.sched_setaffinity(0, {core})  # before MediaPipe starts its threads: it has no option for their number
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
-    with open(parts.parent / "worker.log", "ab") as log:
+    with open(out / "worker.log", "ab") as log:
         os.dup2(log.fileno(), 2)  # decoder and model speak to stderr, through the progress bar
-    import mediapipe
-
-    with mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=args.max_hands,
-                                         min_detection_confidence=args.min_score) as detector:
+    detector = contextlib.nullcontext()
+    if not args.annotations:
+        import mediapipe
+        detector = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=args.max_hands,
+                                                   min_detection_confidence=args.min_score)
+    with detector:
         while True:
             try:
-                name = connection.recv()
+                name, given = connection.recv()
             except EOFError:
                 return
+            path = os.path.join(root, name)
+            source = annotated(path, *given) if given else detected(path, detector, args)
             try:
-                connection.send(extract_video(root, name, parts, detector, args))
+                connection.send(save_part(out, name, source, args))
             except InputError as error:
                 connection.send({"fatal": str(error)})
 
@@ -204,33 +286,59 @@ def leave_with(parent):
     os._exit(1)
 
 
-def extract_video(root, name, parts, detector, args):
-    """All hands of one video -> its part file, and the counts."""
-    crops, keypoints, hands, frames, reason = [], [], [], 0, ""
-    try:
-        for frame, seconds, image in sample_frames(root / name, args.fps):
-            frames += 1
-            for points, left, score in find_hands(detector, image, args):
-                crop, points, box = cut_out(image, points, left, args)
-                quality = [cv2.IMWRITE_JPEG_QUALITY, args.quality]
-                crops.append(cv2.imencode(".jpg", crop[:, :, ::-1], quality)[1].ravel())
-                keypoints.append(points)
-                hands.append((0, frame, seconds, box, left, score))
-    except BrokenVideo as error:
-        reason = str(error)
-    return save_part(parts, name, crops, keypoints, hands, frames, reason)
+def save_part(out, name, source, args):
+    """Write the hands of one video to its part, an .npz whose member "crops" is filled as they come. -> counts.
+    source: yields (frame, time in s, picture, [(keypoints, is a left hand, score, square), ...]) or raises BrokenVideo.
+    """
+    lengths, keypoints, hands, frames, reason = [], [], [], 0, ""
+    with atomic(part_path(out, name)) as file, zipfile.ZipFile(file, "w") as part:
+        with part.open("crops", "w", force_zip64=True) as crops:
+            try:
+                for frame, seconds, image, found in source:
+                    frames += 1
+                    for points, left, score, square in found:
+                        crop, points = cut_out(image, points, left, square, args.size)
+                        jpeg = cv2.imencode(".jpg", crop[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, args.quality])[1]
+                        crops.write(jpeg)
+                        lengths.append(len(jpeg))
+                        keypoints.append(points)
+                        x0, y0, side = square
+                        hands.append((0, frame, seconds, (x0, y0, x0 + side, y0 + side), left, score))
+            except BrokenVideo as error:
+                reason = str(error)
+        for key, array in (("lengths", np.array(lengths, np.int64)), ("hands", np.array(hands, HANDS_DTYPE)),
+                           ("keypoints", np.array(keypoints, np.float32).reshape(-1, 21, 2)),
+                           ("frames", np.array(frames)), ("reason", np.array(reason))):
+            with part.open(key + ".npy", "w") as member:
+                np.save(member, array)
+    return {"frames": frames, "hands": len(hands)}
 
 
 class BrokenVideo(Exception):
     """A source that cannot be opened, or that ends before its own length says."""
 
 
+def broken(reason):
+    raise BrokenVideo(reason)
+    yield
+
+
+def detected(path, detector, args):
+    for frame, seconds, image in sample_frames(path, args.fps):
+        yield frame, seconds, image, [(points, left, score, square_around(points, args.margin))
+                                      for points, left, score in find_hands(detector, image, args)]
+
+
 def sample_frames(path, fps):
-    """Yield (index, time in s, RGB picture) of the first frame at or after k / fps, for each k. Decodes in sequence:
-    a seek can land on another frame than it says. Raises BrokenVideo after the last good frame."""
-    video = cv2.VideoCapture(str(path))
+    """Yield (index, time in s, RGB picture) of the first frame at or after k / fps, for each k, upright. Decodes in
+    sequence: a seek can land on another frame than it says. Raises BrokenVideo after the last good frame."""
+    if os.path.isdir(path):
+        yield from read_stills(path, sorted(name for name in os.listdir(path) if is_a(STILLS, name)), fps)
+        return
+    video = cv2.VideoCapture(path)
+    video.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # OpenCV 4.11 lets phone videos lie on their side otherwise
     if not video.isOpened():
-        raise BrokenVideo("cannot be opened as a video")
+        raise BrokenVideo("cannot be opened as a video" if os.path.exists(path) else "no such file")
     length = video.get(cv2.CAP_PROP_FRAME_COUNT) / max(video.get(cv2.CAP_PROP_FPS), 1e-3)
     index, seconds, k = -1, 0.0, 0
     while video.grab():
@@ -247,6 +355,19 @@ def sample_frames(path, fps):
         raise BrokenVideo("holds no frame that can be decoded")
     if seconds < 0.95 * length - 1:
         raise BrokenVideo(f"breaks off at {seconds:.1f} s of {length:.1f} s")
+
+
+def read_stills(folder, names, fps):
+    """Yield (index, index / fps, RGB picture) of all pictures that can be read; BrokenVideo at the end if not all."""
+    bad = []
+    for index, name in enumerate(names):
+        image = cv2.imread(os.path.join(folder, name))
+        if image is None:
+            bad.append(name)
+        else:
+            yield index, index / fps, cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if bad:
+        raise BrokenVideo(f"{len(bad)} of {len(names)} pictures are missing or cannot be read, the first: {bad[0]}")
 
 
 def find_hands(detector, image, args):
@@ -275,116 +396,225 @@ def overlap(points1, points2):
     return common / (np.prod(high1 - low1) + np.prod(high2 - low2) - common)
 
 
-def cut_out(image, points, left, args):
-    """-> square crop (size, size, 3), keypoints (21, 2) in its pixels, box x0 y0 x1 y1 in source pixels.
-
-    The square lies on whole pixels; outside the picture it is black, never squeezed.
-    """
+def square_around(points, margin):
+    """-> x0, y0, side of the square around keypoints (21, 2), on whole source pixels."""
     low, high = points.min(0), points.max(0)
-    side = max(int(round(args.margin * (high - low).max())), 1)
+    side = max(int(round(margin * (high - low).max())), 1)
     x0, y0 = np.round((low + high + 1) / 2 - side / 2).astype(int).tolist()  # edges: pixel i covers i .. i + 1 here
+    return x0, y0, side
+
+
+def cut_out(image, points, left, square, size):
+    """-> crop (size, size, 3) of the square (x0, y0, side), black outside the picture; keypoints (21, 2) in its pixels.
+    A left hand is mirrored."""
+    x0, y0, side = square
     inside = image[max(y0, 0):max(y0 + side, 0), max(x0, 0):max(x0 + side, 0)]
-    square = np.zeros((side, side, 3), np.uint8)
+    padded = np.zeros((side, side, 3), np.uint8)
     top, leftmost = max(-y0, 0), max(-x0, 0)
-    square[top:top + inside.shape[0], leftmost:leftmost + inside.shape[1]] = inside
-    shrink = cv2.INTER_AREA if side > args.size else cv2.INTER_LINEAR
-    crop = cv2.resize(square, (args.size, args.size), interpolation=shrink)
-    points = (points + 0.5 - (x0, y0)) * (args.size / side) - 0.5
+    padded[top:top + inside.shape[0], leftmost:leftmost + inside.shape[1]] = inside
+    crop = cv2.resize(padded, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+    points = (points + 0.5 - (x0, y0)) * (size / side) - 0.5
     if left:
-        crop = crop[:, ::-1]
-        points = points * (-1, 1) + (args.size - 1, 0)
-    return crop, points.astype(np.float32), (x0, y0, x0 + side, y0 + side)
-
-
-def save_part(parts, name, crops, keypoints, hands, frames, reason):
-    """One video's result, atomically. -> its counts."""
-    with atomic(part_path(parts, name)) as file:
-        np.savez(file, crops=np.concatenate([np.empty(0, np.uint8), *crops]),
-                 lengths=np.array([len(crop) for crop in crops], np.int64),
-                 keypoints=np.array(keypoints, np.float32).reshape(-1, 21, 2), hands=np.array(hands, HANDS_DTYPE),
-                 frames=frames, reason=np.array(reason))
-    return {"frames": frames, "hands": len(hands)}
+        crop, points = crop[:, ::-1], points * (-1, 1) + (size - 1, 0)
+    return crop, points.astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------- merging
 
-def merge(out, merged, new, died):
+def merge(out, merged, new, annotations):
     """Append the parts of the new videos to what is merged already, as a set: all files are written in a folder of
-    their own, whose renaming says that it is complete; a merge cut short is done again or finished by move_merged."""
-    if not new and not died:
-        return
-    parts, temporary = out / "parts", out / ".merging.tmp"
-    temporary.mkdir()  # open_folder has cleared what a killed merge left
-    old = load_hands(out) if merged else None
-    failed = (out / "failed.txt").read_text().splitlines() if merged and (out / "failed.txt").exists() else []
-    failed = [line for line in failed if line.split("\t")[0] in set(merged)]  # the others are tried again each time
-    lengths, keypoints, hands = ([np.diff(old.offsets)], [old.keypoints], [old.hands]) if old else ([], [], [])
-    for number, name in enumerate(new, len(merged)):
-        with np.load(part_path(parts, name), allow_pickle=False) as part:
-            rows = part["hands"]
-            rows["video"] = number
-            lengths.append(part["lengths"])
-            keypoints.append(part["keypoints"])
-            hands.append(rows)
+    their own, whose renaming says that it is complete; a merge cut short is done again or finished by move_merged.
+    One part is in memory at a time. -> frames looked at in what was appended."""
+    keep, known = [], set(merged)
+    failed = [line for line in lines(out / "failed.txt") if line.split("\t")[0] in known]
+    sizes = np.array([0, 0, 0])  # hands, bytes, frames
+    for name in new:
+        with open_part(out, name) as part:
             if str(part["reason"]):
                 failed.append(f"{name}\t{part['reason']}")
-    failed += [f"{name}\t{reason}" for name, reason in died.items()]
-    offsets = np.cumsum(np.concatenate([[0], *lengths])).astype(np.int64)
-    (temporary / "failed.txt").write_text("".join(line + "\n" for line in failed))
-    if offsets[-1] == 0:
-        shutil.copy(temporary / "failed.txt", out / "failed.txt")
-        shutil.rmtree(parts)  # so that another try reads the videos again
-        shutil.rmtree(temporary)
-        broken = f"; {len(failed)} could not be read: {failed[0].replace(chr(9), ': ')}" if failed else ""
-        tried = [*new, *died]
-        raise InputError(f"{tried[0]}{' ...' if len(tried) > 1 else ''}: no hand found in {len(tried)} videos{broken}")
-    save_array(temporary / "offsets.npy", offsets)
-    save_array(temporary / "keypoints.npy", np.concatenate(keypoints))
-    save_array(temporary / "hands.npy", np.concatenate(hands))
-    with atomic(temporary / "crops.npy") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (int(offsets[-1]),)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(old.crops) if old else 0, 1 << 24):
-            file.write(old.crops[start:start + (1 << 24)])
-        for name in new:
-            with np.load(part_path(parts, name), allow_pickle=False) as part:
-                file.write(part["crops"])
-    (temporary / "videos.txt").write_text("".join(name + "\n" for name in [*merged, *new]))
+            if len(part["hands"]) or not str(part["reason"]):  # else it is tried again at the next run
+                keep.append(name)
+                sizes += len(part["hands"]), part["lengths"].sum(), part["frames"]
+    if not (merged or sizes[0]) or not keep:
+        with atomic(out / "failed.txt") as file:
+            file.write("".join(line + "\n" for line in failed).encode())
+        if not merged:
+            shutil.rmtree(out / "parts")  # so that another try reads the videos again
+            first = f"; {len(failed)} could not be read: {failed[0].replace(chr(9), ': ')}" if failed else ""
+            raise InputError(f"{new[0]}{' ...' if len(new) > 1 else ''}: no hand found in {len(new)} videos{first}")
+        return 0
+
+    old = load_hands(out) if merged else None
+    temporary = out / ".merging.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    hands, end = (len(old.keypoints), int(old.offsets[-1])) if old else (0, 0)
+    with contextlib.ExitStack() as stack:
+        files = {key: stack.enter_context(atomic(temporary / f"{key}.npy")) for key, _, _ in LAYOUT}
+        total = {"crops": end + sizes[1], "offsets": hands + sizes[0] + 1}
+        for key, dtype, shape in LAYOUT:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+                      "shape": (int(total.get(key, hands + sizes[0])), *shape)}
+            np.lib.format.write_array_header_1_0(files[key], header)
+            if old:
+                with open(out / f"{key}.npy", "rb") as source:  # through a memory map it would all count as used memory
+                    source.seek(np.load(source.name, mmap_mode="r", allow_pickle=False).offset)
+                    shutil.copyfileobj(source, files[key], 1 << 24)
+            elif key == "offsets":
+                files[key].write(np.int64(0))
+        for number, name in enumerate(tqdm(keep, unit="video", desc="merging"), len(merged)):
+            with open_part(out, name) as part:
+                rows = part["hands"]
+                rows["video"] = number
+                files["hands"].write(rows)
+                files["keypoints"].write(part["keypoints"])
+                files["offsets"].write(end + np.cumsum(part["lengths"]))
+                end += int(part["lengths"].sum())
+                with part.zip.open("crops") as crops:
+                    shutil.copyfileobj(crops, files["crops"], 1 << 24)
+    for name, content in (("videos.txt", [*merged, *keep]), ("failed.txt", failed)):
+        (temporary / name).write_text("".join(line + "\n" for line in content))
+    if annotations:
+        save_pairs(temporary, annotations)
     temporary.rename(out / "merged")
     move_merged(out)
+    return int(sizes[2])
+
+
+@contextlib.contextmanager
+def open_part(out, name):
+    try:
+        with np.load(part_path(out, name), allow_pickle=False) as part:
+            yield part
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
+        raise InputError(f"{part_path(out, name)}: damaged; delete it, and the same command extracts {name} again")
 
 
 def move_merged(out):
-    """Put a complete merge in its place, however far an earlier try got."""
+    """Put a complete merge in its place, however far an earlier try got, and delete the parts that are in it."""
     merged = out / "merged"
     if not merged.is_dir():
         return
-    for name in FINAL:
-        if (merged / name).exists():
-            os.replace(merged / name, out / name)
-    shutil.rmtree(out / "parts", ignore_errors=True)
+    for path in sorted(merged.iterdir()):
+        os.replace(path, out / path.name)
+    done = {part_path(out, name).stem for name in lines(out / "videos.txt")}
+    for path in (out / "parts").glob("*"):
+        if path.name.strip(".").split(".")[0] in done:  # a part, or what a kill left of one
+            path.unlink()
+    with contextlib.suppress(OSError):  # what could not be read at all leaves its part
+        (out / "parts").rmdir()
     merged.rmdir()
 
 
-def summarise(out, frames, seconds):
-    hands = load_hands(out)
-    failed = (out / "failed.txt").read_text().splitlines()
+def summarise(out, frames, videos, seconds):
+    """Draw hands.jpg, print the numbers of the whole folder, and write them to its log when there is news."""
+    hands, failed, log = load_hands(out), lines(out / "failed.txt"), read_log(out / "log.jsonl")
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(len(hands.keypoints), min(60, len(hands.keypoints)), replace=False))
     tiles = [draw_crop(hands, i, 160, "was left" if hands.hands["left"][i] else "right") for i in chosen]
     save_image(out / "hands.jpg", sheet(tiles, 12))
-    left = int(hands.hands["left"].sum())
-    total = len(hands.keypoints)
-    summary = {"videos": len(hands.videos), "frames_now": frames, "hands": total, "left": left, "right": total - left,
-               "failed": len(failed), "seconds": round(seconds, 1)}
-    if frames:
-        summary["frames_a_second"] = round(frames / seconds, 1)
+    left, total = int(hands.hands["left"].sum()), len(hands.keypoints)
+    frames += log[-1].get("frames", 0)
+    summary = {"videos": len(hands.videos), "frames": frames, "hands": total,
+               "hands_a_frame": round(total / max(frames, 1), 3), "left": left, "right": total - left,
+               "failed": len(failed), "videos_added": videos, "seconds": round(seconds, 1)}
+    if videos:
         write_log(out, summary)
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
     if failed:
         print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the first: "
               f"{failed[0].replace(chr(9), ': ')}")
     print(f"wrote {out}, see {out / 'hands.jpg'}; next: python mine_pairs.py {out}")
+
+
+# ---------------------------------------------------------------------------------------------- annotations
+
+ROW = np.dtype([("video", "<i4"), ("frame", "<i4"), ("box", "<i4", 4), ("left", "?"), ("keypoints", "<f4", (21, 2))])
+
+
+def load_annotations(path, root):
+    """SiMHand's published annotations (Hand100M) -> given {folder: (names of its pictures, its rows)}; rows (N,), in
+    order of folder, picture and place in the file; positives (N, K), rows or -1; distances (N, K)."""
+    require(os.path.isfile(path), f"{path}: no such file, expected SiMHand's annotations")
+    require(os.path.isdir(root), f"{root}: no such folder, expected the pictures that {path} names")
+    images, hands = {}, []
+
+    def shrink(item):  # at once: 2.0M hands as dicts of lists would take 10 GB
+        if "file_name" in item:
+            images[item["id"]] = os.path.split(os.path.normpath(item["file_name"]))
+        elif "image_id" in item or "hand_id" in item:
+            points = np.array(item["keypoint_25d"], np.float32).reshape(21, 3)[:, :2]
+            box = np.array(json.loads(item["boxes"])[:4]).astype(np.int32)  # cut off to whole pixels, as published
+            if (not np.isfinite(points).all() or (box[2:] <= box[:2]).any()
+                    or len(item["positive_sample"]) != len(item["distance"])):
+                raise ValueError(f"hand {item['hand_id']}: keypoints must be finite, its box not empty, "
+                                 "positive_sample and distance of one length")
+            hands.append((str(item["hand_id"]), item["image_id"], box.tobytes(), item["left_right"] == "Left",
+                          points.tobytes(), [str(i) for i in item["positive_sample"]], item["distance"]))
+        else:
+            return item
+
+    try:
+        json.loads(Path(path).read_text(), object_hook=shrink)
+        files = [images[hand[1]] for hand in hands]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected SiMHand's annotations (images: id, file_name; annotations: hand_id, "
+                         f"image_id, boxes, left_right, keypoint_25d, positive_sample, distance), {error!r}"[:500])
+    require(hands, f"{path}: holds no annotation")
+    order = sorted(range(len(hands)), key=files.__getitem__)
+    row_of = {hands[i][0]: row for row, i in enumerate(order)}
+    require(len(row_of) == len(hands), f"{path}: two of its {len(hands)} annotations have the same hand_id")
+    names, rows, most = {}, np.zeros(len(hands), ROW), max(len(hand[5]) for hand in hands)
+    positives, distances = np.full((len(hands), most), -1), np.full((len(hands), most), np.inf, np.float32)
+    for row, i in enumerate(order):
+        _, _, box, left, points, positive, distance = hands[i]
+        pictures = names.setdefault(files[i][0] or ".", [])
+        if files[i][1] not in pictures[-1:]:
+            pictures.append(files[i][1])
+        rows[row] = (len(names) - 1, len(pictures) - 1, np.frombuffer(box, np.int32), left,
+                     np.frombuffer(points, np.float32).reshape(21, 2))
+        positives[row, :len(positive)] = [row_of.get(hand, -1) for hand in positive]
+        distances[row, :len(positive)] = distance
+    ends = np.searchsorted(rows["video"], range(len(names) + 1))
+    given = {name: (names[name], rows[ends[k]:ends[k + 1]]) for k, name in enumerate(names)}
+    return SimpleNamespace(given=given, rows=rows, positives=positives, distances=distances)
+
+
+def annotated(folder, names, rows):
+    """The hands of a folder of stills, as annotated. The published crop is 1.3 times the box, cut off at the picture's
+    border; its keypoints are fractions of what was left. Here the same square is padded instead."""
+    for frame, seconds, image in read_stills(folder, names, 1):
+        found = []
+        for row in rows[slice(*np.searchsorted(rows["frame"], [frame, frame + 1]))]:
+            low, high = row["box"][:2].astype(int), row["box"][2:].astype(int)
+            grow = ((1.3 * (high - low)).astype(int) - (high - low)) // 2
+            half = int((high - low + 2 * grow).max()) // 2
+            corner = ((low + high) / 2 - half).astype(int)
+            inside = np.clip([corner, ((low + high) / 2 + half).astype(int)], 0, image.shape[1::-1])
+            points = inside[0] + row["keypoints"] * (inside[1] - inside[0]) - 0.5
+            found.append((points, bool(row["left"]), 1.0, (*corner.tolist(), max(2 * half, 1))))
+        yield frame, seconds, image, found
+
+
+def save_pairs(out, annotations):
+    """The published positives as rows of the hands folder `out`, without the hands that are not in it."""
+    hands, rows = np.load(out / "hands.npy", allow_pickle=False), annotations.rows
+    number = {name: k for k, name in enumerate(lines(out / "videos.txt"))}
+    video = np.array([number.get(name, -1) for name in annotations.given])[rows["video"]]
+    place = video << 32 | rows["frame"]  # of a row: its video in `out` and its picture there
+    here = np.flatnonzero(np.isin(place, hands["video"].astype(int) << 32 | hands["frame"]))
+    here = here[np.argsort(place[here], kind="stable")]
+    require(len(here) == len(hands), f"{out / 'hands.npy'}: holds hands that the annotations do not have")
+    number = np.full(len(rows) + 1, -1)  # the last one stands for -1
+    number[here] = np.arange(len(here))
+    pairs = number[annotations.positives[here]]
+    first = np.argsort(pairs < 0, axis=1, kind="stable")
+    pairs = np.take_along_axis(pairs, first, 1)
+    save_array(out / "neighbours.npy", pairs)
+    save_array(out / "distances.npy", np.where(
+        pairs < 0, np.float32(np.inf), np.take_along_axis(annotations.distances[here], first, 1)))
+    print(f"{len(rows) - len(here)} of {len(rows)} annotated hands dropped with pictures that are missing; "
+          f"{int((annotations.distances < np.inf).sum() - (pairs >= 0).sum())} pairs with them")
 
 
 if __name__ == "__main__":

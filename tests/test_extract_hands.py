@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 
 import extract_hands
 from common import HANDS_DTYPE, InputError, load_hands, open_folder, read_crop
-from conftest import ENVIRONMENT, REAL, ROOT, listing, refused, run
+from conftest import ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run
 
 
 def write_video(path, frames, fps=10):
@@ -77,36 +78,36 @@ def test_frames_are_sampled_by_time_in_sequence(tmp_path):
     frames = [np.full((64, 64, 3), 10 * k, np.uint8) for k in range(25)]
     write_video(tmp_path / "a.mp4", frames, fps=10)
     found = [(index, round(seconds, 3), image.mean()) for index, seconds, image in
-             extract_hands.sample_frames(tmp_path / "a.mp4", 3)]
+             extract_hands.sample_frames(str(tmp_path / "a.mp4"), 3)]
     assert [f[0] for f in found] == [0, 4, 7, 10, 14, 17, 20, 24]  # first at or after 0, 1/3, 2/3, 1, ... s
     assert all(abs(seconds - index / 10) < 1e-3 and abs(mean - 10 * index) < 4 for index, seconds, mean in found)
-    assert len(list(extract_hands.sample_frames(tmp_path / "a.mp4", 1000))) == 25  # no frame twice
+    assert len(list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), 1000))) == 25  # no frame twice
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_crops_are_square_padded_and_carry_their_keypoints(left):
     """A hand at the border: a dot drawn at a keypoint is found at the crop's keypoint, what lies outside is black."""
-    args = Namespace(margin=1.3, size=224)
     rng = np.random.default_rng(0)
     for corner in ((-20.0, 30.0), (230.0, -15.0), (100.0, 60.0)):
         points = corner + rng.uniform(0, 1, (21, 2)) * (80, 120)
         points[:2] = corner, np.add(corner, (80, 120))
         image = np.full((160, 280, 3), 40, np.uint8)
         inside = [k for k in range(21) if 3 < points[k, 0] < 276 and 3 < points[k, 1] < 156]
-        crop, keypoints, box = extract_hands.cut_out(image, points, left, args)
-        assert crop.shape == (224, 224, 3) and box[2] - box[0] == box[3] - box[1] == 156
+        square = extract_hands.square_around(points, 1.3)
+        crop, keypoints = extract_hands.cut_out(image, points, left, square, 224)
+        assert crop.shape == (224, 224, 3) and square[2] == 156
         k = inside[len(inside) // 2]
         dotted = image.copy()
         x, y = np.round(points[k]).astype(int)
         dotted[y, x] = 255
-        seen, _, _ = extract_hands.cut_out(dotted, points, left, args)
+        seen, _ = extract_hands.cut_out(dotted, points, left, square, 224)
         mass = seen[..., 0].astype(float) - crop[..., 0]
         found = np.array([(mass.sum(a) * np.arange(224)).sum() / mass.sum() for a in (0, 1)])
         assert np.abs(found - keypoints[k]).max() < 224 / 156
-        height, width = image.shape[:2]
-        outside = (box[0] < 0) * -box[0] + (box[2] > width) * (box[2] - width)
+        width = image.shape[1]
+        outside = max(-square[0], 0) + max(square[0] + 156 - width, 0)
         assert abs((crop[112, :, 0] == 0).sum() - outside * 224 / 156) <= 2
-    away, _, _ = extract_hands.cut_out(image, points + 1000, left, args)
+    away, _ = extract_hands.cut_out(image, points, left, (1000, 1000, 156), 224)
     assert away.shape == (224, 224, 3) and not away.any()  # wholly outside the picture
 
 
@@ -143,8 +144,15 @@ def test_broken_videos_are_listed_and_the_run_goes_on(rendered, tmp_path):
     printed = run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5).stdout
     failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
     assert sorted(failed) == ["b_text.mp4", "c_cut.mp4", "d_empty.mp4"] and "3 videos could not be read" in printed
-    assert (out / "videos.txt").read_text().split() == ["a_good.mp4", *sorted(failed)]
-    assert set(load_hands(out).hands["video"]) == {0}
+    assert (out / "videos.txt").read_text().split() == ["a_good.mp4"] and set(load_hands(out).hands["video"]) == {0}
+    before = listing(out)
+    run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5)  # what could not be read is tried again
+    assert listing(out) == before
+    (tmp_path / "in" / "b_text.mp4").write_bytes(source.read_bytes())
+    run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5)
+    hands = load_hands(out)
+    assert hands.videos == ["a_good.mp4", "b_text.mp4"] and "b_text" not in (out / "failed.txt").read_text()
+    assert np.array_equal(*(hands.keypoints[hands.hands["video"] == video] for video in (0, 1)))
 
 
 def test_a_video_that_breaks_half_way_keeps_what_was_decoded(rendered, tmp_path):
@@ -159,7 +167,7 @@ def test_a_video_that_breaks_half_way_keeps_what_was_decoded(rendered, tmp_path)
     (tmp_path / "a.avi").write_bytes(data[:len(data) // 2])
     good = []
     with pytest.raises(extract_hands.BrokenVideo, match="breaks off at"):
-        for index, _, _ in extract_hands.sample_frames(tmp_path / "a.avi", 10):
+        for index, _, _ in extract_hands.sample_frames(str(tmp_path / "a.avi"), 10):
             good.append(index)
     assert good == list(range(len(good))) and 20 < len(good) < 40
 
@@ -268,20 +276,181 @@ def test_the_same_name_under_another_root_is_another_video(rendered, tmp_path):
         (tmp_path / root).mkdir()
         shutil.copy(rendered / "videos" / name, tmp_path / root / "clip.mp4")
     run("extract_hands.py", tmp_path / "a", "--out", tmp_path / "hands", "--fps", 5)
-    assert "--root was" in refused("extract_hands.py", tmp_path / "b", "--out", tmp_path / "hands", "--fps", 5)
+    arguments = ("--out", tmp_path / "hands", "--fps", 5)
+    assert "none of its 1 videos is among the inputs" in refused("extract_hands.py", tmp_path / "b", *arguments)
+    run("extract_hands.py", tmp_path / "a", tmp_path / "b", *arguments)
+    assert (tmp_path / "hands" / "videos.txt").read_text().split() == ["clip.mp4", "../b/clip.mp4"]
+
+
+def found(*inputs):
+    """Names, relative to their root, of what list_sources finds."""
+    root, sources, _ = extract_hands.list_sources([str(path) for path in inputs])
+    return sorted(os.path.relpath(path, root) for path in sources)
 
 
 def test_links_and_odd_names(tmp_path):
     (tmp_path / "b.mp4").write_text("")
     (tmp_path / "a.mp4").symlink_to(tmp_path / "b.mp4")
+    (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / ".hidden.mp4").write_text("")
     (tmp_path / "with space é.MOV").write_text("")
-    assert extract_hands.list_videos([str(tmp_path)])[1] == ["a.mp4", "with space é.MOV"]  # one video, under one name
-    for name in ("line\nbreak.mp4", "line\u2028break.mp4"):
+    assert found(tmp_path) == ["b.mp4", "with space é.MOV"]  # one video, under one name
+    for name in ("line\nbreak.mp4", "line\u2028break.mp4", "tab\t.mp4"):
         (tmp_path / name).write_text("")
-        with pytest.raises(InputError, match="cannot be a line of videos.txt"):
-            extract_hands.list_videos([str(tmp_path)])
+        assert "cannot be a line of videos.txt" in refused("extract_hands.py", tmp_path, "--out", tmp_path / "o")
         (tmp_path / name).unlink()
+
+
+def test_several_inputs_lists_and_folders_of_stills(tmp_path, monkeypatch):
+    for name in ("ego/x/1.mp4", "ego/2.mkv", "ego/cover.jpg", "doh/3.webm", "doh/frames/b.png", "doh/frames/a.JPG",
+                 "doh/frames/notes.md", "ours/log.jsonl", "ours/hands.jpg", "doh/.cache/4.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert found(tmp_path / "ego") == ["2.mkv", "x/1.mp4"]
+    assert found(tmp_path / "ego" / "2.mkv") == ["2.mkv"]
+    assert found(tmp_path / "doh" / "frames") == ["frames"]
+    everything = ["doh/3.webm", "doh/frames", "ego/2.mkv", "ego/x/1.mp4"]
+    assert found(tmp_path) == found(tmp_path / "ego", tmp_path / "doh") == everything
+    assert extract_hands.list_sources([str(tmp_path)])[2] == 1  # the cover
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("ego/2.mkv\n\ndoh/frames\nego/gone.mp4\n")
+    assert found("list.txt") == ["doh/frames", "ego/2.mkv", "ego/gone.mp4"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(InputError, match="empty.txt: holds no video"):
+        found("empty.txt")
+
+
+def test_a_list_with_a_missing_video_and_a_broken_still(rendered, tmp_path):
+    source = sorted((rendered / "videos").glob("*.mp4"))[0]
+    (tmp_path / "stills").mkdir()
+    for index, _, image in extract_hands.sample_frames(str(source), 5):
+        cv2.imwrite(str(tmp_path / "stills" / f"{index:03d}.png"), image[:, :, ::-1])
+    (tmp_path / "stills" / "003.png").write_text("no picture")
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'stills'}\n{source}\n{tmp_path / 'gone.mp4'}\n")
+    out = tmp_path / "hands"
+    printed = run("extract_hands.py", tmp_path / "list.txt", "--out", out, "--fps", 5).stdout
+    failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
+    prefix = os.path.relpath(tmp_path, os.path.commonpath([tmp_path, source.parent]))
+    assert failed == {f"{prefix}/gone.mp4": "no such file",
+                      f"{prefix}/stills": "1 of 20 pictures are missing or cannot be read, the first: 003.png"}
+    hands = load_hands(out)
+    stills, video = ([v.startswith(prefix) for v in hands.videos].index(still) for still in (True, False))
+    a, b = (hands.hands["video"] == stills), (hands.hands["video"] == video) & (hands.hands["frame"] != 3)
+    assert "frames 39" in printed and a.sum() == b.sum() > 10
+    for key in ("frame", "time", "box", "left"):
+        assert np.allclose(hands.hands[key][a], hands.hands[key][b])
+    assert np.allclose(hands.keypoints[a], hands.keypoints[b])
+
+
+def retime(path, ticks):
+    """Give every frame of an mp4 its own duration (ticks of 1/10240 s), as phones do: variable frame rate."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"stts") - 4
+    size, = struct.unpack(">I", data[at:at + 4])
+    table = struct.pack(">I4sII", 16 + 8 * len(ticks), b"stts", 0, len(ticks))
+    data[at:at + size] = table + b"".join(struct.pack(">II", 1, tick) for tick in ticks)
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        at = data.index(box) - 4
+        data[at:at + 4] = struct.pack(">I", struct.unpack(">I", data[at:at + 4])[0] + 16 + 8 * len(ticks) - size)
+    at = data.index(b"edts")
+    data[at:at + 4] = b"free"  # the edit list, which would cut off what comes after the old end
+    path.write_bytes(data)
+
+
+def test_frames_of_a_video_with_variable_frame_rate(tmp_path):
+    write_video(tmp_path / "a.mp4", [np.full((48, 64, 3), 20 * k, np.uint8) for k in range(9)], fps=10)
+    retime(tmp_path / "a.mp4", [1024, 7168, 1024, 30720, 1024, 1024, 10240, 1024, 1024])
+    times = np.cumsum([0, 0.1, 0.7, 0.1, 3, 0.1, 0.1, 1, 0.1])
+    for fps in (1, 3, 1000):
+        first = sorted({int(np.argmax(times >= k / fps - 1e-4)) for k in range(int(times[-1] * fps + 1e-4) + 1)})
+        sampled = list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), fps))
+        assert [index for index, _, _ in sampled] == first
+        assert np.allclose([seconds for _, seconds, _ in sampled], times[first], atol=1e-3)
+        assert all(abs(image.mean() - 20 * index) < 5 for index, _, image in sampled)
+
+
+@pytest.mark.parametrize("matrix, turns", [((0, 1, -1, 0, 48, 0), 3), ((-1, 0, 0, -1, 64, 48), 2),
+                                           ((0, -1, 1, 0, 0, 64), 1)])
+def test_phone_videos_come_out_upright(tmp_path, matrix, turns):
+    """The camera was held turned; the file's display matrix (x' = a x + c y + tx, y' = b x + d y + ty) says so."""
+    held = np.zeros((48, 64, 3), np.uint8)
+    held[:24, :32] = 255
+    write_video(tmp_path / "a.mp4", [held] * 3)
+    a, b, c, d, x, y = (value << 16 for value in matrix)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = data.index(b"tkhd") + 44
+    data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, x, y, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(data)
+    for _, _, image in extract_hands.sample_frames(str(tmp_path / "a.mp4"), 10):
+        wanted = np.rot90(held, turns)
+        assert image.shape == wanted.shape and np.abs(image.astype(int) - wanted).mean() < 8
+
+
+@pytest.mark.parametrize("suffix, codec", [("mkv", "MJPG"), ("webm", "VP80"), ("avi", "MJPG"), ("mov", "mp4v")])
+def test_every_container_is_read(tmp_path, suffix, codec):
+    writer = cv2.VideoWriter(str(tmp_path / f"a.{suffix}"), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
+    for k in range(12):
+        writer.write(np.full((48, 64, 3), 20 * k, np.uint8))
+    writer.release()
+    sampled = list(extract_hands.sample_frames(str(tmp_path / f"a.{suffix}"), 2))
+    assert [index for index, _, _ in sampled] == [0, 5, 10] and found(tmp_path) == [f"a.{suffix}"]
+    assert all(abs(image.mean() - 20 * index) < 8 for index, _, image in sampled)
+
+
+def ranks(*arguments, variables=(("RANK", "WORLD_SIZE"),) * 2, world=2):
+    """Start the command once for each rank, as torchrun (RANK) or srun (SLURM_PROCID) would. -> the processes."""
+    command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
+    return [subprocess.Popen(command, env={**ENVIRONMENT, r: str(rank), w: str(world)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank, (r, w) in enumerate(variables)]
+
+
+def test_two_ranks_give_the_bytes_of_one_process(rendered, extracted, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               ROOT / "extract_hands.py", rendered / "videos", "--out", tmp_path / "hands", "--fps", "5"]
+    result = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert "rank 0 of 2  to_do 4" in result.stdout and "rank 1 of 2  to_do 4" in result.stdout
+    assert result.stdout.count("wrote ") == 1 or result.stdout.count("already_merged 8") == 1
+    assert listing(tmp_path / "hands") == listing(extracted)
+
+
+def test_one_rank_waits_for_the_other_and_a_killed_one_is_made_good(rendered, extracted, tmp_path):
+    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
+    slurm = (("SLURM_PROCID", "SLURM_NTASKS"),) * 2
+    first, second = ranks(*arguments, variables=slurm)
+    while not list((tmp_path / "hands").glob("parts/*.npz")) and first.poll() is None:
+        time.sleep(0.005)
+    with pytest.raises(InputError, match="another run is writing"):  # one process instead of two, meanwhile
+        open_folder(tmp_path / "hands")
+    second.send_signal(signal.SIGKILL)
+    printed, errors = first.communicate(timeout=100)
+    assert first.returncode == 0 and "are not done yet" in printed, errors
+    assert not (tmp_path / "hands" / "crops.npy").exists()
+    for process in ranks(*arguments, variables=slurm):
+        assert process.wait(100) == 0
+    assert listing(tmp_path / "hands") == listing(extracted)
+
+
+def test_two_ranks_may_try_to_merge_at_once(rendered, extracted, tmp_path):
+    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
+    assert kill_when(lambda: len(list((tmp_path / "hands" / "parts").glob("*.npz"))) == 8, *arguments)
+    for process in ranks(*arguments):  # nothing is left but to merge, if even that
+        assert process.wait(100) == 0
+    assert listing(tmp_path / "hands") == listing(extracted)
+
+
+def test_a_damaged_part_is_named(rendered, extracted, tmp_path):
+    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
+    assert kill_when(lambda: list((tmp_path / "hands" / "parts").glob("*.npz")), *arguments)
+    part = next((tmp_path / "hands" / "parts").glob("*.npz"))
+    data = part.read_bytes()
+    for damaged in (data[:len(data) // 2], data[:200] + bytes(1000) + data[1200:]):  # cut short; rotten
+        part.write_bytes(damaged)
+        line = run("extract_hands.py", *arguments, status=2).stderr.splitlines()[-1]
+        assert f"{part}: damaged; delete it" in line and not (tmp_path / "hands" / "crops.npy").exists()
+    part.unlink()
+    run("extract_hands.py", *arguments)
+    assert listing(tmp_path / "hands") == listing(extracted)
 
 
 def test_a_damaged_hands_folder_is_not_merged_into(rendered, hands, tmp_path):
@@ -304,3 +473,113 @@ def test_a_merge_that_was_half_moved_is_finished(rendered, extracted, tmp_path):
     (out / "parts").mkdir()
     run("extract_hands.py", rendered / "videos", "--out", out, "--fps", 5)
     assert listing(out) == listing(extracted)
+
+
+def published_crop(image, box, size=224):
+    """The square of 1.3 boxes, cut off at the picture's border and squeezed to a square, step by step as DATASETS.md
+    describes the published loader. -> crop, and its corners in the picture."""
+    x1, y1, x2, y2 = (int(value) for value in box)
+    wide, high = int(1.3 * (x2 - x1)), int(1.3 * (y2 - y1))
+    dx, dy = int((wide - (x2 - x1)) / 2), int((high - (y2 - y1)) / 2)
+    x1, y1, x2, y2 = x1 - dx, y1 - dy, x2 + dx, y2 + dy
+    half = max(x2 - x1, y2 - y1) // 2
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    corners = [int(x - half), int(y - half), int(x + half), int(y + half)]
+    corners[0::2] = np.clip(corners[0::2], 0, image.shape[1])
+    corners[1::2] = np.clip(corners[1::2], 0, image.shape[0])
+    return cv2.resize(image[corners[1]:corners[3], corners[0]:corners[2]], (size, size)), corners
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    """Hand100M in small: two folders of pictures, in each of which dots mark the joints of two hands. One picture is
+    missing, one hand touches the border. -> folder, annotations, {hand_id: (source points, is left)}"""
+    rng = np.random.default_rng(0)
+    images, annotations, truth = [], [], {}
+    for number, name in enumerate(["v2/b.png", "v1/00.png", "v1/01.png", "v2/a.png"]):
+        image = np.full((240, 320, 3), 60, np.uint8)
+        images.append({"id": 70 + number, "file_name": name, "width": 320, "height": 240})
+        for k, corner in enumerate([(-12, 40), (180, 100)]):
+            points = corner + np.round(rng.uniform(15, 95, (21, 2)))
+            box = [*(points.min(0) - 0.4), *(points.max(0) + 0.7)]
+            for x, y in points.astype(int):
+                image[y, x] = 255
+            hand_id = str(100 * (number + 1) + k)
+            truth[hand_id] = points, k == 1
+            _, (x0, y0, x1, y1) = published_crop(image, box)
+            normalised = (points + 0.5 - (x0, y0)) / (x1 - x0, y1 - y0)
+            annotations.append({"hand_id": hand_id, "image_id": 70 + number, "boxes": json.dumps(box),
+                                "left_right": ["Right", "Left"][k], "positive_sample": [], "distance": [],
+                                "keypoint_25d": np.c_[normalised, np.zeros(21)].ravel().tolist()})
+        if name != "v1/01.png":
+            (tmp_path / "frames" / name).parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp_path / "frames" / name), image)
+    wanted = {"100": [401, 200], "101": [300, 201], "200": [100], "201": [999, 400], "300": [100], "301": [100],
+              "400": [300, 301], "401": [100, 200]}  # 300, 301 are in the missing picture, 999 nowhere
+    for annotation in annotations:  # integers, where hand_id is a string: so the published file has it
+        annotation["positive_sample"] = wanted[annotation["hand_id"]]
+        annotation["distance"] = [0.25, 0.5][:len(annotation["positive_sample"])]
+    (tmp_path / "hands.json").write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    return tmp_path, annotations, truth
+
+
+def test_the_authors_annotations_become_a_hands_folder(annotated):
+    folder, annotations, truth = annotated
+    out = folder / "hands"
+    arguments = ("--annotations", folder / "hands.json", "--frames", folder / "frames", "--out", out)
+    printed = run("extract_hands.py", *arguments).stdout
+    hands = load_hands(out)
+    assert hands.videos == ["v1", "v2"] and hands.hands["video"].tolist() == [0, 0, 1, 1, 1, 1]
+    assert hands.hands["frame"].tolist() == [0, 0, 0, 0, 1, 1]
+    order = ["200", "201", "400", "401", "100", "101"]
+    for row, keypoints, i in zip(hands.hands, hands.keypoints, order):
+        points, left = truth[i]
+        annotation = next(a for a in annotations if a["hand_id"] == i)
+        assert row["left"] == left and row["box"][3] - row["box"][1] == row["box"][2] - row["box"][0]
+        picture = np.full((240, 320, 3), 60, np.uint8)
+        theirs, corners = published_crop(picture, json.loads(annotation["boxes"]))
+        if i[2] == "1":  # wholly inside: the very square of the authors
+            assert row["box"].tolist() == corners
+        keypoints = keypoints * (-1, 1) + (223, 0) if left else keypoints
+        side = row["box"][2] - row["box"][0]
+        assert np.abs((keypoints + 0.5) * side / 224 - 0.5 + row["box"][:2] - points).max() < 1e-3
+    for i in range(6):  # and the dots are where the keypoints say
+        crop = read_crop(hands, i).astype(int)[..., 0]
+        inside = [p for p in np.round(hands.keypoints[i]).astype(int) if (p > 4).all() and (p < 219).all()
+                  and crop[p[1], p[0]] > 0 and crop[p[1] - 4:p[1] + 5, p[0] - 4:p[0] + 5].min() > 20]
+        assert len(inside) > 10 and all(crop[y, x] > 90 for x, y in inside)
+    neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
+    number = {i: k for k, i in enumerate(order)}
+    assert neighbours.tolist() == [[number["100"], -1], [number["400"], -1], [-1, -1], [number["100"], number["200"]],
+                                   [number["401"], number["200"]], [number["201"], -1]]
+    assert distances[:, 0].tolist() == [0.25, 0.5, np.inf, 0.25, 0.25, 0.5] and distances[3, 1] == 0.5
+    assert "2 of 8 annotated hands dropped" in printed and "6 pairs with them" in printed
+    assert "1 of 2 pictures are missing" in (out / "failed.txt").read_text()
+    before = listing(out)
+    run("extract_hands.py", *arguments)
+    assert listing(out) == before
+    run("pretrain.py", out, "--out", folder / "run", "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0, *TINY)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a: a.pop("hand_id"), "expected SiMHand's annotations"),
+    (lambda a: a.update(keypoint_25d=[0.5] * 62), "expected SiMHand's annotations"),
+    (lambda a: a.update(keypoint_25d=[float("nan")] * 63), "hand 100: keypoints must be finite"),
+    (lambda a: a.update(boxes="[5, 5, 5, 9]"), "hand 100: keypoints must be finite, its box not empty"),
+    (lambda a: a.update(boxes=[5, 5, 9, 9]), "expected SiMHand's annotations"),
+    (lambda a: a.update(image_id="70"), "expected SiMHand's annotations"),
+    (lambda a: a.update(distance=[]), "hand 100: keypoints"),
+    (lambda a: a.update(hand_id="401"), "two of its 8 annotations have the same hand_id")])
+def test_bad_annotations_are_refused(annotated, change, message):
+    folder = annotated[0]
+    content = json.loads((folder / "hands.json").read_text())
+    change(content["annotations"][0])
+    (folder / "hands.json").write_text(json.dumps(content))
+    arguments = ("--annotations", folder / "hands.json", "--out", folder / "hands")
+    assert message in refused("extract_hands.py", *arguments, "--frames", folder / "frames")
+    (folder / "hands.json").write_text("{")
+    assert "expected SiMHand's" in refused("extract_hands.py", *arguments, "--frames", folder / "frames")
+    assert "no such folder" in refused("extract_hands.py", *arguments, "--frames", folder / "nowhere")
+    assert "with --frames" in refused("extract_hands.py", *arguments)
+    assert "--fps has no effect" in refused("extract_hands.py", *arguments, "--frames", folder, "--fps", 2)
+    assert not (folder / "hands").exists()

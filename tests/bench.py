@@ -1,0 +1,197 @@
+"""Speed and memory, each figure beside a reference measured in the same run.
+
+    python tests/bench.py extract      extraction beside bare MediaPipe; the merge and the annotations of 2.0M hands
+    python tests/bench.py all
+
+Prints one table, in Markdown. Every figure is wall-clock time, start-up of the processes included, unless it says
+otherwise; run it on an idle machine. Takes minutes and, in a temporary folder (TMPDIR says where), 8 GB of disk.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "real" / "handpose3d_stereo"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    stage = parser.parse_args().stage
+    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "opencv-python", "mediapipe")]
+    print(f"{len(os.sched_getaffinity(0))} cores of {model[0] if model else platform.machine()}, "
+          f"Python {platform.python_version()}, {', '.join(versions)}\n", flush=True)
+    print("| stage | what | ours | reference | ratio | the reference is |\n|---|---|---|---|---|---|")
+    for name in STAGES if stage == "all" else [stage]:
+        with tempfile.TemporaryDirectory() as folder:
+            for what, ours, reference, ratio, note in STAGES[name](Path(folder)):
+                print(f"| {name} | {what} | {ours} | {reference} | {ratio} | {note} |", flush=True)
+
+
+def script(*arguments):
+    """Run a script on a core or more. -> seconds, peak memory in GB of its main process."""
+    start = time.time()
+    with open(os.devnull, "w") as quiet:
+        process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=quiet, stderr=subprocess.PIPE)
+        errors = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{arguments[0]} failed: {errors[-500:]}")
+    return time.time() - start, usage.ru_maxrss / 2 ** 20
+
+
+# ---------------------------------------------------------------------------------------------- extraction
+
+def extract(folder):
+    """Rendered videos of 640 x 480 at 30 frames a second that change 5 times a second, looked at 5 times a second."""
+    import synthetic
+
+    synthetic.write_videos(folder / "rendered", videos=8, seconds=8, fps=5, size=(640, 480), seed=0)
+    (folder / "videos").mkdir()
+    for path in sorted((folder / "rendered").glob("*.mp4")):
+        source = cv2.VideoCapture(str(path))
+        first = folder / "videos" / f"{path.stem}-0.mp4"
+        writer = cv2.VideoWriter(str(first), cv2.VideoWriter_fourcc(*"mp4v"), 30, (640, 480))
+        while True:
+            good, image = source.read()
+            if not good:
+                break
+            for _ in range(6):
+                writer.write(image)
+        writer.release()
+        for copy in range(1, 4):
+            shutil.copy(first, folder / "videos" / f"{path.stem}-{copy}.mp4")
+    yield from compare(folder, folder / "videos", 5, "rendered, 640 x 480, --fps 5", [1, 2])
+    if REAL.is_dir():
+        (folder / "real").mkdir()
+        for path in REAL.glob("*.mp4"):
+            for copy in range(16):
+                shutil.copy(path, folder / "real" / f"{path.stem}-{copy}.mp4")
+        yield from compare(folder, folder / "real", 1, "real clips, 720 x 720, --fps 1", [2])
+    yield from merge(folder)
+    yield from annotations(folder)
+
+
+def compare(folder, videos, fps, what, processes, rounds=2):
+    """Frames a second of extraction, and of processes that only decode the same videos and call MediaPipe. A run over
+    all videos less one over the first quarter: what starting takes is given apart."""
+    paths, rates = sorted(videos.glob("*.mp4")), {}
+    lists = folder / "quarter.txt", folder / "all.txt"
+    for path, chosen in zip(lists, (paths[::4], paths)):
+        path.write_text("".join(f"{video}\n" for video in chosen))
+    for workers in processes:
+        seconds, frames = np.zeros((2, 2)), np.zeros((2, 2), int)
+        for part, path in [*enumerate(lists)] * rounds:
+            shutil.rmtree(folder / "hands", ignore_errors=True)
+            seconds[0, part] += script(ROOT / "extract_hands.py", path, "--out", folder / "hands", "--fps", fps,
+                                       "--workers", workers)[0]
+            frames[0, part] += json.loads((folder / "hands" / "log.jsonl").read_text().splitlines()[-1])["frames"]
+            start = time.time()
+            context = multiprocessing.get_context("spawn")
+            counts = context.Array("i", workers)
+            cores, chosen = sorted(os.sched_getaffinity(0)), path.read_text().splitlines()
+            bare = [context.Process(target=bare_mediapipe, args=(counts, k, core, chosen[k::workers], fps))
+                    for k, core in enumerate(cores[:workers])]
+            for process in bare:
+                process.start()
+            for process in bare:
+                process.join()
+            seconds[1, part] += time.time() - start
+            frames[1, part] += sum(counts)
+        assert (frames[0] == frames[1]).all(), f"ours and the reference looked at other frames: {frames}"
+        rates[workers] = ours, reference = (frames[:, 1] - frames[:, 0]) / (seconds[:, 1] - seconds[:, 0])
+        starting = (seconds[:, 0] - frames[:, 0] / rates[workers]) / rounds
+        yield (f"{what}, {workers} worker{'s' * (workers > 1)}, {frames[0].sum()} frames", f"{ours:.1f} frames/s",
+               f"{reference:.1f} frames/s", f"{ours / reference:.2f}", "decoding and bare MediaPipe, as many processes")
+        yield ("start-up and end of these", f"{starting[0]:.1f} s", f"{starting[1]:.1f} s", "", "the same")
+    if len(rates) > 1:
+        yield (f"{what}, 2 workers over 1", f"{rates[2][0] / rates[1][0]:.2f}", f"{rates[2][1] / rates[1][1]:.2f}", "",
+               "the same of bare MediaPipe")
+
+
+def bare_mediapipe(counts, k, core, paths, fps):
+    os.sched_setaffinity(0, {core})
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    import mediapipe
+
+    detector = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=2, min_detection_confidence=0.5)
+    for path in paths:
+        video, due = cv2.VideoCapture(str(path)), 0
+        while video.grab():
+            if video.get(cv2.CAP_PROP_POS_MSEC) / 1000 >= due / fps - 1e-4:
+                detector.process(cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB))
+                counts[k] += 1
+                due += 1
+
+
+def merge(folder, videos=30_000, hands=2_000_000):
+    """Parts of that many hands, made up, with one crop of 32 px for all; then the command that merges them. Then one
+    more video."""
+    from common import HANDS_DTYPE
+    import extract_hands
+
+    rng, out = np.random.default_rng(0), folder / "merged"
+    jpeg = cv2.imencode(".jpg", rng.integers(0, 255, (32, 32, 3), np.uint8))[1]
+    names = [f"{k % 100:02d}/{k:05d}.mp4" for k in range(videos + 1)]
+    counts = np.diff(np.linspace(0, hands, videos + 1).round().astype(int)).tolist() + [50]
+    for what, first, last in (("merge", 0, videos), ("one video more,", videos, videos + 1)):
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+        for name, count in zip(names[first:last], counts[first:last]):
+            rows = np.zeros(count, HANDS_DTYPE)
+            rows["frame"] = np.arange(count)
+            path = extract_hands.part_path(out, name)
+            np.savez(path, lengths=np.full(count, len(jpeg)), hands=rows, frames=count, reason="",
+                     keypoints=rng.uniform(0, 32, (count, 21, 2)).astype(np.float32))
+            with zipfile.ZipFile(path, "a") as part:
+                part.writestr("crops", jpeg.tobytes() * count)
+        (folder / "list.txt").write_text("".join(f"{folder}/{name}\n" for name in names[:last]))
+        seconds, memory = script(ROOT / "extract_hands.py", folder / "list.txt", "--out", out, "--size", 32)
+        assert len(np.load(out / "keypoints.npy", mmap_mode="r")) == sum(counts[:last])
+        yield (f"{what} {last} videos, {sum(counts[:last])} hands, crops of {len(jpeg)} bytes",
+               f"{seconds:.0f} s, {memory:.2f} GB", "", "", "at most 2 GB wanted")
+    shutil.rmtree(out)
+
+
+def annotations(folder, hands=2_000_000):
+    """A file like SiMHand's own, with that many hands, made up; then what it takes to read it."""
+    rng = np.random.default_rng(0)
+    points = [str(rng.uniform(0, 1, 63).tolist()) for _ in range(1000)]
+    with open(folder / "hands.json", "w") as file:
+        file.write('{"images": [')
+        file.write(", ".join(f'{{"id": {k}, "file_name": "Ego4D/{k % 30_000:05d}/{k:07d}.jpg", "width": 1920, '
+                             f'"height": 1080}}' for k in range(hands)))
+        file.write('], "annotations": [')
+        for k in range(hands):
+            file.write(f'{", " * (k > 0)}{{"hand_id": "{k}", "image_id": {k}, "boxes": "[600.5, 300.25, 800.5, 500]", '
+                       f'"left_right": "Left", "keypoint_25d": {points[k % 1000]}, '
+                       f'"positive_sample": [{hands - 1 - k}], "distance": [0.123456789]}}')
+        file.write("]}")
+    size = (folder / "hands.json").stat().st_size / 1e9
+    seconds, memory = script("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import extract_hands; "
+                             f"a = extract_hands.load_annotations({str(folder / 'hands.json')!r}, '/'); "
+                             f"assert len(a.rows) == {hands} and len(a.given) == 30_000")
+    (folder / "hands.json").unlink()
+    yield (f"annotations, {hands} hands, a file of {size:.1f} GB", f"{seconds:.0f} s, {memory:.2f} GB", "", "",
+           "at most 8 GB wanted")
+
+
+STAGES = {"extract": extract}
+
+if __name__ == "__main__":
+    main()
