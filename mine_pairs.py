@@ -1,10 +1,12 @@
 """Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand.
 
 Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42 numbers) by PCA in 14 dimensions,
-and searches exactly. Writes into the same folder (or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy,
-and to look at pairs.jpg, distances.png and mining.jsonl.
+and searches exactly: by a tree on the CPU, by brute force on a GPU, with the same result. Writes into the same folder
+(or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy, and to look at pairs.jpg, distances.png and
+mining.jsonl. Under torchrun each rank searches for its share of the hands.
 
     python mine_pairs.py data/ego4d
+    python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
     python mine_pairs.py demo/hands --top-k 5
 """
 
@@ -12,16 +14,22 @@ import argparse
 import json
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
 from common import (atomic, check_flags, draw_crop, load_hands, open_folder, plain, print_settings, require, run_script,
-                    save_array, save_image, sheet)
+                    save_array, save_image, sheet, start_ranks)
+
+NONE = torch.iinfo(torch.int64).max  # the key of no neighbour: it comes after all others
 
 
 def parse_args():
@@ -29,50 +37,84 @@ def parse_args():
     parser.add_argument("hands", help="hands folder, as extract_hands.py writes it")
     parser.add_argument("--out", help="folder for the pairs (default: the hands folder itself)")
     parser.add_argument("--dims", type=int, default=14, help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
+    # which pairs
     parser.add_argument("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1)")
     parser.add_argument("--same-video", action="store_true",
                         help="let a neighbour come from the hand's own video (ablation: mostly near-duplicates)")
+    parser.add_argument("--temporal", action="store_true", help="instead of similar hands: the hand of the same side "
+                        "with the nearest box in the next sampled frame of the same video (as in TempCLR)")
+    parser.add_argument("--limit", type=int, help="mine within so many hands, drawn at random, as if there were no "
+                        "others (paper: 50k to 2M); of one seed the smaller set lies in the larger (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of --limit")
+    # the machine
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one); the result is the same")
     args = parser.parse_args()
     check_flags(args)
     require(1 <= args.dims <= 42 and args.top_k >= 1, "--dims must lie in 1..42, --top-k must be at least 1")
+    require(not args.temporal or (args.top_k == 1 and args.limit is None and not args.same_video),
+            "--temporal pairs a hand with the next frame: it goes without --top-k, --limit and --same-video")
     return args
 
 
 def main():
     args = parse_args()
+    rank, ranks, device = start_ranks(args.device)
     hands = load_hands(args.hands)
-    keypoints, video = hands.keypoints, hands.hands["video"]
-    count, videos = len(keypoints), len(np.unique(video))
-    listed = hands.folder / "hands.npy"
-    require(count > args.dims, f"{listed}: {count} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
-    require(videos > 1 or args.same_video, f"{listed}: all {count} hands come from one video, but neighbours are taken "
-            "from other videos; extract more videos or allow --same-video")
-    most = count - (1 if args.same_video else np.bincount(video)[np.unique(video)].min())
-    require(args.top_k <= most, f"{listed}: no hand has more than {most} candidates, fewer than --top-k {args.top_k}")
+    listed, count = hands.folder / "hands.npy", len(hands.keypoints)
+    require(args.limit is None or args.limit <= count, f"{listed}: {count} hands, fewer than --limit {args.limit}")
+    mined = np.sort(np.random.default_rng(args.seed).permutation(count)[:args.limit])  # the rows that take part
+    video = hands.hands["video"][mined]
+    sizes = np.bincount(video)
+    videos = np.count_nonzero(sizes)
+    require(len(mined) > args.dims, f"{listed}: {len(mined)} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
+    if not args.temporal:
+        require(videos > 1 or args.same_video, f"{listed}: all {len(mined)} hands come from one video, but neighbours "
+                "are taken from other videos; extract more videos or allow --same-video")
+        most = len(mined) - (1 if args.same_video else sizes[sizes > 0].min())
+        require(args.top_k <= most, f"{listed}: no hand has more than {most} candidates, --top-k is {args.top_k}")
     out = Path(args.out or args.hands)
-    lock = open_folder(out)  # held until the process ends
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    print_settings(args, count=count, videos=videos, device=device)
-    poses = keypoints.reshape(count, 42).astype(np.float64) / hands.side
+    lock = open_folder(out) if rank == 0 else None  # held until the process ends
+    if rank == 0:
+        print_settings(args, count=count, mined=len(mined), videos=videos, ranks=ranks, device=device)
+    scale = np.float64(1 / hands.side)
+    poses = hands.keypoints[mined].reshape(-1, 42) * scale
     require(np.ptp(poses, axis=0).max() > 1e-9,
             f"{hands.folder / 'keypoints.npy'}: all hands are the same, a PCA needs them to vary")
     mean, components, explained = fit_pca(poses, args.dims)
-    embeddings = ((poses - mean) @ components.T).astype(np.float32)
-    neighbours, distances = nearest(embeddings, None if args.same_video else video, args.top_k, device)
+    del poses
+    embeddings = np.empty((count, args.dims), np.float32)
+    for start in range(0, count, 1 << 16):
+        piece = slice(start, start + (1 << 16))
+        embeddings[piece] = (hands.keypoints[piece].reshape(-1, 42) * scale - mean) @ components.T
+    neighbours, distances = np.full((count, args.top_k), -1), np.full((count, args.top_k), np.inf, np.float32)
+    if args.temporal:
+        neighbours[:, 0], distances[:, 0] = next_frames(hands.hands, embeddings)
+        require((neighbours >= 0).any(), f"{listed}: no hand is seen again in the next sampled frame of its video")
+    else:
+        found, distances[mined] = nearest(embeddings[mined], None if args.same_video else video, args.top_k, device,
+                                          rank, ranks)
+        neighbours[mined] = np.where(found < 0, -1, mined[found])
+    if rank == 0:
+        pca = np.concatenate([mean[None], components]).astype(np.float32)
+        summary = {"explained_variance": round(float(explained), 4), "mined": len(mined)}
+        write(out, hands, pca, embeddings, neighbours, distances, summary, args)
+    if ranks > 1:
+        dist.destroy_process_group()
 
+
+def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
+    """All files, neighbours.npy last: where it is, all files are of one mining."""
     if (out / "neighbours.npy").exists():
         print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
-        (out / "neighbours.npy").unlink()  # written last: where it is, all files are of one mining
-    save_array(out / "pca.npy", np.concatenate([mean[None], components]).astype(np.float32))
+        (out / "neighbours.npy").unlink()
+    save_array(out / "pca.npy", pca)
     save_array(out / "embeddings.npy", embeddings)
     save_array(out / "distances.npy", distances)
     paired = neighbours[:, 0] >= 0
-    others = np.bincount(neighbours[:, 0][paired], minlength=count)
-    summary = {"hands": count, "without_neighbour": int((~paired).sum()),
-               "explained_variance": round(float(explained), 4),
-               "neighbours_from_videos": len(np.unique(video[neighbours[paired, 0]])),
-               "hubs_over_100": int((others > 100).sum()),
+    chosen = np.bincount(neighbours[paired, 0])
+    summary = {"hands": len(neighbours), **summary, "without_neighbour": summary["mined"] - int(paired.sum()),
+               "neighbours_from_videos": len(np.unique(hands.hands["video"][neighbours[paired, 0]])),
+               "hubs_over_100": int((chosen > 100).sum()), "most_often_chosen": int(chosen.max()),
                "median_distance": round(float(np.median(distances[paired, 0])), 4)}
     with atomic(out / "mining.jsonl") as file:
         for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, summary):
@@ -94,46 +136,183 @@ def fit_pca(poses, dims):
     return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
 
 
-def nearest(embeddings, video, top_k, device):
+def next_frames(rows, embeddings):
+    """Temporal pairs. rows (N,) of hands.npy, sorted by video and frame -> neighbour (N,), -1 where the next sampled
+    frame shows no hand of that side; distance (N,), inf there. Frames without hands have no rows: two frames follow
+    each other when they are at most 1.5 times the usual time apart."""
+    first = np.flatnonzero(np.diff(rows["video"], prepend=-1) | np.diff(rows["frame"], prepend=-1))  # row of each frame
+    size = np.diff(first, append=len(rows))
+    apart = np.where(np.diff(rows["video"][first]) == 0, np.diff(rows["time"][first]), np.inf)
+    usual = np.median(apart[apart < np.inf]) if (apart < np.inf).any() else 0
+    follows = np.append(apart <= 1.5 * usual, False)
+    begin = np.repeat(np.where(follows, np.append(first[1:], 0), 0), size)
+    end = begin + np.repeat(np.where(follows, np.append(size[1:], 0), 0), size)
+    centre = (rows["box"][:, :2] + rows["box"][:, 2:]) / 2
+    neighbour, nearest_box = np.full(len(rows), -1), np.full(len(rows), np.inf)
+    for k in range(size.max()):
+        other = np.minimum(begin + k, len(rows) - 1)
+        gap = np.linalg.norm(centre[other] - centre, axis=1)
+        closer = (begin + k < end) & (rows["left"][other] == rows["left"]) & (gap < nearest_box)
+        neighbour[closer], nearest_box[closer] = other[closer], gap[closer]
+    difference = embeddings[neighbour].astype(np.float64) - embeddings
+    return neighbour, np.where(neighbour < 0, np.inf, np.sqrt((difference ** 2).sum(1))).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------- exact search
+
+def nearest(embeddings, video, top_k, device, rank=0, ranks=1, leaf=256, dense=32, budget=1 << 21):
     """Exact nearest neighbours of every row among the rows of other videos (video None: among all other rows).
 
     embeddings (N, D) float32, video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K)
     float32, inf there. A distance is the root of the float64 sum of squared differences, rounded to float32; of equal
-    ones the lower index comes first. Cost grows with the square of N.
+    ones the lower index comes first. The rows are parted into leaves of a k-d tree, and a leaf's rows are searched for
+    together; ranks share the leaves. On a CPU boxes decide which leaves are looked into, but for the `dense` nearest;
+    a GPU looks into all: there a product is cheaper than a decision. budget: products at a time.
     """
-    count = len(embeddings)
-    rows = torch.from_numpy(embeddings).to(device, torch.float64)
-    group = torch.arange(count) if video is None else torch.from_numpy(video.astype(np.int64))
-    group, index = group.to(device), torch.arange(count, device=device)
-    neighbours, distances = np.empty((count, top_k), np.int64), np.empty((count, top_k), np.float32)
-    block = max(1, (1 << 25) // count)  # queries at a time: about 1 GB whatever the number of hands
-    for start in tqdm(range(0, count, block), unit="block", desc="neighbours", disable=count <= block):
-        query = slice(start, start + block)
-        d = torch.cdist(rows[query], rows, compute_mode="donot_use_mm_for_euclid_dist").float()
-        d[group[query, None] == group] = torch.inf
-        # the bits of a non-negative float32 order like the number: with the index below them, keys have no ties
-        key = d.view(torch.int32).long() << 32 | index
-        key = key.topk(top_k, largest=False).values.cpu()
-        distances[query] = (key >> 32).int().view(torch.float32).numpy()
-        neighbours[query] = (key & 0xFFFFFFFF).numpy()
-    neighbours[np.isinf(distances)] = -1
-    return neighbours, distances
+    if device.type == "cuda":
+        dense, budget = len(embeddings), 1 << 26
+    tree = grow_tree(embeddings, np.arange(len(embeddings)) if video is None else video, leaf, device)
+    keys = torch.full((len(embeddings), top_k), NONE, device=device)
+
+    def work(block):
+        found, real = search(tree, block, top_k, dense, budget), ~tree.extra[block]
+        keys[tree.row[block][real]] = found[real]
+
+    blocks, threads = range(rank, len(tree.row), ranks), torch.get_num_threads()
+    torch.set_num_threads(1)  # a block to a thread: its steps are too small to be parted
+    pool = ThreadPoolExecutor(1 if device.type == "cuda" else threads, "search", torch.set_num_threads, (1,))
+    with pool, tqdm(total=len(blocks), unit="block", desc="neighbours", disable=rank > 0 or len(blocks) < 20) as bar:
+        for _ in pool.map(work, blocks):
+            bar.update()
+    torch.set_num_threads(threads)
+    if ranks > 1:
+        dist.all_reduce(keys, dist.ReduceOp.MIN)
+    keys = keys.cpu()
+    distances = (keys >> 32).int().view(torch.float32).masked_fill_(keys == NONE, torch.inf)
+    return (keys & 0xFFFFFFFF).masked_fill_(keys == NONE, -1).numpy(), distances.numpy()
 
 
-def draw_pairs(path, hands, neighbours, distances, pairs=6, seed=0):
-    """Queries beside their nearest neighbour, skeletons drawn; a row each of the best, median and worst tenth."""
+def grow_tree(embeddings, group, leaf, device):
+    """Halve the rows along their widest axis until at most `leaf` of them are together. -> n leaves of L places:
+    row, extra, group (n, L); point (n, L, D); norm (n, L), squared; low, high (n, D), the leaf's box; column
+    (n, L, D + 1), point and norm for the products. Where a leaf has fewer rows, its last places are extra: they repeat
+    a row, at an infinite distance."""
+    parts = [np.arange(len(embeddings))]
+    while max(map(len, parts)) > leaf:
+        halves = []
+        for part in parts:
+            values, half = embeddings[part], (len(part) + 1) // 2
+            order = np.argpartition(values[:, values.var(0).argmax()], half - 1)
+            halves += [part[order[:half]], part[order[half:]]]
+        parts = halves
+    size = max(map(len, parts))
+    extra = torch.from_numpy(np.arange(size) >= np.array([len(part) for part in parts])[:, None]).to(device)
+    row = torch.from_numpy(np.stack([np.pad(part, (0, size - len(part)), "edge") for part in parts])).to(device)
+    point = torch.from_numpy(embeddings).to(device)[row]
+    norm = point.square().sum(2)
+    return SimpleNamespace(row=row, extra=extra, group=torch.from_numpy(group.astype(np.int32)).to(device)[row],
+                           point=point, norm=norm, low=point.amin(1), high=point.amax(1),
+                           column=torch.cat([point, norm.masked_fill(extra, torch.inf)[:, :, None]], 2))
+
+
+def search(tree, block, top_k, dense, budget, tile=16):
+    """Neighbours of the rows of one leaf -> keys (L, K), ascending: the bits of the float32 distance (which order like
+    the number) above the row's index, NONE where there is no neighbour.
+
+    Leaves are visited from the nearest box on, and rows leave the search when no box can hold anything nearer. Squared
+    distances come from a product in float32; a leaf's least one per row, with twice the product's error, says which
+    leaves can hold a neighbour. Those alone are compared in float64.
+    """
+    n, size, dims = tree.point.shape
+    device = tree.point.device
+    point, group, norm = tree.point[block], tree.group[block], tree.norm[block]
+    query = torch.cat([-2 * point, torch.ones_like(point[:, :1])], 1)
+    between = (tree.low - tree.high[block]).clamp_(min=0) + (tree.low[block] - tree.high).clamp_(min=0)
+    bound, near = between.square_().sum(1).mul_(1 - 1e-5).sort()
+    best = torch.full((size, top_k), torch.inf, device=device)  # the least distances of different leaves, squared
+    limit = torch.full((size,), torch.inf, device=device)  # above it there is no neighbour
+    active, start, found = torch.arange(size, device=device), 0, []
+    while start < n and len(active):
+        rows = len(active)
+        if start < dense:  # all rows in all of these leaves
+            leaf = near[start:min(start + max(budget // (rows * size), 1), dense)]
+            product = (query[active] @ tree.column[leaf].view(-1, dims + 1).T).view(rows, -1, size).transpose(0, 1)
+            leaf_of, row_of = leaf, torch.arange(rows, device=device).expand(len(leaf), rows)
+            r, l = row_of.flatten(), torch.arange(len(leaf), device=device).repeat_interleave(rows)
+            place = slice(None)
+        else:  # rows only in leaves whose box is near enough; the rows of a leaf fill tiles of 16
+            leaf = near[start:start + max(budget // (8 * rows), 1)]
+            gap = torch.zeros(len(leaf), rows, device=device)
+            low, high, at = tree.low[leaf], tree.high[leaf], point[active]
+            for k in range(dims):
+                outside = torch.maximum(low[:, k, None] - at[:, k], at[:, k] - high[:, k, None]).clamp_(min=0)
+                gap.addcmul_(outside, outside)
+            near_enough = gap.mul_(1 - 1e-5) <= limit[active]
+            l, r = near_enough.nonzero(as_tuple=True)
+            times = near_enough.sum(1)
+            tiles = (times + tile - 1) // tile
+            first = tile * (tiles.cumsum(0) - tiles) - (times.cumsum(0) - times)
+            place = torch.arange(len(l), device=device) + first[l]
+            leaf_of = leaf.repeat_interleave(tiles)
+            row_of = torch.zeros(len(leaf_of) * tile, dtype=torch.int64, device=device)
+            row_of[place] = r
+            row_of = row_of.view(-1, tile)
+            product = query[active][row_of] @ tree.column[leaf_of].transpose(1, 2)
+        product.masked_fill_(tree.group[leaf_of][:, None] == group[active][row_of][:, :, None], torch.inf)
+        least = product.amin(2).flatten()[place] + norm[active][r]
+        table = torch.full((rows, len(leaf)), torch.inf, device=device)
+        table[r, l] = least
+        best[active] = torch.cat([best[active], table], 1).topk(top_k, 1, largest=False).values
+        worst = best[active, -1]
+        error = (dims + 4) * 2.0 ** -22 * (2 * norm[active].sqrt() + worst.clamp(min=0).sqrt()).square()
+        limit[active] = worst * (1 + 1e-6) + error
+        keep = (least <= limit[active[r]]) & (least < torch.inf)
+        found.append((active[r[keep]], leaf[l[keep]], least[keep]))
+        start += len(leaf)
+        if start < n:
+            active = active[limit[active] >= bound[start]]
+
+    r, l, least = (torch.cat(part) for part in zip(*found))
+    order = r.masked_fill(least > limit[r], size).argsort(stable=True)[:int((least <= limit[r]).sum())]
+    r, l = r[order], l[order]
+    keys = torch.full((len(r), min(top_k, size)), NONE, device=device)
+    for piece in torch.arange(len(r), device=device).split(1 << 12):
+        distance = (tree.point[l[piece]].double() - point[r[piece], None].double()).square_().sum(2).sqrt_().float()
+        key = distance.view(torch.int32).long() << 32 | tree.row[l[piece]]
+        key.masked_fill_((tree.group[l[piece]] == group[r[piece], None]) | tree.extra[l[piece]], NONE)
+        keys[piece] = key.topk(keys.shape[1], 1, largest=False).values
+    number = torch.arange(len(r), device=device) - torch.searchsorted(r, r)  # of the leaf among its row's
+    table = torch.full((size, max(int(number.max()) + 1 if len(r) else 1, top_k), keys.shape[1]), NONE, device=device)
+    table[r, number] = keys
+    return table.flatten(1).topk(top_k, 1, largest=False).values
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def draw_pairs(path, hands, neighbours, distances, seed=0):
+    """Queries beside their nearest neighbours, skeletons drawn, the distance under each; two rows each of the best,
+    median and worst tenth."""
     rng = np.random.default_rng(seed)
     order = np.argsort(distances[:, 0], kind="stable")
     order = order[neighbours[order, 0] >= 0]
-    tenth = max(len(order) // 10, 1)
-    middle = (len(order) - tenth) // 2
+    tenth, shown = max(len(order) // 10, 1), min(neighbours.shape[1], 5)
+    middle, across = (len(order) - tenth) // 2, 12 // (1 + shown)
     tiles = []
-    for part in (order[:tenth], order[middle:middle + tenth], order[-tenth:]):
-        for i in rng.permutation(part)[:pairs]:
-            tiles.append(np.hstack([draw_crop(hands, i, 160, f"{distances[i, 0]:.3f}"),
-                                    draw_crop(hands, neighbours[i, 0], 160), np.zeros((160, 8, 3), np.uint8)]))
-        tiles += [np.zeros((160, 328, 3), np.uint8)] * (-len(tiles) % pairs)
-    save_image(path, sheet(tiles, pairs))
+    for name, part in (("best", order[:tenth]), ("median", order[middle:middle + tenth]), ("worst", order[-tenth:])):
+        for i in rng.permutation(part)[:2 * across]:
+            group = [caption(draw_crop(hands, i, 160), f"{name} tenth, hand {i}")]
+            for j, distance in zip(neighbours[i, :shown], distances[i, :shown]):
+                tile = draw_crop(hands, j, 160) if j >= 0 else np.zeros((160, 160, 3), np.uint8)
+                group.append(caption(tile, f"{distance:.3f}" if j >= 0 else "none"))
+            tiles.append(np.hstack([*group, np.zeros((180, 8, 3), np.uint8)]))
+        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
+    save_image(path, sheet(tiles, across))
+
+
+def caption(image, text):
+    """A strip with a text under a picture."""
+    strip = np.zeros((20, image.shape[1], 3), np.uint8)
+    return np.vstack([image, cv2.putText(strip, text, (4, 14), 0, 0.42, (255, 255, 255), 1, cv2.LINE_AA)])
 
 
 def plot_distances(path, embeddings, distances, seed=0):

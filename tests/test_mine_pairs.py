@@ -1,6 +1,9 @@
 """Mining against brute force, and its refusals."""
 
 import json
+import re
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -8,7 +11,8 @@ import pytest
 import torch
 
 import mine_pairs
-from conftest import refused, run
+from common import HANDS_DTYPE
+from conftest import ENVIRONMENT, ROOT, TINY, refused, run
 
 
 def brute_force(embeddings, video, k):
@@ -22,18 +26,131 @@ def brute_force(embeddings, video, k):
     return neighbours, distances
 
 
-@pytest.mark.parametrize("k", [1, 3, 10])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+SEARCHES = {"tree": dict(leaf=16, dense=2, budget=1 << 12), "all leaves, as on a GPU": dict(leaf=16, dense=10**6),
+            "one leaf": {}, "small steps": dict(leaf=5, dense=1, budget=300)}
+
+
+def check(embeddings, video, k, device="cpu", **options):
+    expected = brute_force(embeddings, video, k)
+    found = mine_pairs.nearest(embeddings, video, k, torch.device(device), **options)
+    assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
 @pytest.mark.parametrize("exclude", [True, False])
-def test_equals_brute_force_with_crowded_videos_and_ties(k, exclude):
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_equals_brute_force_with_crowded_videos_and_ties(k, exclude, options, device):
     rng = np.random.default_rng(k)
     video = np.sort(rng.integers(0, 6, 400)).astype(np.int32)
     centres = rng.normal(size=(6, 14))
     embeddings = (centres[video] + 0.01 * rng.normal(size=(400, 14))).astype(np.float32)  # near-duplicates in a video
     embeddings[::7] = np.round(embeddings[::7])  # equal rows in several videos: ties
-    expected = brute_force(embeddings, video if exclude else None, k)
-    found = mine_pairs.nearest(embeddings, video if exclude else None, k, torch.device("cpu"))
-    assert np.array_equal(found[0], expected[0])
-    assert np.allclose(found[1], expected[1], rtol=1e-6)
+    check(embeddings, video if exclude else None, k, device, **options)
+
+
+@pytest.mark.parametrize("case", ["plain", "crowds", "one giant video", "all equal", "outliers", "far from zero",
+                                  "one dimension", "42 dimensions", "a grid"])
+def test_equals_brute_force_in_hard_cases(case):
+    rng = np.random.default_rng(0)
+    video = np.sort(rng.integers(0, 20, 1500)).astype(np.int32)
+    embeddings = rng.normal(size=(1500, 14)) * 0.8 ** np.arange(14)
+    if case == "crowds":  # 75 near-duplicates each, at places that several videos share
+        embeddings = rng.normal(size=(5, 14))[video % 5] + 1e-4 * rng.normal(size=(1500, 14))
+    if case == "one giant video":
+        video[:1400] = 0
+    if case == "all equal":  # the lowest index of another video
+        embeddings[100:1400] = 0.3
+    if case == "outliers":
+        embeddings[::50] *= 1000
+    if case == "far from zero":  # products in float32 know the distances to 1e-1 only
+        embeddings = 300 + 0.1 * embeddings
+    if case == "one dimension":
+        embeddings = embeddings[:, :1]
+    if case == "42 dimensions":
+        embeddings = rng.normal(size=(1500, 42))
+    if case == "a grid":  # many equal distances that are not zero
+        embeddings = rng.integers(0, 3, (1500, 4))
+    rows = rng.permutation(1500)  # videos need not be sorted here
+    for options in (dict(leaf=32, dense=2, budget=1 << 14), dict(leaf=32, dense=10**6)):
+        check(embeddings[rows].astype(np.float32), video[rows], 2, **options)
+
+
+def test_the_result_does_not_depend_on_threads_or_ranks():
+    rng = np.random.default_rng(0)
+    video, embeddings = np.repeat(np.arange(40), 50), rng.normal(size=(2000, 5)).astype(np.float32)
+    results, threads = [], torch.get_num_threads()
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        results.append(mine_pairs.nearest(embeddings, video, 4, torch.device("cpu"), leaf=20, dense=4))
+        assert torch.get_num_threads() == number
+    torch.set_num_threads(threads)
+    assert all(np.array_equal(a, b) for a, b in zip(*results))
+    assert np.array_equal(results[0][0], brute_force(embeddings, video, 4)[0])
+
+
+def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               ROOT / "mine_pairs.py", hands, "--top-k", "3", "--out", tmp_path / "elsewhere"]
+    result = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote ") == 1
+    for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy", "pairs.jpg"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
+
+
+def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
+    rows = {}
+    for limit in (60, 100):
+        out = tmp_path / str(limit)
+        run("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--out", out)
+        neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
+        assert neighbours.shape == (len(np.load(hands / "keypoints.npy")), 1)
+        rows[limit] = chosen = np.flatnonzero(neighbours[:, 0] >= 0)
+        assert len(chosen) == limit and np.isin(neighbours[chosen], chosen).all()
+        assert (np.isfinite(distances) == (neighbours >= 0)).all()
+        video = np.load(hands / "hands.npy")["video"]
+        expected = brute_force(np.load(out / "embeddings.npy")[chosen], video[chosen], 1)
+        assert np.array_equal(neighbours[chosen], chosen[expected[0]])
+        poses = np.load(hands / "keypoints.npy")[chosen].reshape(-1, 42) / 224
+        assert np.allclose(np.load(out / "pca.npy")[0], poses.mean(0), atol=1e-6)  # as if there were no others
+    assert set(rows[60]) < set(rows[100]) and np.diff(rows[60]).max() > 1
+    assert "fewer than --limit" in refused("mine_pairs.py", hands, "--limit", 10**6)
+    printed = run("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run", "--batch-size", 20,
+                  "--epochs", 1, "--warmup-epochs", 0, *TINY).stdout
+    assert re.search(r"\b60\b", printed)  # exactly the rows that have a neighbour
+
+
+def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame():
+    rows = np.zeros(11, HANDS_DTYPE)
+    rows["video"] = [0] * 8 + [1] * 3
+    rows["frame"] = [0, 0, 30, 30, 30, 60, 150, 180, 0, 30, 60]
+    rows["time"] = rows["frame"] / 30
+    rows["left"] = [0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1]
+    x = np.array([10, 200, 90, 14, 10, 15, 10, 11, 50, 50, 51])
+    rows["box"] = np.stack([x, x, x + 40, x + 40], 1)
+    embeddings = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+    neighbours, distances = mine_pairs.next_frames(rows, embeddings)
+    #        two hands of its side: the nearer; the other side; ...; frame 60 is followed by 150: not the next one
+    assert neighbours.tolist() == [3, 4, 5, 5, -1, -1, 7, -1, -1, 10, -1]
+    for i, j in enumerate(neighbours):
+        apart = np.linalg.norm(embeddings[i].astype(float) - embeddings[j])
+        assert distances[i] == (np.inf if j < 0 else np.float32(apart))
+
+
+def test_temporal_pairs_of_a_folder(hands, tmp_path):
+    run("mine_pairs.py", hands, "--temporal")
+    rows, neighbours = np.load(hands / "hands.npy"), np.load(hands / "neighbours.npy")[:, 0]
+    paired = neighbours >= 0
+    assert 0.5 < paired.mean() < 1
+    for key, difference in (("video", 0), ("left", 0), ("frame", 1)):
+        assert (rows[key][neighbours[paired]].astype(int) - rows[key][paired] == difference).all()
+    assert "--temporal pairs a hand" in refused("mine_pairs.py", hands, "--temporal", "--top-k", 2)
+    rows["frame"], rows["video"] = 0, np.arange(len(rows))  # a frame each
+    np.save(hands / "hands.npy", rows)
+    (hands / "videos.txt").write_text("a.mp4\n" * len(rows))
+    assert "no hand is seen again" in refused("mine_pairs.py", hands, "--temporal")
 
 
 def test_a_hand_without_candidates_gets_minus_one_and_infinity():
@@ -110,6 +227,10 @@ def test_other_bad_input_is_refused_in_one_line(hands, tmp_path):
     most = len(rows) - np.bincount(rows["video"]).min()
     assert f"more than {most} candidates" in refused("mine_pairs.py", hands, "--top-k", most + 1)
     assert "--dims must lie in 1..42" in refused("mine_pairs.py", hands, "--dims", 43)
+    far = keypoints.copy()
+    far[5] += 3000
+    np.save(hands / "keypoints.npy", far)
+    assert "keypoints.npy: some lie 10 crops away" in refused("mine_pairs.py", hands)
     bad = keypoints.copy()
     bad[7, 3, 1] = np.nan
     np.save(hands / "keypoints.npy", bad)
