@@ -309,7 +309,7 @@ def open_folder(folder, rank=0, ranks=1):
     require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
-    start, end = (k * 2 ** 40 // ranks for k in (rank, rank + 1))  # another run's shares overlap, however many it has
+    start, end = (k * 2 ** 40 // ranks for k in (rank, rank + 1))  # another whole run's shares overlap with it
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)  # a child does not inherit it
     except BlockingIOError:

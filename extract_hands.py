@@ -33,8 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (HANDS_DTYPE, InputError, atomic, check_flags, draw_crop, load_hands, open_folder, print_settings,
-                    read_log, refuse_other_arguments, require, run_script, save_array, save_image, sheet, start_log,
-                    write_log)
+                    read_log, refuse_other_arguments, require, run_script, save_array, save_image, sheet, start_log)
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 STILLS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -76,8 +75,8 @@ def parse_args():
     require(args.min_score <= 1 and 1 <= args.margin <= 10 and args.size <= 4096,
             "--min-score must lie in 0..1, --margin in 1..10, --size must be at most 4096")
     require(args.workers is None or args.workers >= 1, "--workers must be at least 1")
-    require(bool(args.videos) != bool(args.annotations) == bool(args.frames),
-            "expected either videos, or --annotations with --frames")
+    require(args.out and bool(args.videos) != bool(args.annotations) == bool(args.frames),
+            "expected --out, and either videos, or --annotations with --frames")
     for name in ("fps", "max_hands", "min_score", "min_size", "mirrored", "margin"):
         require(not args.annotations or getattr(args, name) == parser.get_default(name),
                 f"--{name.replace('_', '-')} has no effect with --annotations: its hands are found and cut already")
@@ -89,28 +88,28 @@ def main():
     require(args.annotations or importlib.util.find_spec("mediapipe"),
             "mediapipe is not installed (pip install -r requirements.txt)")
     env = {"RANK": os.environ.get("SLURM_PROCID", 0), "WORLD_SIZE": os.environ.get("SLURM_NTASKS", 1), **os.environ}
-    rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
+    rank, ranks = (int(env[name]) if str(env[name]).isdigit() else -1 for name in ("RANK", "WORLD_SIZE"))
+    require(0 <= rank < ranks, f"RANK {env['RANK']}, WORLD_SIZE {env['WORLD_SIZE']}: expected 0 <= RANK < WORLD_SIZE")
     cores = sorted(os.sched_getaffinity(0))  # srun gives each task its own; the ranks of torchrun divide them here
     cores = cores[int(env.get("LOCAL_RANK", 0))::int(env.get("LOCAL_WORLD_SIZE", 1))] or cores
     args.workers = args.workers or len(cores)
-    annotations = load_annotations(args.annotations, args.frames) if args.annotations else None
-    if annotations:
-        root, beside = os.path.abspath(args.frames), 0
-        sources = [os.path.join(root, name) for name in annotations.given]
+    annotations = None
+    if args.annotations:
+        args.annotations, args.frames = os.path.realpath(args.annotations), os.path.realpath(args.frames)
+        annotations = load_annotations(args.annotations, args.frames)
+        root, sources, notes = args.frames, [os.path.join(args.frames, name) for name in annotations.given], []
     else:
-        root, sources, beside = list_sources(args.videos)
+        root, sources, notes = list_sources(args.videos)
     out = Path(args.out)
     lock = open_folder(out, rank, ranks)  # held until the process ends
     with one_at_a_time(lock):
-        root, names, merged, failed = prepare(out, root, sources, args)
-        share = sorted(set(names) - set(merged))[rank::ranks]
-        for name in failed.intersection(share):  # nothing could be read of it: it is tried again
-            part_path(out, name).unlink(missing_ok=True)
+        root, names, merged = prepare(out, root, sources, args)
+        share = [name for name in names[rank::ranks] if name not in merged]
         todo = [name for name in share if not part_path(out, name).exists()]
-        (out / "parts").mkdir(exist_ok=True)
+        for left in (out / "parts").glob(".*.tmp") if ranks == 1 else ():
+            left.unlink()
     print_settings(args, videos=len(names), already_merged=len(merged), rank=f"{rank} of {ranks}", to_do=len(todo))
-    if beside:
-        print(f"{beside} pictures lie beside videos and are not looked at: only folders without videos are stills")
+    print("\n".join(notes), end="\n" * bool(notes))
 
     start, frames, hands = time.time(), 0, 0
     starting = threading.Lock()
@@ -128,40 +127,53 @@ def main():
     with one_at_a_time(lock):
         merged = lines(out / "videos.txt")  # by now another rank may have merged
         new = sorted(set(names) - set(merged))
-        others = sum(not part_path(out, name).exists() for name in new)
+        failed = {line.split("\t")[0] for line in lines(out / "failed.txt")}
+        others = sum(not (part_path(out, name).exists() or name in failed) for name in new)
         if others:
-            print(f"{others} videos are not done yet, they are other ranks'; whoever finishes last merges")
+            print(f"{others} videos are not done yet, they are left to other ranks (this is rank {rank} of {ranks}); "
+                  "whoever finishes last merges")
             return
-        frames = merge(out, merged, new, annotations)
-        summarise(out, frames, len(lines(out / "videos.txt")) - len(merged), time.time() - start)
+        added = merge(out, merged, new, annotations, start)
+        summarise(out, added)
+    with contextlib.suppress(OSError):
+        if ranks == 1:
+            (out / "parts").rmdir()
 
 
 def list_sources(inputs):
-    """-> the folder that names are relative to; absolute paths of all videos and folders of stills; the number of
-    pictures passed over because they lie beside videos."""
-    paths, roots, found, seen, beside = [], [], [], set(), 0
+    """-> the folder that names are relative to; the real paths of all videos and folders of stills, so that a link is
+    no other video; sentences about what was passed over."""
+    paths, roots, found, seen, beside, closed = [], [], set(), set(), 0, []
     for path in inputs:
-        listed = lines(path) if path.endswith(".txt") and os.path.isfile(path) else None
-        require(listed is not None or os.path.exists(path), f"{path}: no such file or folder, expected videos")
-        paths += [path] if listed is None else [line for line in listed if line.strip()]
-    for path in map(os.path.abspath, paths):
-        found += [] if os.path.isdir(path) else [path]  # of a list it may be missing: that is for failed.txt
-        for folder, below, files in os.walk(path, followlinks=True):
-            if os.path.realpath(folder) in seen or "log.jsonl" in files:  # a loop of links; a folder that we wrote
+        if path.endswith(".txt") and os.path.isfile(path):
+            given = [line for line in Path(path).read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+            paths += [line if os.path.exists(line) else line.strip() for line in given]
+        else:
+            require(os.path.exists(path), f"{path}: no such file or folder, expected videos")
+            paths.append(path)
+    for path in map(os.path.realpath, paths):
+        if not os.path.isdir(path):  # of a list it may be missing: that is for failed.txt
+            require(not is_a(STILLS, os.path.basename(path)), f"{path}: is a still, give its folder")
+            found.add(path)
+            roots.append(os.path.dirname(path))
+            continue
+        for folder, below, files in os.walk(path, onerror=closed.append, followlinks=True):
+            if os.path.realpath(folder) in seen:
                 below.clear()
                 continue
             seen.add(os.path.realpath(folder))
-            below[:] = sorted(name for name in below if name[0] != ".")
-            videos = [name for name in sorted(files) if is_a(VIDEOS, name)]
+            below[:] = [name for name in below if name[0] != "."]
+            videos = [os.path.realpath(os.path.join(folder, name)) for name in files if is_a(VIDEOS, name)]
             stills = sum(is_a(STILLS, name) for name in files)
-            found += [os.path.join(folder, name) for name in videos] or ([folder] if stills else [])
-            beside += stills if videos else 0
-        roots.append(path if os.path.isdir(path) and path not in found else os.path.dirname(path))
+            if stills and not videos and not {"log.jsonl", "mining.jsonl"}.intersection(files):  # we wrote those stills
+                videos, stills = [os.path.realpath(folder)], 0
+            found.update(videos)
+            beside += stills
+        roots.append(os.path.dirname(path) if path in found else path)
     require(found, f"{', '.join(inputs)}: holds no video, expected {', '.join(VIDEOS)} or folders of stills")
-    unique = {}
-    for path in sorted(found, key=lambda path: (os.path.islink(path), path)):
-        unique.setdefault(os.path.realpath(path), path)  # a link is no other video
-    return os.path.commonpath(roots), list(unique.values()), beside
+    notes = [f"{beside} pictures are passed over: they lie beside videos, or these scripts drew them"] if beside else []
+    notes += [f"{len(closed)} folders cannot be read, the first: {closed[0]}"] if closed else []
+    return os.path.commonpath(roots), sorted(found), notes
 
 
 def is_a(suffixes, name):
@@ -190,9 +202,10 @@ def one_at_a_time(lock):
 
 def prepare(out, root, sources, args):
     """Finish a merge that was cut short, compare the arguments with the folder's, give each source its name.
-    -> root, sorted names, merged names, names that failed."""
+    -> root, sorted names, those that are merged."""
     move_merged(out)
-    merged, log = lines(out / "videos.txt"), out / "log.jsonl"
+    (out / "parts").mkdir(exist_ok=True)
+    merged, log = set(lines(out / "videos.txt")), out / "log.jsonl"
     log = read_log(log) if log.exists() else []
     if log and (merged or any(out.glob("parts/*.npz"))):
         old = log[0]["args"]
@@ -203,11 +216,11 @@ def prepare(out, root, sources, args):
         start_log(out, args)
     names = sorted({Path(os.path.relpath(path, root)).as_posix() for path in sources})
     for name in names:
-        require(len(name.splitlines()) == 1 and "\t" not in name and name == name.encode(errors="replace").decode(),
+        require(name.splitlines() == [name] and "\t" not in name and name == name.encode(errors="replace").decode(),
                 f"{os.path.join(root, name)!a}: this name cannot be a line of videos.txt, rename the video")
-    require(not merged or set(merged) & set(names), f"{out}: none of its {len(merged)} videos is among the inputs, "
+    require(not merged or merged & set(names), f"{out}: none of its {len(merged)} videos is among the inputs, "
             f"they lay below {root}; give those too, or choose another --out")
-    return root, names, merged, {line.split("\t")[0] for line in lines(out / "failed.txt")}
+    return root, names, merged
 
 
 # ---------------------------------------------------------------------------------------------- workers
@@ -227,6 +240,10 @@ def start_workers(todo, given, starting, root, out, cores, args):
                 with starting:
                     process.start()
                 theirs.close()
+                try:
+                    ours.recv()
+                except EOFError:
+                    raise InputError(f"a worker ended before it could work, see {out / 'worker.log'}")
                 seen = 0
                 while name and seen < RENEW:
                     try:
@@ -245,8 +262,8 @@ def start_workers(todo, given, starting, root, out, cores, args):
                     name = next(todo, None)
                 ours.close()
                 process.join()
-        except (InputError, OSError) as error:
-            results.put({"fatal": f"a worker could not be started or replaced: {error}"})
+        except Exception as error:  # whatever it is, the main thread must not wait for results for ever
+            results.put({"fatal": str(error) if isinstance(error, InputError) else repr(error)})
 
     for k in range(args.workers):
         threading.Thread(target=feed, args=(cores[k % len(cores)],), daemon=True).start()
@@ -267,14 +284,14 @@ def work(connection, core, root, out, args):
         detector = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=args.max_hands,
                                                    min_detection_confidence=args.min_score)
     with detector:
+        connection.send("ready")
         while True:
             try:
                 name, given = connection.recv()
             except EOFError:
                 return
-            path = os.path.join(root, name)
-            source = annotated(path, *given) if given else detected(path, detector, args)
             try:
+                source = read_video(os.path.join(root, name), given, detector, args)
                 connection.send(save_part(out, name, source, args))
             except InputError as error:
                 connection.send({"fatal": str(error)})
@@ -323,10 +340,17 @@ def broken(reason):
     yield
 
 
-def detected(path, detector, args):
-    for frame, seconds, image in sample_frames(path, args.fps):
-        yield frame, seconds, image, [(points, left, score, square_around(points, args.margin))
-                                      for points, left, score in find_hands(detector, image, args)]
+def read_video(path, given, detector, args):
+    """Yield all that save_part wants; whatever goes wrong in between is a BrokenVideo."""
+    try:
+        if given:
+            yield from annotated(path, *given)
+            return
+        for frame, seconds, image in sample_frames(path, args.fps):
+            yield frame, seconds, image, [(points, left, score, square_around(points, args.margin))
+                                          for points, left, score in find_hands(detector, image, args)]
+    except (OSError, ValueError, RuntimeError, cv2.error) as error:
+        raise BrokenVideo(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
 def sample_frames(path, fps):
@@ -335,10 +359,12 @@ def sample_frames(path, fps):
     if os.path.isdir(path):
         yield from read_stills(path, sorted(name for name in os.listdir(path) if is_a(STILLS, name)), fps)
         return
+    if not os.path.isfile(path):
+        raise BrokenVideo("no such file")
     video = cv2.VideoCapture(path)
     video.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)  # OpenCV 4.11 lets phone videos lie on their side otherwise
     if not video.isOpened():
-        raise BrokenVideo("cannot be opened as a video" if os.path.exists(path) else "no such file")
+        raise BrokenVideo("cannot be opened as a video")
     length = video.get(cv2.CAP_PROP_FRAME_COUNT) / max(video.get(cv2.CAP_PROP_FPS), 1e-3)
     index, seconds, k = -1, 0.0, 0
     while video.grab():
@@ -361,7 +387,10 @@ def read_stills(folder, names, fps):
     """Yield (index, index / fps, RGB picture) of all pictures that can be read; BrokenVideo at the end if not all."""
     bad = []
     for index, name in enumerate(names):
-        image = cv2.imread(os.path.join(folder, name))
+        try:
+            image = cv2.imread(os.path.join(folder, name))
+        except cv2.error:  # its header promises too many pixels
+            image = None
         if image is None:
             bad.append(name)
         else:
@@ -421,43 +450,49 @@ def cut_out(image, points, left, square, size):
 
 # ---------------------------------------------------------------------------------------------- merging
 
-def merge(out, merged, new, annotations):
+def merge(out, merged, new, annotations, start):
     """Append the parts of the new videos to what is merged already, as a set: all files are written in a folder of
     their own, whose renaming says that it is complete; a merge cut short is done again or finished by move_merged.
-    One part is in memory at a time. -> frames looked at in what was appended."""
-    keep, known = [], set(merged)
-    failed = [line for line in lines(out / "failed.txt") if line.split("\t")[0] in known]
-    sizes = np.array([0, 0, 0])  # hands, bytes, frames
+    One part is in memory at a time. Nothing but failed.txt changes when the parts hold nothing that can be kept.
+    -> number of videos appended."""
+    keep, reasons = [], {line.split("\t")[0]: line.split("\t")[-1] for line in lines(out / "failed.txt")}
+    sizes, left = np.array([0, 0, 0]), 0  # hands, bytes, frames; left hands
     for name in new:
+        if not part_path(out, name).exists():
+            continue  # failed before, and another rank is at it again
         with open_part(out, name) as part:
-            if str(part["reason"]):
-                failed.append(f"{name}\t{part['reason']}")
-            if len(part["hands"]) or not str(part["reason"]):  # else it is tried again at the next run
+            reasons[name], rows = str(part["reason"]), part["hands"]
+            if len(rows) or not reasons[name]:
                 keep.append(name)
-                sizes += len(part["hands"]), part["lengths"].sum(), part["frames"]
-    if not (merged or sizes[0]) or not keep:
+                sizes += len(rows), part["lengths"].sum(), part["frames"]
+                left += int(rows["left"].sum())
+        if name not in keep[-1:]:
+            part_path(out, name).unlink()  # so that it is tried again at the next call
+    failed = [f"{name}\t{reasons[name]}" for name in [*merged, *new] if reasons.get(name)]
+    empty = not merged and not sizes[0]
+    if empty or not keep:
         with atomic(out / "failed.txt") as file:
             file.write("".join(line + "\n" for line in failed).encode())
-        if not merged:
-            shutil.rmtree(out / "parts")  # so that another try reads the videos again
-            first = f"; {len(failed)} could not be read: {failed[0].replace(chr(9), ': ')}" if failed else ""
-            raise InputError(f"{new[0]}{' ...' if len(new) > 1 else ''}: no hand found in {len(new)} videos{first}")
+        first = f"; {len(failed)} could not be read: {failed[0].replace(chr(9), ': ')}" if failed else ""
+        require(not empty, f"{out}: no hand found in {len(new)} videos{first}")
         return 0
 
-    old = load_hands(out) if merged else None
+    old, log = load_hands(out) if merged else None, read_log(out / "log.jsonl")
     temporary = out / ".merging.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     hands, end = (len(old.keypoints), int(old.offsets[-1])) if old else (0, 0)
+    left += int(old.hands["left"].sum()) if old else 0
     with contextlib.ExitStack() as stack:
         files = {key: stack.enter_context(atomic(temporary / f"{key}.npy")) for key, _, _ in LAYOUT}
-        total = {"crops": end + sizes[1], "offsets": hands + sizes[0] + 1}
+        hands += int(sizes[0])
+        length = {"crops": end + int(sizes[1]), "offsets": hands + 1}
         for key, dtype, shape in LAYOUT:
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
-                      "shape": (int(total.get(key, hands + sizes[0])), *shape)}
+                      "shape": (length.get(key, hands), *shape)}
             np.lib.format.write_array_header_1_0(files[key], header)
             if old:
-                with open(out / f"{key}.npy", "rb") as source:  # through a memory map it would all count as used memory
+                with open(out / f"{key}.npy", "rb") as source:  # a memory map would count it all as used memory
                     source.seek(np.load(source.name, mmap_mode="r", allow_pickle=False).offset)
                     shutil.copyfileobj(source, files[key], 1 << 24)
             elif key == "offsets":
@@ -472,13 +507,18 @@ def merge(out, merged, new, annotations):
                 end += int(part["lengths"].sum())
                 with part.zip.open("crops") as crops:
                     shutil.copyfileobj(crops, files["crops"], 1 << 24)
-    for name, content in (("videos.txt", [*merged, *keep]), ("failed.txt", failed)):
-        (temporary / name).write_text("".join(line + "\n" for line in content))
     if annotations:
-        save_pairs(temporary, annotations)
+        save_pairs(temporary, [*merged, *keep], annotations)
+    frames = log[-1].get("frames", 0) + int(sizes[2])
+    log.append({"videos": len(merged) + len(keep), "frames": frames, "hands": hands,
+                "hands_a_frame": round(hands / max(frames, 1), 3), "left": left, "right": hands - left,
+                "failed": len(failed), "videos_added": len(keep), "seconds": round(time.time() - start, 1)})
+    texts = {"videos.txt": [*merged, *keep], "failed.txt": failed, "log.jsonl": map(json.dumps, log)}
+    for name, content in texts.items():
+        (temporary / name).write_text("".join(line + "\n" for line in content))
     temporary.rename(out / "merged")
     move_merged(out)
-    return int(sizes[2])
+    return len(keep)
 
 
 @contextlib.contextmanager
@@ -491,7 +531,7 @@ def open_part(out, name):
 
 
 def move_merged(out):
-    """Put a complete merge in its place, however far an earlier try got, and delete the parts that are in it."""
+    """Put a complete merge in its place, however far an earlier try got, and delete the parts that it has taken."""
     merged = out / "merged"
     if not merged.is_dir():
         return
@@ -501,26 +541,18 @@ def move_merged(out):
     for path in (out / "parts").glob("*"):
         if path.name.strip(".").split(".")[0] in done:  # a part, or what a kill left of one
             path.unlink()
-    with contextlib.suppress(OSError):  # what could not be read at all leaves its part
-        (out / "parts").rmdir()
     merged.rmdir()
 
 
-def summarise(out, frames, videos, seconds):
-    """Draw hands.jpg, print the numbers of the whole folder, and write them to its log when there is news."""
-    hands, failed, log = load_hands(out), lines(out / "failed.txt"), read_log(out / "log.jsonl")
+def summarise(out, added):
+    """Draw hands.jpg, print the last row of the log and what could not be read."""
+    hands, failed = load_hands(out), lines(out / "failed.txt")
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(len(hands.keypoints), min(60, len(hands.keypoints)), replace=False))
     tiles = [draw_crop(hands, i, 160, "was left" if hands.hands["left"][i] else "right") for i in chosen]
     save_image(out / "hands.jpg", sheet(tiles, 12))
-    left, total = int(hands.hands["left"].sum()), len(hands.keypoints)
-    frames += log[-1].get("frames", 0)
-    summary = {"videos": len(hands.videos), "frames": frames, "hands": total,
-               "hands_a_frame": round(total / max(frames, 1), 3), "left": left, "right": total - left,
-               "failed": len(failed), "videos_added": videos, "seconds": round(seconds, 1)}
-    if videos:
-        write_log(out, summary)
-    print("  ".join(f"{key} {value}" for key, value in summary.items()))
+    last = read_log(out / "log.jsonl")[-1]
+    print(*["" if added else "nothing new, as after the last merge:", *(f"{k} {v}" for k, v in last.items())], sep="  ")
     if failed:
         print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the first: "
               f"{failed[0].replace(chr(9), ': ')}")
@@ -541,16 +573,19 @@ def load_annotations(path, root):
 
     def shrink(item):  # at once: 2.0M hands as dicts of lists would take 10 GB
         if "file_name" in item:
-            images[item["id"]] = os.path.split(os.path.normpath(item["file_name"]))
+            images[item["id"]] = os.path.split(os.path.relpath(os.path.join(root, item["file_name"]), root))
         elif "image_id" in item or "hand_id" in item:
             points = np.array(item["keypoint_25d"], np.float32).reshape(21, 3)[:, :2]
-            box = np.array(json.loads(item["boxes"])[:4]).astype(np.int32)  # cut off to whole pixels, as published
-            if (not np.isfinite(points).all() or (box[2:] <= box[:2]).any()
-                    or len(item["positive_sample"]) != len(item["distance"])):
-                raise ValueError(f"hand {item['hand_id']}: keypoints must be finite, its box not empty, "
-                                 "positive_sample and distance of one length")
-            hands.append((str(item["hand_id"]), item["image_id"], box.tobytes(), item["left_right"] == "Left",
-                          points.tobytes(), [str(i) for i in item["positive_sample"]], item["distance"]))
+            box = np.trunc(np.array(json.loads(item["boxes"])[:4], float).reshape(4))  # whole pixels, as published
+            distance = np.array(item["distance"], np.float32)
+            if not (np.abs(points).max() < 5 and (np.abs(box) < 1e5).all() and (box[2:] > box[:2]).all()
+                    and np.isfinite(distance).all() and distance.shape == (len(item["positive_sample"]),)
+                    and item["left_right"] in ("Left", "Right")):
+                raise ValueError(f"hand {item['hand_id']}: expected keypoints that are fractions of the crop, a box "
+                                 "that is not empty, Left or Right, as many distances as positives, all finite")
+            hands.append((str(item["hand_id"]), item["image_id"], box.astype(np.int32).tobytes(),
+                          item["left_right"] == "Left", points.tobytes(), [str(i) for i in item["positive_sample"]],
+                          distance))
         else:
             return item
 
@@ -596,10 +631,10 @@ def annotated(folder, names, rows):
         yield frame, seconds, image, found
 
 
-def save_pairs(out, annotations):
-    """The published positives as rows of the hands folder `out`, without the hands that are not in it."""
+def save_pairs(out, videos, annotations):
+    """The published positives as rows of the hands in `out`, without those that are not there."""
     hands, rows = np.load(out / "hands.npy", allow_pickle=False), annotations.rows
-    number = {name: k for k, name in enumerate(lines(out / "videos.txt"))}
+    number = {name: k for k, name in enumerate(videos)}
     video = np.array([number.get(name, -1) for name in annotations.given])[rows["video"]]
     place = video << 32 | rows["frame"]  # of a row: its video in `out` and its picture there
     here = np.flatnonzero(np.isin(place, hands["video"].astype(int) << 32 | hands["frame"]))

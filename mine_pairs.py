@@ -92,7 +92,7 @@ def main():
         require((neighbours >= 0).any(), f"{listed}: no hand is seen again in the next sampled frame of its video")
     else:
         found, distances[mined] = nearest(embeddings[mined], None if args.same_video else video, args.top_k, device,
-                                          rank, ranks)
+                                          slice(rank, None, ranks))
         neighbours[mined] = np.where(found < 0, -1, mined[found])
     if rank == 0:
         pca = np.concatenate([mean[None], components]).astype(np.float32)
@@ -160,14 +160,14 @@ def next_frames(rows, embeddings):
 
 # ---------------------------------------------------------------------------------------------- exact search
 
-def nearest(embeddings, video, top_k, device, rank=0, ranks=1, leaf=256, dense=32, budget=1 << 21):
+def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense=32, budget=1 << 21):
     """Exact nearest neighbours of every row among the rows of other videos (video None: among all other rows).
 
     embeddings (N, D) float32, video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K)
     float32, inf there. A distance is the root of the float64 sum of squared differences, rounded to float32; of equal
     ones the lower index comes first. The rows are parted into leaves of a k-d tree, and a leaf's rows are searched for
-    together; ranks share the leaves. On a CPU boxes decide which leaves are looked into, but for the `dense` nearest;
-    a GPU looks into all: there a product is cheaper than a decision. budget: products at a time.
+    together; share: the leaves that this rank searches for. On a CPU boxes decide which leaves are looked into, but for
+    the `dense` nearest; a GPU looks into all: there a product is cheaper than a decision. budget: products at a time.
     """
     if device.type == "cuda":
         dense, budget = len(embeddings), 1 << 26
@@ -178,14 +178,15 @@ def nearest(embeddings, video, top_k, device, rank=0, ranks=1, leaf=256, dense=3
         found, real = search(tree, block, top_k, dense, budget), ~tree.extra[block]
         keys[tree.row[block][real]] = found[real]
 
-    blocks, threads = range(rank, len(tree.row), ranks), torch.get_num_threads()
+    blocks, threads = range(len(tree.row))[share], torch.get_num_threads()
     torch.set_num_threads(1)  # a block to a thread: its steps are too small to be parted
     pool = ThreadPoolExecutor(1 if device.type == "cuda" else threads, "search", torch.set_num_threads, (1,))
-    with pool, tqdm(total=len(blocks), unit="block", desc="neighbours", disable=rank > 0 or len(blocks) < 20) as bar:
+    size, silent = tree.row.shape[1], len(blocks) < 20 or blocks[0] > 0  # the first rank shows its share
+    with pool, tqdm(total=len(blocks) * size, unit="hand", desc="neighbours", disable=silent) as bar:
         for _ in pool.map(work, blocks):
-            bar.update()
+            bar.update(size)
     torch.set_num_threads(threads)
-    if ranks > 1:
+    if dist.is_initialized():
         dist.all_reduce(keys, dist.ReduceOp.MIN)
     keys = keys.cpu()
     distances = (keys >> 32).int().view(torch.float32).masked_fill_(keys == NONE, torch.inf)

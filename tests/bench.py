@@ -1,6 +1,7 @@
 """Speed and memory, each figure beside a reference measured in the same run.
 
-    python tests/bench.py extract      extraction beside bare MediaPipe; the merge and the annotations of 2.0M hands
+    python tests/bench.py extract      beside bare MediaPipe; the merge and the annotations of 2.0M hands
+    python tests/bench.py mine         125,000 to 2.0M hands beside FAISS (pip install faiss-cpu; not needed otherwise)
     python tests/bench.py all
 
 Prints one table, in Markdown. Every figure is wall-clock time, start-up of the processes included, unless it says
@@ -45,15 +46,18 @@ def main():
 
 
 def script(*arguments):
-    """Run a script on a core or more. -> seconds, peak memory in GB of its main process."""
-    start = time.time()
-    with open(os.devnull, "w") as quiet:
-        process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=quiet, stderr=subprocess.PIPE)
-        errors = process.stderr.read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{arguments[0]} failed: {errors[-500:]}")
-    return time.time() - start, usage.ru_maxrss / 2 ** 20
+    """Run a Python script. -> seconds, peak memory in GB of its main process."""
+    start, memory = time.time(), 0
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            memory = max([memory, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
+            time.sleep(0.02)
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{arguments[0]} failed: {errors.read()[-500:]}")
+    return time.time() - start, memory / 2 ** 20
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -191,7 +195,76 @@ def annotations(folder, hands=2_000_000):
            "at most 8 GB wanted")
 
 
-STAGES = {"extract": extract}
+# ---------------------------------------------------------------------------------------------- mining
+
+def mine(folder, sizes=(125_000, 250_000, 500_000, 1_000_000, 2_000_000), queries=2000):
+    """The script on hands folders of made-up hands, 100 of a video, beside FAISS's brute force on some queries."""
+    from common import HANDS_DTYPE
+
+    try:
+        import faiss
+    except ImportError:
+        faiss = None
+    hands, threads = folder / "hands", len(os.sched_getaffinity(0))
+    hands.mkdir()
+    everything = made_up_hands(max(sizes))
+    jpeg = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1]
+    for size in sizes:
+        rows = np.zeros(size, HANDS_DTYPE)
+        rows["video"], rows["frame"] = np.arange(size) // 100, np.arange(size) % 100
+        np.save(hands / "hands.npy", rows)
+        np.save(hands / "keypoints.npy", everything[:size] * 16)
+        np.save(hands / "offsets.npy", np.arange(size + 1) * len(jpeg))
+        np.save(hands / "crops.npy", np.tile(jpeg, size))
+        (hands / "videos.txt").write_text("a.mp4\n" * (size // 100))
+        seconds, memory = script(ROOT / "mine_pairs.py", hands)
+        ours, reference, ratio = f"{seconds:.0f} s, {memory:.2f} GB", "", ""
+        if faiss:
+            embeddings = np.load(hands / "embeddings.npy")
+            index = faiss.IndexFlatL2(embeddings.shape[1])
+            index.add(embeddings)
+            faiss.omp_set_num_threads(threads)
+            start = time.time()
+            index.search(embeddings[::size // queries], 2)
+            flat = (time.time() - start) * size / len(embeddings[::size // queries])
+            reference, ratio = f"{flat:.0f} s", f"{flat / seconds:.1f}"
+        yield (f"{size} hands, top-1 of other videos, {threads} cores", ours, reference, ratio,
+               f"FAISS IndexFlatL2, {queries} of the queries, times {size // queries}; it excludes nothing")
+
+
+def made_up_hands(count, length=100, seed=0):
+    """Keypoints (count, 21, 2) in crops of side 1 of hands with five fingers that turn and bend slowly: within one of
+    the videos of `length` frames they are near-duplicates."""
+    rng = np.random.default_rng(seed)
+
+    def walk(dims, keep=0.998):
+        steps = rng.normal(size=(length, count // length, dims)).astype(np.float32)
+        for k in range(1, length):
+            steps[k] = keep * steps[k - 1] + (1 - keep ** 2) ** 0.5 * steps[k]
+        return steps.swapaxes(0, 1).reshape(count, dims)
+
+    bend = np.radians(45 + 35 * walk(5)[:, :, None] + 12 * walk(15).reshape(count, 5, 3)).clip(-0.3, 1.8)
+    spread = np.radians(np.array([-55, -15, 0, 12, 25]) + 5 * walk(5))
+    roots = np.array([[-2.5, 3], [-2.2, 8.6], [0, 9], [1.9, 8.4], [3.6, 7.6]])
+    bones = np.array([[3.6, 3.2, 2.6], [4.4, 2.6, 2.2], [4.9, 3, 2.4], [4.5, 2.8, 2.4], [3.5, 2.1, 2]])
+    joints = np.zeros((count, 21, 3), np.float32)  # cm, the wrist at 0
+    for finger in range(5):
+        joints[:, 1 + 4 * finger, :2], angle = roots[finger], 0
+        for k in range(3):
+            angle = angle + bend[:, finger, k] * (0.5 if finger == 0 else 1)
+            way = np.stack([np.sin(spread[:, finger]) * np.cos(angle), np.cos(spread[:, finger]) * np.cos(angle),
+                            -np.sin(angle)], 1)
+            joints[:, 2 + 4 * finger + k] = joints[:, 1 + 4 * finger + k] + bones[finger, k] * way
+    w, x, y, z = (turn := walk(4)).T / np.linalg.norm(turn, axis=1)
+    seen = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+                     2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)], 1).reshape(-1, 2, 3)
+    points = joints @ seen.transpose(0, 2, 1) + 0.08 * rng.normal(size=(count, 21, 2)).astype(np.float32)
+    low, high = points.min(1), points.max(1)
+    side = 1.3 * (high - low).max(1)[:, None, None]
+    return ((points - (low + high)[:, None] / 2) / side + 0.5).astype(np.float32)
+
+
+STAGES = {"extract": extract, "mine": mine}
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -295,10 +296,13 @@ def test_links_and_odd_names(tmp_path):
     (tmp_path / ".hidden.mp4").write_text("")
     (tmp_path / "with space é.MOV").write_text("")
     assert found(tmp_path) == ["b.mp4", "with space é.MOV"]  # one video, under one name
-    for name in ("line\nbreak.mp4", "line\u2028break.mp4", "tab\t.mp4"):
-        (tmp_path / name).write_text("")
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    assert found(tmp_path / "elsewhere") == found(tmp_path / "a.mp4", tmp_path) == found(tmp_path)
+    for name in ("line\nbreak.mp4", "line\u2028break.mp4", "tab\t.mp4", "stills\n"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_text("")
         assert "cannot be a line of videos.txt" in refused("extract_hands.py", tmp_path, "--out", tmp_path / "o")
-        (tmp_path / name).unlink()
+        shutil.rmtree(tmp_path / name)
 
 
 def test_several_inputs_lists_and_folders_of_stills(tmp_path, monkeypatch):
@@ -309,11 +313,12 @@ def test_several_inputs_lists_and_folders_of_stills(tmp_path, monkeypatch):
     assert found(tmp_path / "ego") == ["2.mkv", "x/1.mp4"]
     assert found(tmp_path / "ego" / "2.mkv") == ["2.mkv"]
     assert found(tmp_path / "doh" / "frames") == ["frames"]
+    assert "is a still" in refused("extract_hands.py", tmp_path / "doh" / "frames" / "b.png", "--out", tmp_path / "o")
     everything = ["doh/3.webm", "doh/frames", "ego/2.mkv", "ego/x/1.mp4"]
     assert found(tmp_path) == found(tmp_path / "ego", tmp_path / "doh") == everything
-    assert extract_hands.list_sources([str(tmp_path)])[2] == 1  # the cover
+    assert extract_hands.list_sources([str(tmp_path)])[2][0].startswith("2 pictures")  # the cover and what we drew
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "list.txt").write_text("ego/2.mkv\n\ndoh/frames\nego/gone.mp4\n")
+    (tmp_path / "list.txt").write_bytes("\ufeffego/2.mkv\r\n\r\n  doh/frames \r\nego/gone.mp4".encode())
     assert found("list.txt") == ["doh/frames", "ego/2.mkv", "ego/gone.mp4"]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(InputError, match="empty.txt: holds no video"):
@@ -326,13 +331,16 @@ def test_a_list_with_a_missing_video_and_a_broken_still(rendered, tmp_path):
     for index, _, image in extract_hands.sample_frames(str(source), 5):
         cv2.imwrite(str(tmp_path / "stills" / f"{index:03d}.png"), image[:, :, ::-1])
     (tmp_path / "stills" / "003.png").write_text("no picture")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)  # more pixels than OpenCV will take
+    (tmp_path / "stills" / "huge.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + bytes(99))
     (tmp_path / "list.txt").write_text(f"{tmp_path / 'stills'}\n{source}\n{tmp_path / 'gone.mp4'}\n")
     out = tmp_path / "hands"
     printed = run("extract_hands.py", tmp_path / "list.txt", "--out", out, "--fps", 5).stdout
     failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
     prefix = os.path.relpath(tmp_path, os.path.commonpath([tmp_path, source.parent]))
     assert failed == {f"{prefix}/gone.mp4": "no such file",
-                      f"{prefix}/stills": "1 of 20 pictures are missing or cannot be read, the first: 003.png"}
+                      f"{prefix}/stills": "2 of 21 pictures are missing or cannot be read, the first: 003.png"}
     hands = load_hands(out)
     stills, video = ([v.startswith(prefix) for v in hands.videos].index(still) for still in (True, False))
     a, b = (hands.hands["video"] == stills), (hands.hands["video"] == video) & (hands.hands["frame"] != 3)
@@ -439,6 +447,25 @@ def test_two_ranks_may_try_to_merge_at_once(rendered, extracted, tmp_path):
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
+def test_ranks_that_cannot_be_are_refused(rendered, tmp_path, monkeypatch):
+    for rank, world in (("2", "2"), ("0", "0"), ("x", "2"), ("-1", "2")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert "0 <= RANK < WORLD_SIZE" in refused("extract_hands.py", rendered / "videos", "--out", tmp_path / "o")
+
+
+def test_a_worker_that_cannot_start_ends_the_run(rendered, tmp_path):
+    """As where a library is missing that MediaPipe loads: no video is to blame."""
+    (tmp_path / "stub" / "mediapipe").mkdir(parents=True)
+    (tmp_path / "stub" / "mediapipe" / "__init__.py").write_text("raise ImportError('libGL.so.1')")
+    command = [sys.executable, ROOT / "extract_hands.py", rendered / "videos", "--out", tmp_path / "hands"]
+    result = subprocess.run(command, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "stub")}, capture_output=True,
+                            text=True, timeout=100)
+    assert result.returncode == 2 and "a worker ended before it could work" in result.stderr.splitlines()[-1]
+    assert "libGL.so.1" in (tmp_path / "hands" / "worker.log").read_text()
+    assert not (tmp_path / "hands" / "failed.txt").exists()
+
+
 def test_a_damaged_part_is_named(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
     assert kill_when(lambda: list((tmp_path / "hands" / "parts").glob("*.npz")), *arguments)
@@ -468,7 +495,7 @@ def test_a_merge_that_was_half_moved_is_finished(rendered, extracted, tmp_path):
     """The state that a kill leaves between two renames, made by hand: it lasts too short to be hit."""
     out = Path(shutil.copytree(extracted, tmp_path / "hands"))
     (out / "merged").mkdir()
-    for name in ("keypoints.npy", "hands.npy", "videos.txt", "failed.txt"):
+    for name in ("keypoints.npy", "hands.npy", "videos.txt", "failed.txt", "log.jsonl"):
         (out / name).rename(out / "merged" / name)
     (out / "parts").mkdir()
     run("extract_hands.py", rendered / "videos", "--out", out, "--fps", 5)
@@ -498,7 +525,8 @@ def annotated(tmp_path):
     images, annotations, truth = [], [], {}
     for number, name in enumerate(["v2/b.png", "v1/00.png", "v1/01.png", "v2/a.png"]):
         image = np.full((240, 320, 3), 60, np.uint8)
-        images.append({"id": 70 + number, "file_name": name, "width": 320, "height": 240})
+        file_name = str(tmp_path / "frames" / name) if name == "v2/a.png" else name  # an absolute one is allowed
+        images.append({"id": 70 + number, "file_name": file_name, "width": 320, "height": 240})
         for k, corner in enumerate([(-12, 40), (180, 100)]):
             points = corner + np.round(rng.uniform(15, 95, (21, 2)))
             box = [*(points.min(0) - 0.4), *(points.max(0) + 0.7)]
@@ -564,11 +592,16 @@ def test_the_authors_annotations_become_a_hands_folder(annotated):
 @pytest.mark.parametrize("change, message", [
     (lambda a: a.pop("hand_id"), "expected SiMHand's annotations"),
     (lambda a: a.update(keypoint_25d=[0.5] * 62), "expected SiMHand's annotations"),
-    (lambda a: a.update(keypoint_25d=[float("nan")] * 63), "hand 100: keypoints must be finite"),
-    (lambda a: a.update(boxes="[5, 5, 5, 9]"), "hand 100: keypoints must be finite, its box not empty"),
+    (lambda a: a.update(keypoint_25d=[float("nan")] * 63), "hand 100: expected keypoints"),
+    (lambda a: a.update(boxes="[5, 5, 5, 9]"), "hand 100: expected keypoints"),
     (lambda a: a.update(boxes=[5, 5, 9, 9]), "expected SiMHand's annotations"),
     (lambda a: a.update(image_id="70"), "expected SiMHand's annotations"),
-    (lambda a: a.update(distance=[]), "hand 100: keypoints"),
+    (lambda a: a.update(distance=[]), "hand 100: expected keypoints"),
+    (lambda a: a.update(distance=[float("nan")] * 2), "hand 100: expected keypoints"),
+    (lambda a: a.update(left_right="left"), "hand 100: expected keypoints"),
+    (lambda a: a.update(boxes="[1, 2, 30]"), "expected SiMHand's annotations"),
+    (lambda a: a.update(boxes="[NaN, 2, 30, 40]"), "hand 100: expected keypoints"),
+    (lambda a: a.update(keypoint_25d=[12.0] * 63), "hand 100: expected keypoints"),
     (lambda a: a.update(hand_id="401"), "two of its 8 annotations have the same hand_id")])
 def test_bad_annotations_are_refused(annotated, change, message):
     folder = annotated[0]
