@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # backbone: torchvision ResNets, and the layouts in which their weights come -------------------------------------------
@@ -108,8 +109,7 @@ def undo_view(projection, angle, shift):
     low, high = projection.detach().aminmax(dim=1, keepdim=True)
     moved = projection - shift[:, None] * (high - low)
     mean = moved.detach().mean(1, keepdim=True)
-    radian = torch.deg2rad(angle)[:, None]
-    cos, sin = torch.cos(radian), torch.sin(radian)
+    cos, sin = (f(torch.deg2rad(angle))[:, None] for f in (torch.cos, torch.sin))
     x, y = (moved - mean).unbind(2)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], 2) + mean
 
@@ -121,21 +121,21 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
     PCA embedding). d is the mean over J of the Euclidean distance. "linear": w = (d_max - d) / (d_max - d_min);
     "nonlinear": w = 1 / (1 + exp(slope (d - mean d))). Positives and all pairs each have their own range and mean.
     Distances that differ by less than 1e-4 px say nothing about similarity: then every weight is 1."""
+    if kind not in ("linear", "nonlinear"):
+        raise ValueError(f"kind must be linear or nonlinear, not {kind}")
     def weights(d, slope):
         low, high = d.amin(), d.amax()
         equal = high - low < 1e-4
-        if kind == "linear":
-            w = d.neg_().add_(high).div_(torch.where(equal, 1.0, high - low))
-        elif kind == "nonlinear":
-            w = d.sub_(d.mean()).mul_(-slope).sigmoid_()
-        else:
-            raise ValueError(f"kind must be linear or nonlinear, not {kind}")
-        return torch.where(equal, 1.0, w)
+        w = (d.neg_().add_(high).div_(torch.where(equal, 1.0, high - low)) if kind == "linear" else
+             d.sub_(d.mean()).mul_(-slope).sigmoid_())
+        return w.masked_fill_(equal, 1.0)
     every = torch.cat([keypoints1, keypoints2]).to(torch.promote_types(keypoints1.dtype, torch.float32))
     positive = torch.linalg.vector_norm(every[:len(keypoints1)] - every[len(keypoints1):], dim=2).mean(1)
-    pairs = every.new_zeros(len(every), len(every))
-    for j in range(every.shape[1]):  # joint by joint: a (2N, 2N, 21, 2) tensor would take 45 GB at N = 8192
-        pairs += torch.cdist(every[:, j], every[:, j], compute_mode="donot_use_mm_for_euclid_dist")
+    pairs, by_joint = every.new_zeros(len(every), len(every)), every.permute(1, 2, 0).contiguous()
+    few = max(1, 2 ** (24 if every.is_cuda else 17) // len(every))  # rows at a time: a (2N, 2N, 21, 2) tensor
+    for k in range(0, len(every), few):  # would take 45 GB at N = 8192
+        for joint in by_joint:
+            pairs[k:k + few] += sum((x[k:k + few, None] - x).square_() for x in joint).sqrt_()
     return weights(positive, slope_pos), weights(pairs.div_(every.shape[1]), slope_neg)
 
 
@@ -143,19 +143,21 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
     """SiMHand's weighted NT-Xent: mean over the 2N views i, with s the cosine similarity, of
         -log( exp(w_pos s(i, i+) / t) / sum over k != i of exp(w_neg(i, k) s(i, k) / t) )
     z1, z2: (N, D), L2-normalised, row i of both is a positive pair. pos_weight (N,), neg_weight (2N, 2N), or None for
-    1. The sum includes the positive, with its w_neg. Computed in float32 (float64 stays), under autocast too."""
+    1. The sum includes the positive, with its w_neg. Computed in float32 (float64 stays), under autocast too; some rows
+    at a time, made again on the way back, where autograd would keep (2N, 2N) matrices of 1 GB each."""
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32))
-        n = len(z1)
-        logits = z @ z.T
-        positive = torch.cat([logits.diagonal(n), logits.diagonal(-n)])  # s(i, i+); (2N,)
-        if pos_weight is not None:
-            positive = positive * pos_weight.repeat(2)
-        if neg_weight is not None:
-            logits = logits * neg_weight
-        itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
-        logits = (logits / temperature).masked_fill(itself, -math.inf)
-        return (torch.logsumexp(logits, 1) - positive / temperature).mean()
+        n, few = len(z1), max(1, 2 ** 23 // len(z1))
+        def log_sums(z, k):  # of rows k .. k + few
+            logits = z[k:k + few] @ z.T / temperature
+            if neg_weight is not None:
+                logits = logits * neg_weight[k:k + few]
+            itself = torch.arange(k, k + len(logits), device=z.device)[:, None]
+            return torch.logsumexp(logits.scatter(1, itself, -math.inf), 1).sum()
+        positive = (z[:n] * z[n:]).sum(1) * (1 if pos_weight is None else pos_weight) / temperature
+        sums = [checkpoint(log_sums, z, k, use_reentrant=False) if few < 2 * n else log_sums(z, k)
+                for k in range(0, 2 * n, few)]
+        return (sum(sums) - 2 * positive.sum()) / (2 * n)
 
 
 # files: read with checks, written under a private name, renamed when complete -----------------------------------------
@@ -269,8 +271,7 @@ def load_checkpoint(path):
 def run_script(main):
     """Run main(); whatever the user can mend ends in one line on stderr and status 2."""
     try:
-        main()
-        return
+        return main()
     except InputError as error:  # raised in a loader's worker it arrives with a traceback before the message
         message, status = str(error).split("InputError: ")[-1].strip(), 2
     except OSError as error:
@@ -438,7 +439,6 @@ def sheet(tiles, columns):
 def plot_curves(path, rows, groups):
     """One panel for each list of keys in `groups`, over the step, from the rows of a log."""
     from matplotlib.figure import Figure  # here: few processes draw, and none needs a display
-
     figure = Figure(figsize=(4.2 * len(groups), 3.2), layout="tight")
     for axis, keys in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         for key in keys:

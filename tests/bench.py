@@ -2,6 +2,7 @@
 
     python tests/bench.py extract      beside bare MediaPipe; the merge and the annotations of 2.0M hands
     python tests/bench.py mine         125,000 to 2.0M hands beside FAISS (pip install faiss-cpu; not needed otherwise)
+    python tests/bench.py loss         weights, loss and gradient of a batch beside the obvious way
     python tests/bench.py all
 
 Prints one table, in Markdown. Every figure is wall-clock time, start-up of the processes included, unless it says
@@ -264,7 +265,65 @@ def made_up_hands(count, length=100, seed=0):
     return ((points - (low + high)[:, None] / 2) / side + 0.5).astype(np.float32)
 
 
-STAGES = {"extract": extract, "mine": mine}
+# ---------------------------------------------------------------------------------------------- loss
+
+def loss(folder):
+    """Weights, loss and gradient of one batch, beside the same with a (2N, 2N, 21, 2) tensor."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for pairs in (1024, 8192):
+        seconds, memory = measure_loss(pairs, device, False)
+        ours = f"{seconds:.2f} s, {memory:.2f} GB"
+        if pairs == 8192:
+            yield f"{pairs} pairs, {device}", ours, "", "", "at most 6 GB wanted"
+        else:
+            slow, much = measure_loss(pairs, device, True)
+            yield (f"{pairs} pairs, {device}", ours, f"{slow:.2f} s, {much:.2f} GB",
+                   f"{slow / seconds:.1f}, {much / memory:.1f}", "broadcasting")
+
+
+def measure_loss(pairs, device, reference):
+    """In a process of its own -> seconds, and GB used beyond what was in use before."""
+    code = f"""if True:
+        import sys, time, torch
+        sys.path.insert(0, {str(ROOT)!r})
+        from common import nt_xent, pair_weights
+
+        def used():
+            if {device!r} == "cuda":
+                return torch.cuda.max_memory_allocated()
+            return [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+
+        def broadcast(k1, k2):
+            every = torch.cat([k1, k2])
+            d = (every[:, None] - every[None]).square().sum(3).sqrt().mean(2)
+            p = (k1 - k2).square().sum(2).sqrt().mean(1)
+            return ((x.max() - x) / (x.max() - x.min()) for x in (p, d))
+
+        def plain(z1, z2, pos_weight, neg_weight):
+            z = torch.cat([z1, z2])
+            itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+            logits = (z @ z.T * neg_weight / 0.5).masked_fill(itself, -1e9)
+            return (logits.logsumexp(1) - ((z1 * z2).sum(1) * pos_weight / 0.5).repeat(2)).mean()
+
+        torch.manual_seed(0)
+        k1, k2 = torch.rand(2, {pairs}, 21, 2, device={device!r}) * 128
+        z1, z2 = (torch.randn({pairs}, 128, device={device!r}).requires_grad_() for _ in range(2))
+        weigh, loss = (broadcast, plain) if {reference} else (pair_weights, nt_xent)
+        before, times = used(), []
+        for _ in range(3 if {pairs} == 1024 else 1):
+            start = time.time()
+            loss(*(torch.nn.functional.normalize(z, dim=1) for z in (z1, z2)), *weigh(k1, k2)).backward()
+            z1.grad.sum().item()
+            times.append(time.time() - start)
+        print(min(times), (used() - before) / 2 ** 30)
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return map(float, result.stdout.split()) if result.returncode == 0 else sys.exit(result.stderr)
+
+
+STAGES = {"extract": extract, "mine": mine, "loss": loss}
 
 if __name__ == "__main__":
     main()

@@ -222,6 +222,30 @@ def test_gradient_of_the_weighted_loss():
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, pos, neg), (z1, z2))
 
 
+@pytest.mark.parametrize("kind", ["linear", "nonlinear"])
+def test_weights_of_many_pairs_made_some_rows_at_a_time(kind):
+    k1, k2 = torch.rand(2, 300, 21, 2, generator=torch.Generator().manual_seed(0)) * 128
+    every = torch.cat([k1, k2]).double()
+    d = (every[:, None] - every[None]).norm(dim=3).mean(2)
+    wanted = (d.max() - d) / (d.max() - d.min()) if kind == "linear" else torch.sigmoid(-0.05 * (d - d.mean()))
+    assert torch.allclose(pair_weights(k1, k2, kind)[1].double(), wanted, atol=1e-5)
+
+
+def test_loss_of_many_pairs_made_some_rows_at_a_time():
+    z = torch.nn.functional.normalize(torch.randn(4200, 8, dtype=torch.float64), dim=1)
+    z1, z2 = (half.clone().requires_grad_() for half in z.chunk(2))
+    pos, neg = torch.rand(2100, dtype=torch.float64), torch.rand(4200, 4200, dtype=torch.float64)
+    nt_xent(z1, z2, pos, neg).backward()
+    w1, w2 = (half.clone().requires_grad_() for half in z.chunk(2))
+    both = torch.cat([w1, w2])
+    logits = (both @ both.T * neg / 0.5).masked_fill(torch.eye(4200, dtype=torch.bool), -math.inf)
+    positive = (w1 * w2).sum(1) * pos / 0.5
+    loss = (logits.logsumexp(1) - positive.repeat(2)).mean()
+    loss.backward()
+    assert nt_xent(z1, z2, pos, neg).item() == pytest.approx(loss.item(), abs=1e-12)
+    assert torch.allclose(z1.grad, w1.grad, atol=1e-12) and torch.allclose(z2.grad, w2.grad, atol=1e-12)
+
+
 def test_loss_is_float32_under_autocast():
     z1, z2 = random_unit(8, 16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
