@@ -3,7 +3,8 @@
 Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42 numbers) by PCA in 14 dimensions,
 and searches exactly: by a tree on the CPU, by brute force on a GPU, with the same result. Writes into the same folder
 (or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy, and to look at pairs.jpg, distances.png and
-mining.jsonl. Under torchrun each rank searches for its share of the hands.
+mining.jsonl. Under torchrun each rank searches for its share of the hands. A search that was stopped starts again: it
+takes minutes.
 
     python mine_pairs.py data/ego4d
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
@@ -26,8 +27,8 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from common import (atomic, check_flags, draw_crop, load_hands, open_folder, plain, print_settings, require, run_script,
-                    save_array, save_image, sheet, start_ranks)
+from common import (atomic, check_flags, draw_crop, load_hands, open_folder, plain, print_settings, read_log, require,
+                    run_script, save_array, save_image, sheet, start_ranks)
 
 NONE = torch.iinfo(torch.int64).max  # the key of no neighbour: it comes after all others
 
@@ -38,7 +39,8 @@ def parse_args():
     parser.add_argument("--out", help="folder for the pairs (default: the hands folder itself)")
     parser.add_argument("--dims", type=int, default=14, help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
     # which pairs
-    parser.add_argument("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1)")
+    parser.add_argument("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1); the search "
+                        "takes longer with more")
     parser.add_argument("--same-video", action="store_true",
                         help="let a neighbour come from the hand's own video (ablation: mostly near-duplicates)")
     parser.add_argument("--temporal", action="store_true", help="instead of similar hands: the hand of the same side "
@@ -60,19 +62,25 @@ def main():
     args = parse_args()
     rank, ranks, device = start_ranks(args.device)
     hands = load_hands(args.hands)
-    listed, count = hands.folder / "hands.npy", len(hands.keypoints)
+    listed, count = f"{hands.folder / 'hands.npy'}", len(hands.keypoints)
     require(args.limit is None or args.limit <= count, f"{listed}: {count} hands, fewer than --limit {args.limit}")
+    listed += "" if args.limit is None else f", --limit {args.limit}"
     mined = np.sort(np.random.default_rng(args.seed).permutation(count)[:args.limit])  # the rows that take part
     video = hands.hands["video"][mined]
     sizes = np.bincount(video)
     videos = np.count_nonzero(sizes)
     require(len(mined) > args.dims, f"{listed}: {len(mined)} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
-    if not args.temporal:
+    if args.temporal:
+        order = hands.hands["video"].astype(np.int64) << 32 | hands.hands["frame"]
+        require((np.diff(order) >= 0).all(), f"{listed}: rows must be sorted by video, then frame")
+    else:
         require(videos > 1 or args.same_video, f"{listed}: all {len(mined)} hands come from one video, but neighbours "
                 "are taken from other videos; extract more videos or allow --same-video")
         most = len(mined) - (1 if args.same_video else sizes[sizes > 0].min())
         require(args.top_k <= most, f"{listed}: no hand has more than {most} candidates, --top-k is {args.top_k}")
     out = Path(args.out or args.hands)
+    require(not (out / "keypoints.npy").exists() or out.resolve() == hands.folder.resolve(),
+            f"{out}: is another hands folder, these pairs do not belong there")
     lock = open_folder(out) if rank == 0 else None  # held until the process ends
     if rank == 0:
         print_settings(args, count=count, mined=len(mined), videos=videos, ranks=ranks, device=device)
@@ -86,13 +94,20 @@ def main():
     for start in range(0, count, 1 << 16):
         piece = slice(start, start + (1 << 16))
         embeddings[piece] = (hands.keypoints[piece].reshape(-1, 42) * scale - mean) @ components.T
+    if ranks > 1:  # other processors may round otherwise
+        shared = torch.from_numpy(embeddings).to(device)
+        dist.broadcast(shared, 0)
+        embeddings = shared.cpu().numpy()
     neighbours, distances = np.full((count, args.top_k), -1), np.full((count, args.top_k), np.inf, np.float32)
     if args.temporal:
-        neighbours[:, 0], distances[:, 0] = next_frames(hands.hands, embeddings)
+        log = hands.folder / "log.jsonl"
+        fps = read_log(log)[0]["args"].get("fps") if log.exists() else None
+        neighbours[:, 0], distances[:, 0] = next_frames(hands.hands, embeddings, fps)
         require((neighbours >= 0).any(), f"{listed}: no hand is seen again in the next sampled frame of its video")
     else:
         found, distances[mined] = nearest(embeddings[mined], None if args.same_video else video, args.top_k, device,
                                           slice(rank, None, ranks))
+        require((found[:, 0] >= 0).all(), "the ranks parted the hands differently; start them on machines of one kind")
         neighbours[mined] = np.where(found < 0, -1, mined[found])
     if rank == 0:
         pca = np.concatenate([mean[None], components]).astype(np.float32)
@@ -103,13 +118,14 @@ def main():
 
 
 def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
-    """All files, neighbours.npy last: where it is, all files are of one mining."""
+    """All files; neighbours.npy after the other arrays: where it is, they are of one mining."""
     if (out / "neighbours.npy").exists():
         print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
         (out / "neighbours.npy").unlink()
     save_array(out / "pca.npy", pca)
     save_array(out / "embeddings.npy", embeddings)
     save_array(out / "distances.npy", distances)
+    save_array(out / "neighbours.npy", neighbours)
     paired = neighbours[:, 0] >= 0
     chosen = np.bincount(neighbours[paired, 0])
     summary = {"hands": len(neighbours), **summary, "without_neighbour": summary["mined"] - int(paired.sum()),
@@ -119,10 +135,9 @@ def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
     with atomic(out / "mining.jsonl") as file:
         for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, summary):
             file.write((json.dumps(row) + "\n").encode())
+    print("  ".join(f"{key} {value}" for key, value in summary.items()))
     draw_pairs(out / "pairs.jpg", hands, neighbours, distances)
     plot_distances(out / "distances.png", embeddings, distances[paired, 0])
-    save_array(out / "neighbours.npy", neighbours)
-    print("  ".join(f"{key} {value}" for key, value in summary.items()))
     print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:\n"
           f"python pretrain.py {args.hands} --out RUN" + (f" --pairs {out}" if args.out else ""))
 
@@ -136,15 +151,16 @@ def fit_pca(poses, dims):
     return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
 
 
-def next_frames(rows, embeddings):
+def next_frames(rows, embeddings, fps=None):
     """Temporal pairs. rows (N,) of hands.npy, sorted by video and frame -> neighbour (N,), -1 where the next sampled
     frame shows no hand of that side; distance (N,), inf there. Frames without hands have no rows: two frames follow
-    each other when they are at most 1.5 times the usual time apart."""
+    each other when nothing lies between them in the source, or when they are at most 1.5 / fps apart (fps None: 1.5
+    times the median)."""
     first = np.flatnonzero(np.diff(rows["video"], prepend=-1) | np.diff(rows["frame"], prepend=-1))  # row of each frame
     size = np.diff(first, append=len(rows))
-    apart = np.where(np.diff(rows["video"][first]) == 0, np.diff(rows["time"][first]), np.inf)
-    usual = np.median(apart[apart < np.inf]) if (apart < np.inf).any() else 0
-    follows = np.append(apart <= 1.5 * usual, False)
+    same, apart = np.diff(rows["video"][first]) == 0, np.diff(rows["time"][first])
+    usual = 1 / fps if fps else np.median(apart[same]) if same.any() else 0
+    follows = np.append(same & ((apart <= 1.5 * usual) | (np.diff(rows["frame"][first]) == 1)), False)
     begin = np.repeat(np.where(follows, np.append(first[1:], 0), 0), size)
     end = begin + np.repeat(np.where(follows, np.append(size[1:], 0), 0), size)
     centre = (rows["box"][:, :2] + rows["box"][:, 2:]) / 2
@@ -163,7 +179,7 @@ def next_frames(rows, embeddings):
 def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense=32, budget=1 << 21):
     """Exact nearest neighbours of every row among the rows of other videos (video None: among all other rows).
 
-    embeddings (N, D) float32, video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K)
+    embeddings (N, D) float32, finite; video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K)
     float32, inf there. A distance is the root of the float64 sum of squared differences, rounded to float32; of equal
     ones the lower index comes first. The rows are parted into leaves of a k-d tree, and a leaf's rows are searched for
     together; share: the leaves that this rank searches for. On a CPU boxes decide which leaves are looked into, but for
@@ -181,9 +197,9 @@ def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense
     blocks, threads = range(len(tree.row))[share], torch.get_num_threads()
     torch.set_num_threads(1)  # a block to a thread: its steps are too small to be parted
     pool = ThreadPoolExecutor(1 if device.type == "cuda" else threads, "search", torch.set_num_threads, (1,))
-    size, silent = tree.row.shape[1], len(blocks) < 20 or blocks[0] > 0  # the first rank shows its share
-    with pool, tqdm(total=len(blocks) * size, unit="hand", desc="neighbours", disable=silent) as bar:
-        for _ in pool.map(work, blocks):
+    sizes, silent = (~tree.extra).sum(1)[share].tolist(), len(blocks) < 20 or blocks[0] > 0  # one rank shows it
+    with pool, tqdm(total=sum(sizes), unit="hand", desc="neighbours", disable=silent) as bar:
+        for size, _ in zip(sizes, pool.map(work, blocks)):
             bar.update(size)
     torch.set_num_threads(threads)
     if dist.is_initialized():
@@ -216,74 +232,100 @@ def grow_tree(embeddings, group, leaf, device):
                            column=torch.cat([point, norm.masked_fill(extra, torch.inf)[:, :, None]], 2))
 
 
-def search(tree, block, top_k, dense, budget, tile=16):
+def search(tree, block, top_k, dense, budget):
     """Neighbours of the rows of one leaf -> keys (L, K), ascending: the bits of the float32 distance (which order like
     the number) above the row's index, NONE where there is no neighbour.
 
-    Leaves are visited from the nearest box on, and rows leave the search when no box can hold anything nearer. Squared
-    distances come from a product in float32; a leaf's least one per row, with twice the product's error, says which
-    leaves can hold a neighbour. Those alone are compared in float64.
+    Leaves are visited from the nearest box on, and rows leave the search when no box can hold anything nearer. What is
+    known of a row in a leaf is the least squared distance there, from a product in float32. The K-th least over all
+    leaves, plus what the products may be wrong by, says which leaves can hold one of the K neighbours. Those alone
+    are compared in float64. What is equal, or a box away, up to rounding is let through: the factors 1e-6 and 1e-5 are
+    some ten times what rounding does.
     """
     n, size, dims = tree.point.shape
-    device = tree.point.device
-    point, group, norm = tree.point[block], tree.group[block], tree.norm[block]
-    query = torch.cat([-2 * point, torch.ones_like(point[:, :1])], 1)
+    rows = SimpleNamespace(point=tree.point[block], group=tree.group[block], norm=tree.norm[block])
+    rows.column = torch.cat([-2 * rows.point, torch.ones_like(rows.point[:, :1])], 1)
     between = (tree.low - tree.high[block]).clamp_(min=0) + (tree.low[block] - tree.high).clamp_(min=0)
     bound, near = between.square_().sum(1).mul_(1 - 1e-5).sort()
-    best = torch.full((size, top_k), torch.inf, device=device)  # the least distances of different leaves, squared
-    limit = torch.full((size,), torch.inf, device=device)  # above it there is no neighbour
-    active, start, found = torch.arange(size, device=device), 0, []
+    best = rows.norm.new_full((size, top_k), torch.inf)  # the least distances in K leaves, squared
+    limit = rows.norm.new_full((size,), torch.inf)  # above it, in a leaf, there is no neighbour
+    active, start, found = torch.arange(size, device=near.device), 0, []
     while start < n and len(active):
-        rows = len(active)
-        if start < dense:  # all rows in all of these leaves
-            leaf = near[start:min(start + max(budget // (rows * size), 1), dense)]
-            product = (query[active] @ tree.column[leaf].view(-1, dims + 1).T).view(rows, -1, size).transpose(0, 1)
-            leaf_of, row_of = leaf, torch.arange(rows, device=device).expand(len(leaf), rows)
-            r, l = row_of.flatten(), torch.arange(len(leaf), device=device).repeat_interleave(rows)
-            place = slice(None)
-        else:  # rows only in leaves whose box is near enough; the rows of a leaf fill tiles of 16
-            leaf = near[start:start + max(budget // (8 * rows), 1)]
-            gap = torch.zeros(len(leaf), rows, device=device)
-            low, high, at = tree.low[leaf], tree.high[leaf], point[active]
-            for k in range(dims):
-                outside = torch.maximum(low[:, k, None] - at[:, k], at[:, k] - high[:, k, None]).clamp_(min=0)
-                gap.addcmul_(outside, outside)
-            near_enough = gap.mul_(1 - 1e-5) <= limit[active]
-            l, r = near_enough.nonzero(as_tuple=True)
-            times = near_enough.sum(1)
-            tiles = (times + tile - 1) // tile
-            first = tile * (tiles.cumsum(0) - tiles) - (times.cumsum(0) - times)
-            place = torch.arange(len(l), device=device) + first[l]
-            leaf_of = leaf.repeat_interleave(tiles)
-            row_of = torch.zeros(len(leaf_of) * tile, dtype=torch.int64, device=device)
-            row_of[place] = r
-            row_of = row_of.view(-1, tile)
-            product = query[active][row_of] @ tree.column[leaf_of].transpose(1, 2)
-        product.masked_fill_(tree.group[leaf_of][:, None] == group[active][row_of][:, :, None], torch.inf)
-        least = product.amin(2).flatten()[place] + norm[active][r]
-        table = torch.full((rows, len(leaf)), torch.inf, device=device)
+        if start < dense:
+            leaf = near[start:min(start + max(budget // (len(active) * size), 1), dense)]
+            r, l, least = visit_all(tree, leaf, rows, active)
+        else:
+            leaf = near[start:start + max(budget // (8 * len(active)), 1)]
+            r, l, least = visit_near(tree, leaf, rows, active, limit)
+        table = least.new_full((len(active), len(leaf)), torch.inf)
         table[r, l] = least
         best[active] = torch.cat([best[active], table], 1).topk(top_k, 1, largest=False).values
         worst = best[active, -1]
-        error = (dims + 4) * 2.0 ** -22 * (2 * norm[active].sqrt() + worst.clamp(min=0).sqrt()).square()
+        # |q|^2 + |p|^2 - 2 qp in float32 is wrong by less than (2 D + 8) 2^-24 (|q| + |p|)^2, where p is as far from q
+        # as `worst`, so that |p| <= |q| + sqrt(worst); it counts twice, once for `worst` and once for what is compared
+        error = (dims + 4) * 2.0 ** -22 * (2 * rows.norm[active].sqrt() + worst.clamp(min=0).sqrt()).square()
         limit[active] = worst * (1 + 1e-6) + error
         keep = (least <= limit[active[r]]) & (least < torch.inf)
         found.append((active[r[keep]], leaf[l[keep]], least[keep]))
         start += len(leaf)
         if start < n:
             active = active[limit[active] >= bound[start]]
-
     r, l, least = (torch.cat(part) for part in zip(*found))
-    order = r.masked_fill(least > limit[r], size).argsort(stable=True)[:int((least <= limit[r]).sum())]
+    keep = least <= limit[r]
+    return compare(tree, rows, r[keep], l[keep], top_k)
+
+
+def visit_all(tree, leaf, rows, active):
+    """Least product of each active row in each of these leaves -> place of the row in `active`, of the leaf in `leaf`,
+    squared distance; (rows x leaves,) each."""
+    count, size = len(active), tree.row.shape[1]
+    product = (rows.column[active] @ tree.column[leaf].flatten(0, 1).T).view(count, len(leaf), size)
+    product.masked_fill_(tree.group[leaf] == rows.group[active][:, None, None], torch.inf)
+    least = product.amin(2) + rows.norm[active][:, None]
+    place = torch.arange(max(count, len(leaf)), device=leaf.device)
+    return place[:count].repeat_interleave(len(leaf)), place[:len(leaf)].repeat(count), least.flatten()
+
+
+def visit_near(tree, leaf, rows, active, limit, tile=16):
+    """The same, but only where a leaf's box is nearer to the row than its limit. The rows that look into a leaf are
+    few, so they are packed in tiles of 16, one or more for each leaf: with 18 rows for leaf 0, none for leaf 1 and 3
+    for leaf 2, tiles 0 and 1 belong to leaf 0, tile 2 to leaf 2, and 14 + 13 places stay unused."""
+    gap = limit.new_zeros(len(leaf), len(active))
+    low, high, point = tree.low[leaf], tree.high[leaf], rows.point[active]
+    for k in range(point.shape[1]):
+        outside = torch.maximum(low[:, k, None] - point[:, k], point[:, k] - high[:, k, None]).clamp_(min=0)
+        gap.addcmul_(outside, outside)
+    wanted = gap.mul_(1 - 1e-5) <= limit[active]
+    l, r = wanted.nonzero(as_tuple=True)  # by leaf, then row
+    times = wanted.sum(1)
+    tiles = (times + tile - 1) // tile
+    number = torch.arange(len(l), device=leaf.device) - (times.cumsum(0) - times)[l]  # of the row among its leaf's
+    place = tile * (tiles.cumsum(0) - tiles)[l] + number
+    row_of = torch.zeros(int(tiles.sum()) * tile, dtype=torch.int64, device=leaf.device)
+    row_of[place] = active[r]
+    row_of, leaf_of = row_of.view(-1, tile), leaf.repeat_interleave(tiles)
+    product = rows.column[row_of] @ tree.column[leaf_of].transpose(1, 2)
+    product.masked_fill_(tree.group[leaf_of][:, None] == rows.group[row_of][:, :, None], torch.inf)
+    return r, l, product.amin(2).flatten()[place] + rows.norm[active][r]
+
+
+def compare(tree, rows, r, l, top_k):
+    """Exact distances of row r[i] to all points of leaf l[i] -> keys (L, K) of each row's nearest, as in `search`."""
+    size = tree.row.shape[1]
+    order = r.argsort(stable=True)
     r, l = r[order], l[order]
-    keys = torch.full((len(r), min(top_k, size)), NONE, device=device)
-    for piece in torch.arange(len(r), device=device).split(1 << 12):
-        distance = (tree.point[l[piece]].double() - point[r[piece], None].double()).square_().sum(2).sqrt_().float()
-        key = distance.view(torch.int32).long() << 32 | tree.row[l[piece]]
-        key.masked_fill_((tree.group[l[piece]] == group[r[piece], None]) | tree.extra[l[piece]], NONE)
+    keys = torch.full((len(r), min(top_k, size)), NONE, device=r.device)
+    for piece in torch.arange(len(r), device=r.device).split(1 << 12):
+        difference = tree.point[l[piece]].double() - rows.point[r[piece], None].double()
+        square = difference[:, :, 0] * difference[:, :, 0]
+        for k in range(1, difference.shape[2]):  # one after another: how a sum is parted differs between devices
+            square += difference[:, :, k] * difference[:, :, k]
+        key = square.sqrt_().float().view(torch.int32).long() << 32 | tree.row[l[piece]]
+        key.masked_fill_((tree.group[l[piece]] == rows.group[r[piece], None]) | tree.extra[l[piece]], NONE)
         keys[piece] = key.topk(keys.shape[1], 1, largest=False).values
-    number = torch.arange(len(r), device=device) - torch.searchsorted(r, r)  # of the leaf among its row's
-    table = torch.full((size, max(int(number.max()) + 1 if len(r) else 1, top_k), keys.shape[1]), NONE, device=device)
+    number = torch.arange(len(r), device=r.device) - torch.searchsorted(r, r)  # of the leaf among its row's
+    most = int(number.max()) + 1 if len(r) else 1
+    table = torch.full((size, max(most, top_k), keys.shape[1]), NONE, device=r.device)
     table[r, number] = keys
     return table.flatten(1).topk(top_k, 1, largest=False).values
 
@@ -292,7 +334,7 @@ def search(tree, block, top_k, dense, budget, tile=16):
 
 def draw_pairs(path, hands, neighbours, distances, seed=0):
     """Queries beside their nearest neighbours, skeletons drawn, the distance under each; two rows each of the best,
-    median and worst tenth."""
+    the median and the worst tenth."""
     rng = np.random.default_rng(seed)
     order = np.argsort(distances[:, 0], kind="stable")
     order = order[neighbours[order, 0] >= 0]
@@ -301,7 +343,7 @@ def draw_pairs(path, hands, neighbours, distances, seed=0):
     tiles = []
     for name, part in (("best", order[:tenth]), ("median", order[middle:middle + tenth]), ("worst", order[-tenth:])):
         for i in rng.permutation(part)[:2 * across]:
-            group = [caption(draw_crop(hands, i, 160), f"{name} tenth, hand {i}")]
+            group = [caption(draw_crop(hands, i, 160), f"{name}: hand {i}")]
             for j, distance in zip(neighbours[i, :shown], distances[i, :shown]):
                 tile = draw_crop(hands, j, 160) if j >= 0 else np.zeros((160, 160, 3), np.uint8)
                 group.append(caption(tile, f"{distance:.3f}" if j >= 0 else "none"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,8 @@ def brute_force(embeddings, video, k):
     """One row at a time, in float64; ties on the float32 distance go to the lower index."""
     neighbours, distances = np.full((len(embeddings), k), -1), np.full((len(embeddings), k), np.inf, np.float32)
     for i, row in enumerate(embeddings.astype(np.float64)):
-        d = np.sqrt(((embeddings.astype(np.float64) - row) ** 2).sum(1)).astype(np.float32)
+        square = sum((column - x) ** 2 for column, x in zip(embeddings.astype(np.float64).T, row))
+        d = np.sqrt(square).astype(np.float32)
         order = np.lexsort((np.arange(len(d)), d))
         others = [j for j in order if j != i and (video is None or video[j] != video[i])][:k]
         neighbours[i, :len(others)], distances[i, :len(others)] = others, d[others]
@@ -117,6 +119,7 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
         assert np.allclose(np.load(out / "pca.npy")[0], poses.mean(0), atol=1e-6)  # as if there were no others
     assert set(rows[60]) < set(rows[100]) and np.diff(rows[60]).max() > 1
     assert "fewer than --limit" in refused("mine_pairs.py", hands, "--limit", 10**6)
+    assert "--limit 10: 10 hands" in refused("mine_pairs.py", hands, "--limit", 10)
     printed = run("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run", "--batch-size", 20,
                   "--epochs", 1, "--warmup-epochs", 0, *TINY).stdout
     assert re.search(r"\b60\b", printed)  # exactly the rows that have a neighbour
@@ -134,6 +137,12 @@ def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame()
     neighbours, distances = mine_pairs.next_frames(rows, embeddings)
     #        two hands of its side: the nearer; the other side; ...; frame 60 is followed by 150: not the next one
     assert neighbours.tolist() == [3, 4, 5, 5, -1, -1, 7, -1, -1, 10, -1]
+    every_third = rows[[0, 2, 5]]
+    every_third["frame"], every_third["time"] = [0, 90, 180], [0, 3, 6]
+    assert mine_pairs.next_frames(every_third, embeddings[:3], fps=1)[0].tolist() == [-1, -1, -1]
+    slow = rows[[0, 2, 5]]  # a source of 5 frames a second, sampled 10 times a second
+    slow["frame"], slow["time"] = [0, 1, 2], [0, 0.2, 0.4]
+    assert mine_pairs.next_frames(slow, embeddings[:3], fps=10)[0].tolist() == [1, 2, -1]
     for i, j in enumerate(neighbours):
         apart = np.linalg.norm(embeddings[i].astype(float) - embeddings[j])
         assert distances[i] == (np.inf if j < 0 else np.float32(apart))
@@ -146,7 +155,10 @@ def test_temporal_pairs_of_a_folder(hands, tmp_path):
     assert 0.5 < paired.mean() < 1
     for key, difference in (("video", 0), ("left", 0), ("frame", 1)):
         assert (rows[key][neighbours[paired]].astype(int) - rows[key][paired] == difference).all()
+    assert "is another hands folder" in refused("mine_pairs.py", hands, "--out", shutil.copytree(hands, tmp_path / "c"))
     assert "--temporal pairs a hand" in refused("mine_pairs.py", hands, "--temporal", "--top-k", 2)
+    np.save(hands / "hands.npy", rows[::-1])
+    assert "rows must be sorted" in refused("mine_pairs.py", hands, "--temporal")
     rows["frame"], rows["video"] = 0, np.arange(len(rows))  # a frame each
     np.save(hands / "hands.npy", rows)
     (hands / "videos.txt").write_text("a.mp4\n" * len(rows))
@@ -185,6 +197,15 @@ def test_files_as_the_contract_says(mined):
     summary = json.loads((mined / "mining.jsonl").read_text().splitlines()[1])
     assert summary["hands"] == n and summary["without_neighbour"] == 0 and 0.9 < summary["explained_variance"] <= 1
     assert all(cv2.imread(str(mined / name)) is not None for name in ("pairs.jpg", "distances.png"))
+
+
+def test_a_crop_that_cannot_be_drawn_does_not_cost_the_search(hands):
+    crops, offsets = np.load(hands / "crops.npy"), np.load(hands / "offsets.npy")
+    for start in offsets[1:-1]:  # all but the first
+        crops[start:start + 4] = 0
+    np.save(hands / "crops.npy", crops)
+    assert "is not a JPEG" in refused("mine_pairs.py", hands)
+    assert (np.load(hands / "neighbours.npy") >= 0).all()
 
 
 def test_a_second_mining_gives_the_same_bytes_and_out_leaves_the_folder_alone(mined, hands, tmp_path):
