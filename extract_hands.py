@@ -552,7 +552,8 @@ def summarise(out, added):
     tiles = [draw_crop(hands, i, 160, "was left" if hands.hands["left"][i] else "right") for i in chosen]
     save_image(out / "hands.jpg", sheet(tiles, 12))
     last = read_log(out / "log.jsonl")[-1]
-    print(*["" if added else "nothing new, as after the last merge:", *(f"{k} {v}" for k, v in last.items())], sep="  ")
+    print("" if added else "nothing new, as after the last merge:  ", end="")
+    print("  ".join(f"{key} {value}" for key, value in last.items()))
     if failed:
         print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the first: "
               f"{failed[0].replace(chr(9), ': ')}")
