@@ -127,7 +127,7 @@ def main():
     with one_at_a_time(lock):
         merged = lines(out / "videos.txt")  # by now another rank may have merged
         new = sorted(set(names) - set(merged))
-        failed = {line.split("\t")[0] for line in lines(out / "failed.txt")}
+        failed = failures(out)
         others = sum(not (part_path(out, name).exists() or name in failed) for name in new)
         if others:
             print(f"{others} videos are not done yet, they are left to other ranks (this is rank {rank} of {ranks}); "
@@ -183,6 +183,11 @@ def is_a(suffixes, name):
 def lines(path):
     """The lines of a text file; none where it is missing."""
     return Path(path).read_text(errors="replace").splitlines() if os.path.exists(path) else []
+
+
+def failures(out):
+    """failed.txt -> {name of a video: why it could not be read to its end}."""
+    return {name: reason for name, _, reason in (line.partition("\t") for line in lines(out / "failed.txt"))}
 
 
 def part_path(out, name):
@@ -455,7 +460,7 @@ def merge(out, merged, new, annotations, start):
     their own, whose renaming says that it is complete; a merge cut short is done again or finished by move_merged.
     One part is in memory at a time. Nothing but failed.txt changes when the parts hold nothing that can be kept.
     -> number of videos appended."""
-    keep, reasons = [], {line.split("\t")[0]: line.split("\t")[-1] for line in lines(out / "failed.txt")}
+    keep, reasons = [], failures(out)
     sizes, left = np.array([0, 0, 0]), 0  # hands, bytes, frames; left hands
     for name in new:
         if not part_path(out, name).exists():

@@ -111,8 +111,9 @@ def compare(folder, videos, fps, what, processes, rounds=2):
             context = multiprocessing.get_context("spawn")
             counts = context.Array("i", workers)
             cores, chosen = sorted(os.sched_getaffinity(0)), path.read_text().splitlines()
-            bare = [context.Process(target=bare_mediapipe, args=(counts, k, core, chosen[k::workers], fps))
-                    for k, core in enumerate(cores[:workers])]
+            bare = [context.Process(target=bare_mediapipe,
+                                    args=(counts, k, cores[k % len(cores)], chosen[k::workers], fps))
+                    for k in range(workers)]
             for process in bare:
                 process.start()
             for process in bare:

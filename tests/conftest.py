@@ -28,6 +28,16 @@ def run(script, *arguments, status=0):
     return result
 
 
+def torchrun(script, *arguments, ranks=2):
+    """Run a script, ours or another that may import ours, under torchrun. -> CompletedProcess, as of `run`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+               ROOT / script, *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200,
+                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 def refused(script, *arguments):
     """Run a script's main() here (a process would take seconds) on input that it must refuse: status 2 and one line on
     stderr. -> that line."""

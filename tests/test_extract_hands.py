@@ -19,7 +19,7 @@ import pytest
 
 import extract_hands
 from common import HANDS_DTYPE, InputError, load_hands, open_folder, read_crop
-from conftest import ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run
+from conftest import ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run, torchrun
 
 
 def write_video(path, frames, fps=10):
@@ -413,10 +413,7 @@ def ranks(*arguments, variables=(("RANK", "WORLD_SIZE"),) * 2, world=2):
 
 
 def test_two_ranks_give_the_bytes_of_one_process(rendered, extracted, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               ROOT / "extract_hands.py", rendered / "videos", "--out", tmp_path / "hands", "--fps", "5"]
-    result = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
+    result = torchrun("extract_hands.py", rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
     assert "rank 0 of 2  to_do 4" in result.stdout and "rank 1 of 2  to_do 4" in result.stdout
     assert result.stdout.count("wrote ") == 1 or result.stdout.count("already_merged 8") == 1
     assert listing(tmp_path / "hands") == listing(extracted)

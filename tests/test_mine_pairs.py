@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 
 import mine_pairs
 from common import HANDS_DTYPE
-from conftest import ENVIRONMENT, ROOT, TINY, refused, run
+from conftest import TINY, refused, run, torchrun
 
 
 def brute_force(embeddings, video, k):
@@ -93,10 +91,7 @@ def test_the_result_does_not_depend_on_threads_or_ranks():
 
 
 def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               ROOT / "mine_pairs.py", hands, "--top-k", "3", "--out", tmp_path / "elsewhere"]
-    result = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
+    result = torchrun("mine_pairs.py", hands, "--top-k", 3, "--out", tmp_path / "elsewhere")
     assert result.stdout.count("wrote ") == 1
     for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy", "pairs.jpg"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()

@@ -18,7 +18,7 @@ import torch
 
 import pretrain
 from common import load_array, load_checkpoint
-from conftest import ENVIRONMENT, ROOT, TINY, refused, run
+from conftest import ENVIRONMENT, ROOT, TINY, refused, run, torchrun
 
 
 def parse(*arguments):
@@ -127,10 +127,7 @@ def test_two_ranks_equal_one_process_with_the_same_batchnorm_groups(mined, tmp_p
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
         argv = ["pretrain.py", mined, *TINY, "--batch-size", 8, "--micro-batch", micro, "--out", out]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-                   tmp_path / "ranks.py", json.dumps([str(a) for a in argv])]
-        subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=200,
-                       env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+        torchrun(tmp_path / "ranks.py", json.dumps([str(a) for a in argv]), ranks=world)
         found.append(load_checkpoint(out))
     (values1, one), (values2, two) = found
     assert torch.allclose(values1, values2, rtol=1e-5)
