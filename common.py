@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 # backbone: torchvision ResNets, and the layouts in which their weights come -------------------------------------------
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+COLOURS = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])  # ImageNet's mean and deviation, of 255
 
 
 def load_backbone(name, path):
@@ -60,24 +61,21 @@ def load_backbone(name, path):
 
 # views: one affine matrix and one colour table per view ---------------------------------------------------------------
 def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 224, colour=True):
-    """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours). -> dict, see below.
-    keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the square's half side, in
-    largest distances of a keypoint from their mean. move: largest shift of the square per axis, as a share of the
-    crop's side. The view is
+    """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours), a dict of
       matrix (2, 3)  crop pixels -> view pixels
       angle          degrees as in cv2.getRotationMatrix2D: positive turns the content counter-clockwise
       shift (2,)     where the hand's centre lies in the view, minus the view's centre, over the view's side
-      colour (4,)    factors on hue, saturation and value, and what is added to value; None: colours stay"""
-    angle, scale = rng.uniform(-rotation, rotation), rng.uniform(*margin)
-    offset = rng.uniform(-move, move, 2) * crop_side
-    factors = (rng.uniform(0.01, 1), rng.uniform(0.01, 1), rng.uniform(0.5, 1), rng.uniform(5, 20))
+      colour (4,)    factors on hue, saturation and value, and what is added to value; None: colours stay
+    keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the view's half side in largest
+    distances of a keypoint from their mean. move: largest shift per axis, as a share of the crop's side."""
+    ranges = ((-rotation, rotation), margin, (-move, move), (-move, move), (0.01, 1), (0.01, 1), (0.5, 1), (5, 20))
+    angle, scale, x, y, *factors = [a + (b - a) * u for (a, b), u in zip(ranges, rng.random(8).tolist())]
     centre = keypoints.mean(0, dtype=np.float64)
-    square = 2 * scale * max(np.linalg.norm(keypoints - centre, axis=1).max(), 1e-3)
-    shift = -offset / square
+    square = 2 * scale * max(np.hypot(*(keypoints - centre).T).max(), 1e-3)
+    shift = np.array([-x, -y]) * crop_side / square
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     turn = np.array([[cos, sin], [-sin, cos]]) * view_side / square
-    move_to = (view_side - 1) / 2 + shift * view_side
-    matrix = np.concatenate([turn, (move_to - turn @ centre)[:, None]], 1)
+    matrix = np.concatenate([turn, ((view_side - 1) / 2 + shift * view_side - turn @ centre)[:, None]], 1)
     return dict(matrix=matrix, angle=angle, shift=shift, colour=factors if colour else None)
 
 
@@ -88,16 +86,15 @@ def apply_view(view, image, keypoints, view_side):
     image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR)
     if view["colour"] is not None:
         hue, saturation, value, add = view["colour"]
-        level = np.arange(256)
-        table = np.stack([level * hue, level * saturation, level * value + add], 1).clip(0, 255).astype(np.uint8)
-        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), table[None])  # BGR on an RGB picture: exchanged
+        table = (np.arange(256.0)[:, None] * (hue, saturation, value) + (0, 0, add)).clip(0, 255)
+        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), table.astype(np.uint8)[None])  # BGR of an RGB picture
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
     return image, (keypoints @ view["matrix"][:, :2].T + view["matrix"][:, 2]).astype(np.float32)
 
 
 def normalise(images):
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels last in memory, ImageNet mean 0 and deviation 1."""
-    mean, deviation = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], device=images.device)
+    mean, deviation = COLOURS.to(images.device, non_blocking=True)  # at once: a host that waited would stall a GPU
     return ((images.float() - mean) / deviation).permute(0, 3, 1, 2)
 
 
@@ -233,7 +230,7 @@ def load_hands(folder):
     offsets = load_array(folder / "offsets.npy", np.int64, (len(keypoints) + 1,), hint=hint)
     require(offsets[0] == 0 and (np.diff(offsets) > 0).all(), f"{folder / 'offsets.npy'}: must start at 0 and increase")
     rows = load_array(folder / "hands.npy", HANDS_DTYPE, (len(keypoints),), hint=hint)
-    crops = load_array(folder / "crops.npy", np.uint8, (int(offsets[-1]),), hint=hint, mmap=True)
+    crops = np.asarray(load_array(folder / "crops.npy", np.uint8, (int(offsets[-1]),), hint=hint, mmap=True))
     listed = folder / "videos.txt"
     require(listed.is_file(), f"{listed}: missing, expected one source a line ({hint})")
     videos, needed = listed.read_text(errors="replace").splitlines(), rows["video"].max() + 1
@@ -248,11 +245,10 @@ def load_hands(folder):
 
 def read_crop(hands, i):
     """Crop i of a hands folder -> RGB uint8 (side, side, 3)."""
-    image = cv2.imdecode(np.asarray(hands.crops[hands.offsets[i]:hands.offsets[i + 1]]), cv2.IMREAD_COLOR)
-    require(image is not None, f"{hands.folder / 'crops.npy'}: crop {i}, at {hands.offsets[i]}, is not a JPEG")
-    require(image.shape[:2] == (hands.side or len(image),) * 2,
-            f"{hands.folder / 'crops.npy'}: crop {i} is {image.shape[:2]}, expected squares of one side")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    image = cv2.imdecode(hands.crops[hands.offsets[i]:hands.offsets[i + 1]], cv2.IMREAD_COLOR_RGB)
+    if image is None or image.shape[:2] != (hands.side or len(image),) * 2:
+        raise InputError(f"{hands.folder}/crops.npy: crop {i}, at {hands.offsets[i]}, is not a JPEG like the first")
+    return image
 
 
 def load_checkpoint(path):
@@ -276,6 +272,10 @@ def run_script(main):
         message, status = str(error).split("InputError: ")[-1].strip(), 2
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
+    except RuntimeError as error:
+        message, status = f"{str(error).partition(chr(10))[0]}; lower --micro-batch, --batch-size or --workers", 2
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "DataLoader worker" not in message:
+            raise
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on", 130
     finally:
@@ -328,7 +328,7 @@ def start_ranks(device):
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 

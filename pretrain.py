@@ -13,7 +13,9 @@ import argparse
 import contextlib
 import math
 import os
+import resource
 import signal
+import statistics
 import time
 import zlib
 from pathlib import Path
@@ -27,12 +29,16 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, apply_view, atomic, catch_sigterm, check_flags, draw_hand, load_array,
+from common import (BACKBONES, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand, load_array,
                     load_backbone, load_hands, normalise, nt_xent, open_folder, pair_weights, plain, plot_curves,
                     print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint, save_image,
                     sheet, start_log, start_ranks, undo_view, write_log)
 
-FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
+FREE = ("out", "device", "workers", "save_minutes", "tensorboard")  # cannot change the result
+SHARES = dict(colour_drop="share of the views, 0 to 1, that become grey (this and the next four: default 0)",
+              blur="share that is blurred, by a Gaussian of up to 2 px (at 128 px)",
+              noise="share that gets Gaussian noise, of up to 25 of 255", sobel="share that shows its edges alone",
+              cut_out="share that loses a square of 0.1 to 0.4 of its side")
 
 
 def parse_args():
@@ -71,6 +77,8 @@ def parse_args():
     parser.add_argument("--crop-move", type=float, default=15 / 224,
                         help="largest shift of the view per axis, as a share of the crop's side (paper: 15 of 224 px)")
     parser.add_argument("--no-colour", action="store_true", help="no colour jitter")
+    for name, what in SHARES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=0, metavar="SHARE", help=what)
     # optimisation
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8192, help="pairs a step over all ranks; each view has "
@@ -78,6 +86,9 @@ def parse_args():
     parser.add_argument("--micro-batch", type=int, help="pairs that pass the network together on one rank: less "
                         "memory, more time (all are embedded twice), the gradient of the whole batch. BatchNorm's "
                         "statistics are those of a micro-batch (default: the rank's whole share)")
+    parser.add_argument("--accumulate", type=int, default=1, help="add up the gradients of so many parts of the "
+                        "batch, as PeCLR does: less memory, but not the loss of the large batch, which --micro-batch "
+                        "gives: negatives and weights are those of a part, --batch-size / this pairs")
     parser.add_argument("--optimizer", choices=("lars-adam", "adam", "lars"), default="lars-adam",
                         help="lars-adam: LARS around Adam (paper); lars: around SGD with momentum 0.9")
     parser.add_argument("--lr", type=float, default=3.2e-3, help="peak learning rate (paper: 1e-4 x sqrt(1024))")
@@ -89,7 +100,12 @@ def parse_args():
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one)")
     parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))),
                         help="loader processes of each rank, 0: none (default: one a core, 8 at most)")
+    parser.add_argument("--compile", action="store_true", help="compile the network (torch.compile): minutes at the "
+                        "start, and then less time a step")
     parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")
+    parser.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard as well, into --out")
+    parser.add_argument("--steps", type=int, help="dry run: take so many steps, print rate, memory and the time that "
+                        "the whole run would take, write nothing")
     args = parser.parse_args()
     check_flags(args)
     args.hands = [os.path.normpath(folder) for folder in args.hands]
@@ -97,9 +113,11 @@ def parse_args():
     args.rotation = args.rotation if args.rotation is not None else 0.0 if simclr else 45.0
     args.crop_margin = args.crop_margin or ([1.25, 1.25] if simclr else [0.9, 1.5])
     args.warmup_epochs = args.warmup_epochs if args.warmup_epochs is not None else args.epochs // 10
-    require(min(args.epochs, args.batch_size, args.top_k, args.input_size, args.temperature, args.lr) > 0,
-            "--epochs, --batch-size, --top-k, --input-size, --temperature and --lr must be above 0")
+    require(min(args.epochs, args.top_k, args.input_size, args.temperature, args.lr, args.accumulate) > 0,
+            "--epochs, --top-k, --input-size, --temperature, --lr and --accumulate must be above 0")
     require(args.micro_batch is None or args.micro_batch > 0, "--micro-batch must be above 0")
+    require(args.steps is None or args.steps > 1, "--steps must be above 1: the first half is not measured")
+    require(all(getattr(args, name) <= 1 for name in SHARES), f"--{', --'.join(SHARES)}: shares lie in 0..1")
     require(0 <= args.warmup_epochs < args.epochs,
             f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     require(0 < args.crop_margin[0] <= args.crop_margin[1] < math.inf, "--crop-margin: expected 0 < LOW <= HIGH")
@@ -110,23 +128,25 @@ def main():
     args = parse_args()
     rank, world, device = start_ranks(args.device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    micro = args.micro_batch or args.batch_size // world
-    require(micro and args.batch_size % (world * micro) == 0,
-            f"--batch-size {args.batch_size} must be a multiple of {world} ranks x --micro-batch {micro}")
+    micro = args.micro_batch or args.batch_size // (world * args.accumulate)
+    require(micro and args.batch_size % (world * micro * args.accumulate) == 0, f"--batch-size {args.batch_size} must "
+            f"be a multiple of {world} ranks x --accumulate {args.accumulate} x --micro-batch {micro}")
+    require(args.batch_size // args.accumulate > 1, "--batch-size must leave 2 pairs or more: one has no negatives")
     args.micro_batch = micro  # a number of ranks that makes it another is another run: BatchNorm sees other groups
-    pieces = args.batch_size // (world * micro)
+    pieces = args.batch_size // (world * micro * args.accumulate)  # of a part
     data = load_data(args)
     steps_per_epoch = len(data.usable) // args.batch_size
     require(steps_per_epoch, f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size "
             f"{args.batch_size}; lower it or extract more videos")
     total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
-    lock = open_folder(args.out) if rank == 0 else None  # held until the process ends
+    writes = rank == 0 and not args.steps
+    lock = open_folder(args.out) if writes else None  # held until the process ends
 
     torch.manual_seed(args.seed)
     model = SimHandModel(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, args, device)
+    optimizer = make_optimizer(model, args)
     step = 0
-    kept = resume(args.out, args, FREE)
+    kept = resume(args.out, args, FREE) if not args.steps else None
     if kept:
         require(kept["data"] == data.digest, f"{args.out}: was trained on other hands or pairs than those in "
                 f"{', '.join(args.hands)}; choose another --out")
@@ -134,69 +154,86 @@ def main():
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["random"])
         step = kept["step"]
-    rows = start_log(args.out, args, step) if rank == 0 else []
+    rows = start_log(args.out, args, step) if writes else []
+    board = open_tensorboard(args.out, step) if args.tensorboard and writes else None
+    if args.compile:
+        model.compile()
     net = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) \
         if world > 1 else model
     if rank == 0:
         print_settings(args, hands=sum(len(f.keypoints) for f in data.folders), usable=len(data.usable), ranks=world,
-                       negatives=2 * args.batch_size - 2, micro_batch=micro, steps=total, start=step, device=device,
+                       negatives=2 * args.batch_size // args.accumulate - 2, steps=total, start=step, device=device,
                        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
         for note in data.notes:
             print(note)
-        if step == 0:
+        if writes and step == 0:
             draw_views(Path(args.out) / "views.jpg", data, args)
 
-    order = [(s, rank * pieces + piece) for s in range(step, total) for piece in range(pieces)]
+    end = min(total, args.steps or total)
+    order = [(s, (part * world + rank) * pieces + piece)
+             for s in range(step, end) for part in range(args.accumulate) for piece in range(pieces)]
     loader = iter(torch.utils.data.DataLoader(Views(data, args, micro), batch_size=None, sampler=order,
                                               num_workers=args.workers, pin_memory=device.type == "cuda",
                                               worker_init_fn=start_worker, generator=torch.Generator()))
-    stop, saved, report = catch_sigterm(), time.time(), max(1, steps_per_epoch // 4)
-    recent, since = [], time.time()
+    stop, report = [] if args.steps else catch_sigterm(), max(1, min(10, steps_per_epoch // 4))
+    recent, saved = [], time.time()
+    half = since = saved
+    pca = None if data.pca is None else data.pca.to(device)
     net.train()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0)
-    while step < total:
+    bar = tqdm(total=end, initial=step, unit="step", disable=rank != 0)
+    while step < end:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, warmup, args.lr)
         batch = [{key: value.to(device, non_blocking=True) for key, value in next(loader).items()}
-                 for _ in range(pieces)]
-        values = train_step(net, optimizer, batch, data.pca, rank, world, args)
+                 for _ in range(args.accumulate * pieces)]
+        recent.append(train_step(net, optimizer, batch, pca, rank, world, args))
         step += 1
-        recent.append(values)
         bar.update()
 
-        end_of_epoch = step % steps_per_epoch == 0
-        stopping, due = bool(stop), end_of_epoch or time.time() - saved > 60 * args.save_minutes
-        if world > 1:  # all ranks save and leave the loop at the same step
-            stopping, due = gather(torch.tensor([[stopping, due]], device=device)).any(0).tolist()
-        due = due or stopping
-        if step % report == 0 or due:
-            mean = torch.stack(recent).mean(0).tolist()  # the one place where the host waits for the device
-            require(math.isfinite(mean[0]), f"{args.out}: the loss is not finite at step {step}; checkpoint.pt holds "
-                    "the last good state; try a smaller --lr or --precision fp32")
+        stopping = bool(stop)
+        due = step % steps_per_epoch == 0 or time.time() - saved > 60 * args.save_minutes
+        if world > 1:  # all ranks save and leave the loop at the same step; the hosts agree, no device has to wait
+            stopping, due = gather(torch.tensor([[stopping, due]])).any(0).tolist()
+        if step % report == 0 or due or stopping or step == end // 2:
+            values = torch.stack(recent).tolist()  # here alone the host waits for the device
+            for k, row in enumerate(values, step - len(values) + 1):
+                require(all(map(math.isfinite, row)), f"{args.out}: the loss is not finite at step {k}; the last "
+                        "checkpoint stays; try a smaller --lr or --precision fp32")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"],
-                       **dict(zip(VALUES, mean)), views_per_s=2 * args.batch_size * len(recent) / (time.time() - since))
+                       **dict(zip(VALUES, map(statistics.fmean, zip(*values)))),
+                       views_per_s=2 * args.batch_size * len(recent) / (time.time() - since))
             recent, since = [], time.time()
+            half = since if step == end // 2 else half
             rows.append(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s")
-            if rank == 0:
+            if writes:
                 write_log(args.out, row)
-        if due:
-            if rank == 0:
+            for key, value in row.items() if board else ():
+                board.add_scalar(key, value, step)
+        if due or stopping:
+            require(all(p.isfinite().all() for p in model.parameters()), f"{args.out}: a weight is not finite after "
+                    f"step {step}; the last checkpoint stays; try a smaller --lr or --precision fp32")
+            if writes:
                 save_checkpoint(args.out, dict(args=plain(args), data=data.digest, step=step,
                                                model=model.state_dict(), optimizer=optimizer.state_dict(),
                                                random=torch.get_rng_state()))
             saved = since = time.time()
-            if stopping and step < total:
-                bar.close()
-                if rank == 0:
-                    print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
-                return
+        if writes and (step % steps_per_epoch == 0 or stopping):
+            plot_curves(Path(args.out) / "curves.png", rows, [["loss"], ["lr"], VALUES[1:3], VALUES[3:]])
+        if stopping:
+            break
     bar.close()
-    if rank == 0:
+    if args.steps and rank == 0:
+        seconds = (time.time() - half) / (end - end // 2)
+        memory = torch.cuda.max_memory_reserved() if device.type == "cuda" else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"dry run: {2 * args.batch_size / seconds:.0f} views/s, {seconds:.3f} s a step, {memory / 2 ** 30:.2f} GB"
+              f" of {device.type} memory; the whole run, {total} steps, would take {total * seconds / 3600:.2f} hours")
+    elif writes and step < total:
+        print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
+    elif writes:
         with atomic(Path(args.out) / "backbone.pt") as file:
             torch.save({key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}, file)
-        plot_curves(Path(args.out) / "curves.png", rows, [["loss"], ["lr"], ["positive_similarity", "mean_similarity"],
-                                                          ["positive_weight", "pair_weight"]])
         print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
               f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
               f"--backbone {args.backbone} --out RUN")
@@ -204,51 +241,69 @@ def main():
         dist.destroy_process_group()
 
 
-VALUES = ("loss", "positive_similarity", "mean_similarity", "positive_weight", "pair_weight")
+def open_tensorboard(folder, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard: the package is not installed (pip install tensorboard)")
+    return SummaryWriter(folder, purge_step=step)
+
+
+VALUES = ("loss", "positive_similarity", "negative_similarity", "positive_weight", "pair_weight")
 
 
 def train_step(net, optimizer, batch, pca, rank, world, args):
-    """One step on the whole batch, exactly, in pieces that pass the network one after another: embed all, take the
-    loss of all ranks' embeddings and its gradient on them, then backpropagate that gradient a piece at a time.
+    """One step of the optimiser on this rank's pieces of the batch, dicts of tensors. -> (5,) on the device, VALUES."""
+    optimizer.zero_grad(set_to_none=True)
+    size, values = len(batch) // args.accumulate, []
+    for k in range(0, len(batch), size):  # parts that know nothing of each other: one, unless --accumulate says more
+        values.append(add_gradient(net, batch[k:k + size], pca, rank, world, args, last=k + size == len(batch)))
+    adapt_gradients(optimizer, args)
+    optimizer.step()
+    return torch.stack(values).mean(0)
 
-    batch: this rank's pieces, dicts of tensors. -> (5,) tensor on the device, see VALUES. With one piece its graph is
-    kept; with more, they are embedded twice and BatchNorm's running statistics move in the second pass only.
+
+def add_gradient(net, pieces, pca, rank, world, args, last):
+    """The gradient of the whole part's loss, exactly, though its pieces pass the network one after another: embed all,
+    take the loss of all ranks' embeddings and its gradient on them, then backpropagate that a piece at a time.
+
+    With one piece its graph is kept; with more, they are embedded twice and BatchNorm's running statistics move in the
+    second pass only. last: no part follows, the ranks add up what they have.
     """
-    once = len(batch) == 1
+    once = len(pieces) == 1
     with contextlib.nullcontext() if once else no_gradient(net):
-        embedded = [embed(net, piece, args) for piece in batch]
-    # the whole batch's embeddings, on every rank: first views of all pairs, second views of all pairs
-    halves = zip(*(e.detach().chunk(2) for e in embedded))
-    z1, z2 = (gather(torch.cat(half)).requires_grad_() for half in halves)
-    pos_weight = neg_weight = None
-    if args.weighting != "none":
-        k1, k2 = (gather(torch.cat(part)) for part in zip(*(p["weight_keypoints"].unbind(1) for p in batch)))
-        if args.weight_pca:
-            k1, k2 = (k.flatten(1) @ pca.to(k.device).T for k in (k1, k2))
-            k1, k2 = k1[:, None], k2[:, None]
-        pos_weight, neg_weight = pair_weights(k1, k2, args.weighting, args.slope_pos, args.slope_neg)
-        pos_weight = pos_weight if args.weight_on != "neg" else None
-        neg_weight = neg_weight if args.weight_on != "pos" else None
+        embedded = [embed(net, piece, args) for piece in pieces]
+    # the whole part's embeddings and keypoints, on every rank: first views of all pairs, second views of all pairs
+    z1, z2 = (gather(torch.cat(half)).requires_grad_() for half in zip(*(e.detach().chunk(2) for e in embedded)))
+    k1, k2 = (gather(torch.cat(half)) for half in zip(*(piece["weight_keypoints"].chunk(2) for piece in pieces)))
+    pos_weight, neg_weight = weigh(k1, k2, pca, args)
     loss = nt_xent(z1, z2, pos_weight, neg_weight, args.temperature)
     loss.backward()
 
-    optimizer.zero_grad(set_to_none=True)
-    own, n = rank * sum(len(e) // 2 for e in embedded), 0
-    for k, (piece, e) in enumerate(zip(batch, embedded)):
-        half = len(e) // 2
-        rows = slice(own + n, own + n + half)
-        gradient = torch.cat([z1.grad[rows], z2.grad[rows]]) * world  # DistributedDataParallel averages over ranks
-        with net.no_sync() if world > 1 and k < len(batch) - 1 else contextlib.nullcontext():
+    n = len(z1) // (world * len(pieces))
+    for k, (piece, e) in enumerate(zip(pieces, embedded)):
+        rows = slice((rank * len(pieces) + k) * n, (rank * len(pieces) + k + 1) * n)
+        # DistributedDataParallel averages over ranks
+        gradient = torch.cat([z1.grad[rows], z2.grad[rows]]) * (world / args.accumulate)
+        adds_up = world == 1 or last and k == len(pieces) - 1
+        with contextlib.nullcontext() if adds_up else net.no_sync():
             (e if once else embed(net, piece, args)).backward(gradient)
-        n += half
-    adapt_gradients(optimizer, args)
-    optimizer.step()
     with torch.no_grad():
-        ones = torch.ones((), device=loss.device)
-        every = torch.cat([z1, z2])
-        return torch.stack([loss.detach(), (z1 * z2).sum(1).mean(), every.mean(0).square().sum(),
-                            ones if pos_weight is None else pos_weight.mean(),
-                            ones if neg_weight is None else neg_weight.mean()])
+        ones, positive, views = torch.ones((), device=loss.device), (z1 * z2).sum(1), 2 * len(z1)
+        similarities = (z1.sum(0) + z2.sum(0)).square().sum()  # of every view with every view, itself included
+        negative = (similarities - views - 2 * positive.sum()) / (views * (views - 2))
+        return torch.stack([loss.detach(), positive.mean(), negative, *(ones if w is None else w.mean()
+                                                                        for w in (pos_weight, neg_weight))])
+
+
+def weigh(keypoints1, keypoints2, pca, args):
+    """(N, 21, 2) twice, network-input pixels -> weights of the positives and of all pairs, None where all are 1."""
+    if args.weighting == "none":
+        return None, None
+    if args.weight_pca:
+        keypoints1, keypoints2 = ((k.flatten(1) @ pca.T)[:, None] for k in (keypoints1, keypoints2))
+    pos_weight, neg_weight = pair_weights(keypoints1, keypoints2, args.weighting, args.slope_pos, args.slope_neg)
+    return pos_weight if args.weight_on != "neg" else None, neg_weight if args.weight_on != "pos" else None
 
 
 def gather(tensor):
@@ -262,13 +317,12 @@ def gather(tensor):
 
 def embed(net, piece, args):
     """A piece of n pairs -> (2n, 128) L2-normalised embeddings, first views before second; float32."""
-    images = normalise(piece["images"].transpose(0, 1).flatten(0, 1))  # (n, 2, S, S, 3) -> (2n, 3, S, S)
+    images = normalise(piece["image"])
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         z = net(images)
     z = F.normalize(z.float(), dim=1)
     if args.method != "simclr":
-        angle, shift = (piece[key].transpose(0, 1).flatten(0, 1) for key in ("angle", "shift"))
-        z = F.normalize(undo_view(z.unflatten(1, (-1, 2)), angle, shift).flatten(1), dim=1)
+        z = F.normalize(undo_view(z.unflatten(1, (-1, 2)), piece["angle"][:, 0], piece["shift"]).flatten(1), dim=1)
     return z
 
 
@@ -307,7 +361,7 @@ def learning_rate(step, total, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def make_optimizer(model, args, device):
+def make_optimizer(model, args):
     """Two groups: weights, and those that neither decay nor adapt (biases and all normalisation layers)."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     skipped = {id(p) for m in norms for p in m.parameters()}
@@ -315,8 +369,8 @@ def make_optimizer(model, args, device):
     groups = [dict(params=[p for p in model.parameters() if (id(p) in skipped) != adapt], adapt=adapt)
               for adapt in (True, False)]
     if args.optimizer == "lars":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    return torch.optim.Adam(groups, lr=args.lr, fused=device.type == "cuda")
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
+    return torch.optim.Adam(groups, lr=args.lr, fused=True)
 
 
 @torch.no_grad()
@@ -383,7 +437,8 @@ def load_data(args):
 
 
 class Views(torch.utils.data.Dataset):
-    """Item (step, piece) -> one micro-batch of pairs, as uint8 pictures with the geometry of their views."""
+    """Item (step, piece) -> one micro-batch of n pairs as tensors of 2n rows, all first views before all second: the
+    keys of make_pair, pictures as uint8 (normalised on the device)."""
 
     def __init__(self, data, args, micro):
         self.data, self.args, self.micro, self.epoch = data, args, micro, None
@@ -396,32 +451,51 @@ class Views(torch.utils.data.Dataset):
             self.epoch, self.order = epoch, np.random.default_rng((args.seed, epoch)).permutation(len(usable))
         start = place * args.batch_size + piece * self.micro
         pairs = [make_pair(self.data, i, epoch, args) for i in self.order[start:start + self.micro]]
-        return {key: torch.from_numpy(np.stack([pair[key] for pair in pairs])) for key in pairs[0]}
+        return torch.utils.data.default_collate([view for half in zip(*pairs) for view in half])
 
 
 def make_pair(data, i, epoch, args):
-    """Two views of usable hand i and its positive -> images (2, S, S, 3), keypoints (2, 21, 2), angle (2,), shift
-    (2, 2) and weight_keypoints (2, 21, 2): those that the weights are computed from, in network-input pixels."""
+    """Two views, of usable hand i and of its positive: dicts of image (S, S, 3), keypoints (21, 2), angle (1,), shift
+    (2,) and weight_keypoints (21, 2): those that the weights are computed from. Pixels are the network input's."""
     number, row = data.usable[i]
-    hands, size = data.folders[number], args.input_size
-    images, keypoints, angles, shifts, weighted = [], [], [], [], []
+    hands, size, views, shares = data.folders[number], args.input_size, [], [getattr(args, name) for name in SHARES]
     for view in (0, 1):
         rng = np.random.default_rng((args.seed, epoch, i, view))
         if view == 1 and args.method == "simhand":
             candidates = data.neighbours[number][row, :args.top_k]
-            row = rng.choice(candidates[candidates >= 0])
+            candidates = candidates[candidates >= 0]
+            row = candidates[rng.integers(len(candidates))]
         points = hands.keypoints[row]
         v = sample_view(rng, points, hands.side, size, rotation=args.rotation, margin=args.crop_margin,
                         move=args.crop_move, colour=not args.no_colour)
         image, seen = apply_view(v, read_crop(hands, row), points, size)
+        if any(shares):
+            image = disturb(image, rng, shares)
         shift = v["shift"] if args.shift_unit == "side" else v["shift"] * size / np.maximum(np.ptp(seen, axis=0), 1e-3)
-        images.append(image)
-        keypoints.append(seen)
-        angles.append(v["angle"])
-        shifts.append(shift)
-        weighted.append(seen if args.weight_keypoints == "augmented" else points * np.float32(size / hands.side))
-    return dict(images=np.stack(images), keypoints=np.stack(keypoints), angle=np.array(angles, np.float32),
-                shift=np.array(shifts, np.float32), weight_keypoints=np.stack(weighted))
+        views.append(dict(image=image, keypoints=seen, angle=np.float32([v["angle"]]), shift=np.float32(shift),
+                          weight_keypoints=seen if args.weight_keypoints == "augmented" else
+                          points * np.float32(size / hands.side)))
+    return views
+
+
+def disturb(image, rng, shares):
+    """The augmentations that are off by default, each for the share of all views that its flag says."""
+    drop, blur, noise, sobel, cut_out = rng.random(5) < shares
+    side = len(image)
+    if drop:
+        image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    if blur:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.1, 2) * side / 128)
+    if noise:
+        image = (image + rng.normal(0, rng.uniform(0, 25), image.shape)).clip(0, 255).astype(np.uint8)
+    if sobel:
+        x, y = cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1)
+        image = cv2.magnitude(x, y).clip(0, 255).astype(np.uint8)
+    if cut_out:
+        width = round(rng.uniform(0.1, 0.4) * side)
+        x, y = rng.integers(0, side - width + 1, 2)
+        image[y:y + width, x:x + width] = 0
+    return image
 
 
 def start_worker(number):
@@ -433,16 +507,17 @@ def start_worker(number):
 def draw_views(path, data, args, pairs=6):
     """A sheet of pairs as the network sees them, keypoints drawn, with the weight of each as a positive."""
     chosen = np.random.default_rng(args.seed).choice(len(data.usable), min(pairs, len(data.usable)), replace=False)
-    made = [make_pair(data, i, 0, args) for i in chosen]
-    text = ["no weight"] * len(made)
+    halves = list(zip(*(make_pair(data, i, 0, args) for i in chosen)))  # first views, second views
+    text = ["no weight"] * len(chosen)
     if args.weighting != "none":
-        k1, k2 = torch.from_numpy(np.stack([pair["weight_keypoints"] for pair in made])).unbind(1)
-        weights, _ = pair_weights(k1, k2, args.weighting, args.slope_pos, args.slope_neg)
-        text = [f"weight {w:.2f}" for w in weights]
+        keypoints = (torch.from_numpy(np.stack([view["weight_keypoints"] for view in half])) for half in halves)
+        pos_weight, _ = weigh(*keypoints, data.pca, args)
+        text = [f"weight {w:.2f}" for w in pos_weight]
     zoom = max(1, 192 // args.input_size)
-    tiles = [draw_hand(pair["images"][k].repeat(zoom, 0).repeat(zoom, 1), (pair["keypoints"][k] + 0.5) * zoom - 0.5,
-                       text=words if k == 0 else "") for k in (0, 1) for pair, words in zip(made, text)]
-    save_image(path, sheet(tiles, len(made)))
+    tiles = [draw_hand(view["image"].repeat(zoom, 0).repeat(zoom, 1), (view["keypoints"] + 0.5) * zoom - 0.5,
+                       text=words) for half, caption in zip(halves, (text, [""] * len(text)))
+             for view, words in zip(half, caption)]
+    save_image(path, sheet(tiles, len(chosen)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Pre-training: exact large batches, ranks, resuming, hand-over."""
 
+import argparse
+import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import cv2
@@ -81,11 +83,68 @@ def test_the_whole_step_equals_autograd_through_everything(setting):
     ours = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     z1, z2 = pretrain.embed(net, batch, args).chunk(2)
-    pos, neg = pretrain.pair_weights(*batch["weight_keypoints"].unbind(1))
+    pos, neg = pretrain.pair_weights(*batch["weight_keypoints"].chunk(2))
     loss = pretrain.nt_xent(z1, z2, pos, neg)
     loss.backward()
     assert values[0].item() == pytest.approx(loss.item(), rel=1e-6)
     assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in zip(ours, net.parameters()))
+
+
+def test_the_values_of_a_step_against_loops(setting):
+    args, data, net = setting
+    (batch,) = small_batch(args, data, 1, 12)
+    optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
+    values = dict(zip(pretrain.VALUES, pretrain.train_step(net, optimizer, [batch], None, 0, 1, args).tolist()))
+    with torch.no_grad():
+        z = pretrain.embed(net, batch, args)
+    similarity = z @ z.T
+    positive = [similarity[i, (i + 12) % 24].item() for i in range(24)]
+    negative = [similarity[i, k].item() for i in range(24) for k in range(24) if k not in (i, (i + 12) % 24)]
+    distance = np.linalg.norm(batch["weight_keypoints"][:12] - batch["weight_keypoints"][12:], axis=2).mean(1)
+    assert values["positive_similarity"] == pytest.approx(np.mean(positive), rel=1e-4)
+    assert values["negative_similarity"] == pytest.approx(np.mean(negative), rel=1e-4)
+    assert values["positive_weight"] == pytest.approx(np.mean((distance.max() - distance) / np.ptp(distance)), rel=1e-4)
+
+
+def test_accumulated_parts_know_nothing_of_each_other(setting, mined):
+    """The gradient is the mean of the parts' own, taken by autograd straight through the network."""
+    _, _, net = setting
+    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--accumulate", 2)
+    args.precision, data = "fp32", pretrain.load_data(args)
+    net.eval()
+    batch = small_batch(args, data, 4, 3)
+    optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
+    values = pretrain.train_step(net, optimizer, batch, None, 0, 1, args)
+    ours, losses = [p.grad.clone() for p in net.parameters()], []
+    net.zero_grad()
+    for part in (batch[:2], batch[2:]):
+        z = [torch.cat(half) for half in zip(*(pretrain.embed(net, piece, args).chunk(2) for piece in part))]
+        keypoints = (torch.cat(half) for half in zip(*(piece["weight_keypoints"].chunk(2) for piece in part)))
+        losses.append(pretrain.nt_xent(*z, *pretrain.pair_weights(*keypoints)))
+    (sum(losses) / 2).backward()
+    assert values[0].item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+    for a, p in zip(ours, net.parameters()):
+        assert torch.allclose(a, p.grad, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_on_the_gpu_never_waits_for_it(setting, compiled):
+    args, data, net = setting
+    args.precision, args.optimizer = "bf16", "lars-adam"
+    net = net.to("cuda", memory_format=torch.channels_last)
+    if compiled:
+        net.compile()
+    optimizer = pretrain.make_optimizer(net, args)
+    batch = [{key: value.pin_memory() for key, value in piece.items()} for piece in small_batch(args, data, 2, 6)]
+    for mode in ("default", "error"):  # the first step may wait: it chooses its kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            moved = [{key: value.to("cuda", non_blocking=True) for key, value in piece.items()} for piece in batch]
+            values = pretrain.train_step(net, optimizer, moved, None, 0, 1, args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert values.isfinite().all()
 
 
 def test_running_statistics_move_in_the_second_pass_only(setting):
@@ -110,23 +169,24 @@ torch.manual_seed(0)
 model = pretrain.SimHandModel("resnet18", "none").train()
 net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
 data = pretrain.load_data(args)
-pieces = args.batch_size // (world * args.micro_batch)
+pieces = args.batch_size // (world * args.micro_batch * args.accumulate)
 views = pretrain.Views(data, args, args.micro_batch)
 optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
-batch = [views[0, rank * pieces + piece] for piece in range(pieces)]
+batch = [views[0, (part * world + rank) * pieces + piece] for part in range(args.accumulate) for piece in range(pieces)]
 values = pretrain.train_step(net, optimizer, batch, None, rank, world, args)
 if rank == 0:
     torch.save([values, [p.grad for p in model.parameters()]], sys.argv[-1])
 '''
 
 
-@pytest.mark.parametrize("micro", [4, 2])
-def test_two_ranks_equal_one_process_with_the_same_batchnorm_groups(mined, tmp_path, micro):
+@pytest.mark.parametrize("micro, accumulate", [(4, 1), (2, 1), (2, 2)])
+def test_two_ranks_equal_one_process_with_the_same_batchnorm_groups(mined, tmp_path, micro, accumulate):
     (tmp_path / "ranks.py").write_text(RANKS)
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
-        argv = ["pretrain.py", mined, *TINY, "--batch-size", 8, "--micro-batch", micro, "--out", out]
+        argv = ["pretrain.py", mined, *TINY, "--batch-size", 8, "--micro-batch", micro, "--accumulate", accumulate,
+                "--out", out]
         torchrun(tmp_path / "ranks.py", json.dumps([str(a) for a in argv]), ranks=world)
         found.append(load_checkpoint(out))
     (values1, one), (values2, two) = found
@@ -139,8 +199,8 @@ def test_lars_factor_against_its_formula():
     torch.manual_seed(0)
     layer, norm = torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)
     model = torch.nn.Sequential(layer, norm)
-    args = Namespace(optimizer="lars-adam", lr=0.1, weight_decay=0.01)
-    optimizer = pretrain.make_optimizer(model, args, torch.device("cpu"))
+    args = argparse.Namespace(optimizer="lars-adam", lr=0.1, weight_decay=0.01)
+    optimizer = pretrain.make_optimizer(model, args)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3]  # the weight; three that do not adapt
     for scale in (1.0, 1e-4, 0.0):
         for p in model.parameters():
@@ -180,11 +240,11 @@ def test_every_hand_at_most_once_an_epoch_and_positives_are_the_mined_neighbours
     args.crop_margin, args.rotation, args.crop_move = (1.25, 1.25), 0.0, 0.0
     for i in (0, 5, count - 1):
         pair = pretrain.make_pair(data, i, 0, args)
-        for row, seen in zip((i, neighbours[i, 0]), pair["keypoints"]):
+        for row, view in zip((i, neighbours[i, 0]), pair):
             points = np.load(mined / "keypoints.npy")[row]
             centred = points - points.mean(0)
             expected = centred / np.linalg.norm(centred, axis=1).max() / 2.5 * 32 + 15.5
-            assert np.allclose(seen, expected, atol=1e-3)
+            assert np.allclose(view["keypoints"], expected, atol=1e-3)
 
 
 def test_top_k_draws_among_the_first_k_and_peclr_takes_the_same_hand(setting, mined):
@@ -192,13 +252,45 @@ def test_top_k_draws_among_the_first_k_and_peclr_takes_the_same_hand(setting, mi
     neighbours, keypoints = np.load(mined / "neighbours.npy"), np.load(mined / "keypoints.npy")
     args.weight_keypoints, args.top_k = "original", 3
     for i in (3, 40):
-        drawn = [pretrain.make_pair(data, i, epoch, args)["weight_keypoints"] for epoch in range(40)]
+        drawn = [[view["weight_keypoints"] for view in pretrain.make_pair(data, i, epoch, args)] for epoch in range(40)]
         second = {int(np.abs(keypoints * 32 / 224 - pair[1]).sum((1, 2)).argmin()) for pair in drawn}
         assert second == set(neighbours[i].tolist())
         assert all(np.allclose(pair[0], keypoints[i] * 32 / 224) for pair in drawn)
     args.method = "peclr"
-    pair = pretrain.make_pair(data, 3, 0, args)["weight_keypoints"]
-    assert np.array_equal(pair[0], pair[1])
+    first, second = pretrain.make_pair(data, 3, 0, args)
+    assert np.array_equal(first["weight_keypoints"], second["weight_keypoints"])
+    assert not np.array_equal(first["image"], second["image"])
+
+
+def test_optional_augmentations_do_what_they_say_and_leave_the_geometry_alone(setting):
+    args, data, _ = setting
+    args.input_size = 64
+    plain = pretrain.make_pair(data, 3, 0, args)[0]
+    shown = {}
+    for name in pretrain.SHARES:
+        changed = argparse.Namespace(**{**vars(args), name: 1.0})
+        view, again = (pretrain.make_pair(data, 3, 0, changed)[0] for _ in range(2))
+        shown[name] = view["image"].astype(int)
+        assert view["image"].dtype == np.uint8 and np.array_equal(view["image"], again["image"])
+        assert all(np.array_equal(view[key], plain[key]) for key in plain if key != "image")
+    image = plain["image"].astype(int)
+    grey = image @ (0.299, 0.587, 0.114)
+    assert np.abs(shown["colour_drop"] - grey[..., None]).max() <= 1
+    rough = np.abs(np.diff(image, axis=1)).mean()
+    assert 0 < np.abs(np.diff(shown["blur"], axis=1)).mean() < 0.99 * rough
+    assert np.abs(np.diff(shown["noise"], axis=1)).mean() > 1.05 * rough
+    inner = image[1:-1, 1:-1]
+    across, along = np.zeros_like(inner), np.zeros_like(inner)
+    for k, factor in ((-1, 1), (0, 2), (1, 1)):  # the definition of Sobel's filter
+        across += factor * (image[1 + k:63 + k, 2:] - image[1 + k:63 + k, :-2])
+        along += factor * (image[2:, 1 + k:63 + k] - image[:-2, 1 + k:63 + k])
+    assert np.abs(shown["sobel"][1:-1, 1:-1] - np.hypot(across, along).clip(0, 255)).max() <= 1
+    lost = (shown["cut_out"] != image).any(2)
+    y, x = np.nonzero(lost)
+    assert (shown["cut_out"][lost] == 0).all() and max(np.ptp(y), np.ptp(x)) < 0.4 * 64 and lost.any()
+    rare = argparse.Namespace(**{**vars(args), "colour_drop": 0.3})
+    views = [view["image"] for i in range(100) for view in pretrain.make_pair(data, i % 60, i, rare)]
+    assert 35 <= sum((view[..., :1] == view).all() for view in views) <= 85  # 60 expected, 4 deviations
 
 
 def test_pca_distances_use_the_frozen_components(mined):
@@ -295,7 +387,71 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
     line = refused("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 20, "--epochs", 2, "--lr",
                    1e30, "--optimizer", "adam")
+    assert "loss is not finite at step 2;" in line
+    out = tmp_path / "kept"  # one step an epoch: the state after the first is finite, and stays
+    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 100, "--epochs", 9, "--warmup-epochs", 0,
+                   "--lr", 1e30, "--optimizer", "adam", "--weighting", "none")
     assert "loss is not finite at step" in line
+    state = load_checkpoint(out / "checkpoint.pt")
+    assert f"step {state['step'] + 1};" in line and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
+    arguments = (*TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2, "--steps", 6)
+    result = run("pretrain.py", mined, "--out", tmp_path / "run", *arguments)
+    rate, seconds, memory, steps, hours = map(float, re.search(
+        r"dry run: (\d+) views/s, ([\d.]+) s a step, ([\d.]+) GB of cpu memory; the whole run, (\d+) steps, would take "
+        r"([\d.]+) hours", result.stdout).groups())
+    assert rate == pytest.approx(40 / seconds, rel=0.01) and hours == pytest.approx(steps * seconds / 3600, abs=0.006)
+    assert 0.2 < memory < 8 and steps == 2 * (len(np.load(mined / "keypoints.npy")) // 20)
+    assert not (tmp_path / "run").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
+    run("pretrain.py", mined, "--out", straight, *arguments[:-1], 2, "--lr", 1)  # beside a run of other arguments
+    assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
+
+
+def test_tensorboard_where_it_is_installed(mined, tmp_path):
+    arguments = (mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, "--tensorboard")
+    if importlib.util.find_spec("tensorboard"):
+        run("pretrain.py", *arguments)
+        assert list((tmp_path / "run").glob("events.*"))
+    else:
+        assert "pip install tensorboard" in refused("pretrain.py", *arguments)
+
+
+def test_a_loader_process_that_dies_ends_in_one_line(mined, tmp_path):
+    """As where the memory or /dev/shm is full."""
+    process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, (
+        mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--epochs", 500))], env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("pretrain.py: DataLoader worker") and "--workers" in errors
+
+
+def test_sigterm_at_one_rank_stops_all_and_the_same_command_goes_on(mined, tmp_path):
+    """As in preemption: status 0, and the end is bit for bit that of a run without a stop."""
+    def command(out):
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                ROOT / "pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 2]
+
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    torchrun("pretrain.py", *command(tmp_path / "straight")[6:])
+    process = subprocess.Popen(list(map(str, command(tmp_path / "run"))), env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGTERM)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 0 and "stopped by SIGTERM after step" in printed, errors
+    assert not (tmp_path / "run" / "backbone.pt").exists()
+    torchrun("pretrain.py", *command(tmp_path / "run")[6:])
+    assert (tmp_path / "run" / "backbone.pt").read_bytes() == (tmp_path / "straight" / "backbone.pt").read_bytes()
 
 
 def test_unmined_folders_are_used_whole_by_peclr_only(extracted, tmp_path):
@@ -336,6 +492,11 @@ def test_bad_input_is_refused_in_one_line(pairs, tmp_path):
     for device in ("cuda:99", "foo"):  # wrong with and without a GPU
         assert f"--device {device}" in line("--device", device)
     assert "must be a multiple of" in line("--batch-size", 9, "--micro-batch", 2)
+    assert "must be a multiple of" in line("--batch-size", 8, "--accumulate", 3)
+    assert "one has no negatives" in line("--batch-size", 1)
+    assert "one has no negatives" in line("--batch-size", 8, "--accumulate", 8)
+    assert "shares lie in 0..1" in line("--batch-size", 8, "--blur", 1.5)
+    assert "--steps must be above 1" in line("--batch-size", 8, "--steps", 1)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "other.pt: not the weights of a resnet18" in line("--batch-size", 8, "--weights", tmp_path / "other.pt")
     assert "nowhere.pt: missing" in line("--batch-size", 8, "--weights", tmp_path / "nowhere.pt")
