@@ -85,9 +85,9 @@ def apply_view(view, image, keypoints, view_side):
     then has a hue of 17-114 (of 180), so that the factor on hue really changes it."""
     image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR)
     if view["colour"] is not None:
-        hue, saturation, value, add = view["colour"]
-        table = (np.arange(256.0)[:, None] * (hue, saturation, value) + (0, 0, add)).clip(0, 255)
-        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), table.astype(np.uint8)[None])  # BGR of an RGB picture
+        *factors, add = view["colour"]
+        table = np.minimum(np.arange(256.0)[:, None] * factors + (0, 0, add), 255).astype(np.uint8)
+        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), table[None])  # BGR on an RGB picture: exchanged
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
     return image, (keypoints @ view["matrix"][:, :2].T + view["matrix"][:, 2]).astype(np.float32)
 

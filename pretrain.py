@@ -244,8 +244,8 @@ def main():
 def open_tensorboard(folder, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard: the package is not installed (pip install tensorboard)")
+    except ImportError as error:  # 2.20 wants a protobuf that mediapipe does not bear
+        raise InputError(f"--tensorboard: {error} (pip install 'tensorboard<2.20')")
     return SummaryWriter(folder, purge_step=step)
 
 

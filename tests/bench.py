@@ -2,7 +2,9 @@
 
     python tests/bench.py extract      beside bare MediaPipe; the merge and the annotations of 2.0M hands
     python tests/bench.py mine         125,000 to 2.0M hands beside FAISS (pip install faiss-cpu; not needed otherwise)
+    python tests/bench.py loader       views a second beside torchvision's transforms, and beside decoding alone
     python tests/bench.py loss         weights, loss and gradient of a batch beside the obvious way
+    python tests/bench.py step         pretrain.py beside a bare ResNet: the paper's on a GPU, a small one on a CPU
     python tests/bench.py all
 
 Prints one table, in Markdown. Every figure is wall-clock time, start-up of the processes included, unless it says
@@ -11,10 +13,12 @@ otherwise; run it on an idle machine. Takes minutes and, in a temporary folder (
 
 import argparse
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -266,7 +270,141 @@ def made_up_hands(count, length=100, seed=0):
     return ((points - (low + high)[:, None] / 2) / side + 0.5).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------- pre-training
+
+def hands_folder(folder, count):
+    """A mined hands folder of `count` crops of 224 px, those of the real clips (else of rendered videos) repeated."""
+    source = REAL
+    if not REAL.is_dir():
+        import synthetic
+
+        source = folder / "videos"
+        synthetic.write_videos(source, videos=8, seconds=4, fps=10, size=(640, 480), seed=0)
+    script(ROOT / "extract_hands.py", source, "--out", folder / "hands", "--fps", 10)
+    sizes, first = np.diff(np.load(folder / "hands" / "offsets.npy")), np.load(folder / "hands" / "keypoints.npy")
+    times = -(-count // len(first))
+    crops = np.load(folder / "hands" / "crops.npy")
+    rows = np.tile(np.load(folder / "hands" / "hands.npy"), times)[:count]
+    offsets = np.concatenate([[0], np.cumsum(np.tile(sizes, times)[:count])])
+    np.save(folder / "hands" / "crops.npy", np.tile(crops, times)[:offsets[-1]])
+    np.save(folder / "hands" / "offsets.npy", offsets)
+    np.save(folder / "hands" / "keypoints.npy", np.tile(first, (times, 1, 1))[:count])
+    np.save(folder / "hands" / "hands.npy", rows)
+    np.save(folder / "hands" / "neighbours.npy", np.roll(np.arange(count), 1)[:, None])
+    return folder / "hands", len(first)
+
+
+def loader(folder, micro=128, batches=40):
+    """Views of 128 px made by as many processes as there are cores, in the loader of pretrain.py."""
+    import torch
+    from torchvision import transforms
+    import pretrain
+
+    torch.set_num_threads(1)
+    processes, count = len(os.sched_getaffinity(0)), micro * batches
+    hands, crops = hands_folder(folder, count)
+    sys.argv = ["pretrain.py", str(hands), "--out", "unused", "--batch-size", str(micro)]
+    args = pretrain.parse_args()
+    data = pretrain.load_data(args)
+    usual = transforms.Compose([
+        transforms.RandomAffine(45, (0.07, 0.07), interpolation=transforms.InterpolationMode.BILINEAR),
+        transforms.RandomResizedCrop(128, (0.4, 1.0), (1.0, 1.0)), transforms.ColorJitter(0.5, 0, 0.5, 0.5),
+        transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    settings = dict(num_workers=processes, worker_init_fn=pretrain.start_worker)
+    rates = []
+    for views in (torch.utils.data.DataLoader(pretrain.Views(data, args, micro), batch_size=None,
+                                              sampler=[(step, 0) for step in range(batches)], **settings),
+                  torch.utils.data.DataLoader(Usual(data.folders[0], usual), batch_size=2 * micro, **settings)):
+        views, best = iter(views), 0
+        for _ in range(2 * processes):
+            next(views)  # those made while the processes started
+        for _ in range(3):
+            start = time.time()
+            for _ in range((batches - 2 * processes) // 4):
+                next(views)
+            best = max(best, (batches - 2 * processes) // 4 * 2 * micro / (time.time() - start) / processes)
+        rates.append(best)
+    ours, reference = rates
+    yield (f"views of 128 px from {crops} crops, per core, {processes} processes", f"{ours:.0f} views/s",
+           f"{reference:.0f} views/s", f"{ours / reference:.2f}", "torchvision's transforms on PIL pictures")
+    alone = []
+    cv2.setNumThreads(0)
+    for work in (lambda i: pretrain.make_pair(data, i, 0, args), lambda i: cv2.imdecode(data.folders[0].crops[
+            data.folders[0].offsets[i]:data.folders[0].offsets[i + 1]], cv2.IMREAD_COLOR)):
+        times = []
+        for _ in range(8):
+            start = time.time()
+            for i in range(200):
+                work(i)
+            times.append(time.time() - start)
+        alone.append(200 / min(times))
+    yield ("the same, in one process, no loader around", f"{2 * alone[0]:.0f} views/s", f"{alone[1]:.0f} crops/s",
+           f"{2 * alone[0] / alone[1]:.2f}", "decoding the crops alone")
+
+
+class Usual:
+    """One view of a crop, by PIL and torchvision."""
+
+    def __init__(self, hands, transform):
+        self.hands, self.transform = hands, transform
+
+    def __len__(self):
+        return 2 * len(self.hands.keypoints)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        first, last = self.hands.offsets[i // 2], self.hands.offsets[i // 2 + 1]
+        return self.transform(Image.open(io.BytesIO(self.hands.crops[first:last])).convert("RGB"))
+
+
+def step(folder):
+    """Dry runs of pretrain.py, its loader included, beside forward and backward of the backbone alone on tensors that
+    are already on the device, as many views at a time as pass the network together."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    backbone, size, steps, batches = ("resnet50", 128, 40, ((512, 512, 40), (8192, 512, 6))) if gpu else \
+        ("resnet18", 64, 20, ((32, 32, 20), (32, 8, 20)))
+    hands, _ = hands_folder(folder, max(batch for batch, _, _ in batches))
+    for batch, micro, steps in batches:
+        for flags in ((), ("--compile",)) if gpu else ((),):
+            result = subprocess.run([sys.executable, ROOT / "pretrain.py", hands, "--out", folder / "run", "--backbone",
+                                     backbone, "--weights", "none", "--input-size", str(size), "--batch-size",
+                                     str(batch), "--micro-batch", str(micro), "--steps", str(steps), *flags],
+                                    capture_output=True, text=True)
+            if result.returncode:
+                sys.exit(result.stderr[-500:])
+            said = re.search(r"(\d+) views/s, .*? a step, ([\d.]+ GB)", result.stdout)
+            code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; " \
+                f"bench.bare_resnet({backbone!r}, {2 * micro}, {size}, {bool(flags)})"
+            reference = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+            yield (f"{backbone}, {size} px, {batch} pairs, {micro} at a time{' compiled' * len(flags)}, "
+                   f"{'bf16' if gpu else 'fp32'}, {torch.cuda.get_device_name() if gpu else 'cpu'}",
+                   f"{said[1]} views/s, {said[2]}", f"{reference:.0f} views/s", f"{float(said[1]) / reference:.2f}",
+                   "the bare network" + (": ours embeds twice, so 0.67 is all" if micro < batch else ""))
+
+
+def bare_resnet(name, views, size, compiled, times=10):
+    """Prints views a second of forward and backward."""
+    import torch
+    import torchvision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = torchvision.models.get_model(name).to(device, memory_format=torch.channels_last).train()
+    if compiled:
+        network.compile()
+    images = torch.randn(views, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    for k in range(2 * times):
+        if k == times:
+            (torch.cuda.synchronize if device == "cuda" else int)()
+            start = time.time()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            out = network(images)
+        out.float().sum().backward()
+    (torch.cuda.synchronize if device == "cuda" else int)()
+    print(times * views / (time.time() - start))
+
 
 def loss(folder):
     """Weights, loss and gradient of one batch, beside the same with a (2N, 2N, 21, 2) tensor."""
@@ -324,7 +462,7 @@ def measure_loss(pairs, device, reference):
     return map(float, result.stdout.split()) if result.returncode == 0 else sys.exit(result.stderr)
 
 
-STAGES = {"extract": extract, "mine": mine, "loss": loss}
+STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step}
 
 if __name__ == "__main__":
     main()
