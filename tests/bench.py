@@ -297,65 +297,53 @@ def hands_folder(folder, count):
 def loader(folder, micro=128, batches=40):
     """Views of 128 px made by as many processes as there are cores, in the loader of pretrain.py."""
     import torch
+    from PIL import Image
     from torchvision import transforms
     import pretrain
 
     torch.set_num_threads(1)
-    processes, count = len(os.sched_getaffinity(0)), micro * batches
-    hands, crops = hands_folder(folder, count)
+    processes = len(os.sched_getaffinity(0))
+    hands, crops = hands_folder(folder, micro * batches)
     sys.argv = ["pretrain.py", str(hands), "--out", "unused", "--batch-size", str(micro)]
     args = pretrain.parse_args()
     data = pretrain.load_data(args)
-    usual = transforms.Compose([
+    jpegs, offsets = data.folders[0].crops, data.folders[0].offsets
+    transform = transforms.Compose([
         transforms.RandomAffine(45, (0.07, 0.07), interpolation=transforms.InterpolationMode.BILINEAR),
         transforms.RandomResizedCrop(128, (0.4, 1.0), (1.0, 1.0)), transforms.ColorJitter(0.5, 0, 0.5, 0.5),
         transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    settings = dict(num_workers=processes, worker_init_fn=pretrain.start_worker)
-    rates = []
+
+    def usual(rows):
+        files = (io.BytesIO(jpegs[offsets[i]:offsets[i + 1]]) for i in rows for _ in (0, 1))
+        return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+
+    settings, rates = dict(num_workers=processes, worker_init_fn=pretrain.start_worker), []
     for views in (torch.utils.data.DataLoader(pretrain.Views(data, args, micro), batch_size=None,
                                               sampler=[(step, 0) for step in range(batches)], **settings),
-                  torch.utils.data.DataLoader(Usual(data.folders[0], usual), batch_size=2 * micro, **settings)):
-        views, best = iter(views), 0
+                  torch.utils.data.DataLoader(range(micro * batches), batch_size=micro, collate_fn=usual, **settings)):
+        views, times = iter(views), []
         for _ in range(2 * processes):
-            next(views)  # those made while the processes started
+            next(views)  # made while the processes started
         for _ in range(3):
             start = time.time()
             for _ in range((batches - 2 * processes) // 4):
                 next(views)
-            best = max(best, (batches - 2 * processes) // 4 * 2 * micro / (time.time() - start) / processes)
-        rates.append(best)
-    ours, reference = rates
-    yield (f"views of 128 px from {crops} crops, per core, {processes} processes", f"{ours:.0f} views/s",
-           f"{reference:.0f} views/s", f"{ours / reference:.2f}", "torchvision's transforms on PIL pictures")
-    alone = []
+            times.append(time.time() - start)
+        rates.append((batches - 2 * processes) // 4 * 2 * micro / min(times) / processes)
+    yield (f"views of 128 px from {crops} crops, per core, {processes} processes", f"{rates[0]:.0f} views/s",
+           f"{rates[1]:.0f} views/s", f"{rates[0] / rates[1]:.2f}", "torchvision's transforms on PIL pictures")
     cv2.setNumThreads(0)
-    for work in (lambda i: pretrain.make_pair(data, i, 0, args), lambda i: cv2.imdecode(data.folders[0].crops[
-            data.folders[0].offsets[i]:data.folders[0].offsets[i + 1]], cv2.IMREAD_COLOR)):
+    seconds = []
+    for work in (pretrain.make_pair, lambda data, i, *_: cv2.imdecode(jpegs[offsets[i]:offsets[i + 1]], 1)):
         times = []
         for _ in range(8):
             start = time.time()
             for i in range(200):
-                work(i)
+                work(data, i, 0, args)
             times.append(time.time() - start)
-        alone.append(200 / min(times))
-    yield ("the same, in one process, no loader around", f"{2 * alone[0]:.0f} views/s", f"{alone[1]:.0f} crops/s",
-           f"{2 * alone[0] / alone[1]:.2f}", "decoding the crops alone")
-
-
-class Usual:
-    """One view of a crop, by PIL and torchvision."""
-
-    def __init__(self, hands, transform):
-        self.hands, self.transform = hands, transform
-
-    def __len__(self):
-        return 2 * len(self.hands.keypoints)
-
-    def __getitem__(self, i):
-        from PIL import Image
-
-        first, last = self.hands.offsets[i // 2], self.hands.offsets[i // 2 + 1]
-        return self.transform(Image.open(io.BytesIO(self.hands.crops[first:last])).convert("RGB"))
+        seconds.append(min(times))
+    yield ("the same, in one process, no loader around", f"{400 / seconds[0]:.0f} views/s",
+           f"{200 / seconds[1]:.0f} crops/s", f"{2 * seconds[1] / seconds[0]:.2f}", "decoding the crops alone")
 
 
 def step(folder):
@@ -364,25 +352,25 @@ def step(folder):
     import torch
 
     gpu = torch.cuda.is_available()
-    backbone, size, steps, batches = ("resnet50", 128, 40, ((512, 512, 40), (8192, 512, 6))) if gpu else \
-        ("resnet18", 64, 20, ((32, 32, 20), (32, 8, 20)))
-    hands, _ = hands_folder(folder, max(batch for batch, _, _ in batches))
-    for batch, micro, steps in batches:
+    backbone, size, runs = ("resnet50", 128, ((512, 512, 40), (8192, 512, 6))) if gpu else \
+        ("resnet18", 64, ((32, 32, 30), (32, 8, 30)))
+    where = f"bf16, {torch.cuda.get_device_name()}" if gpu else "fp32, CPU"
+    hands, _ = hands_folder(folder, max(batch for batch, _, _ in runs))
+    for batch, micro, steps in runs:
         for flags in ((), ("--compile",)) if gpu else ((),):
-            result = subprocess.run([sys.executable, ROOT / "pretrain.py", hands, "--out", folder / "run", "--backbone",
-                                     backbone, "--weights", "none", "--input-size", str(size), "--batch-size",
-                                     str(batch), "--micro-batch", str(micro), "--steps", str(steps), *flags],
-                                    capture_output=True, text=True)
-            if result.returncode:
-                sys.exit(result.stderr[-500:])
-            said = re.search(r"(\d+) views/s, .*? a step, ([\d.]+ GB)", result.stdout)
-            code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; " \
-                f"bench.bare_resnet({backbone!r}, {2 * micro}, {size}, {bool(flags)})"
-            reference = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-            yield (f"{backbone}, {size} px, {batch} pairs, {micro} at a time{' compiled' * len(flags)}, "
-                   f"{'bf16' if gpu else 'fp32'}, {torch.cuda.get_device_name() if gpu else 'cpu'}",
-                   f"{said[1]} views/s, {said[2]}", f"{reference:.0f} views/s", f"{float(said[1]) / reference:.2f}",
-                   "the bare network" + (": ours embeds twice, so 0.67 is all" if micro < batch else ""))
+            command = ("--out", folder / "run", "--backbone", backbone, "--weights", "none", "--input-size", size,
+                       "--batch-size", batch, "--micro-batch", micro, "--steps", steps, *flags)
+            code = (f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; "
+                    f"bench.bare_resnet({backbone!r}, {2 * micro}, {size}, {bool(flags)})")
+            ours, bare = (subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+                          for words in ((ROOT / "pretrain.py", hands, *command), ("-c", code)))
+            if ours.returncode or bare.returncode:
+                sys.exit((ours.stderr or bare.stderr)[-500:])
+            rate, memory = re.search(r"(\d+) views/s, .*? a step, ([\d.]+ GB)", ours.stdout).groups()
+            yield (f"{backbone}, {size} px, {batch} pairs, {micro} at a time{', compiled' * len(flags)}, {where}",
+                   f"{rate} views/s, {memory}", f"{float(bare.stdout):.0f} views/s",
+                   f"{float(rate) / float(bare.stdout):.2f}", "the bare network" + (
+                       "; ours embeds twice: 0.75 at most" if micro < batch else ""))
 
 
 def bare_resnet(name, views, size, compiled, times=10):
