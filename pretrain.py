@@ -194,7 +194,7 @@ def main():
         due = step % steps_per_epoch == 0 or time.time() - saved > 60 * args.save_minutes
         if world > 1:  # all ranks save and leave the loop at the same step; the hosts agree, no device has to wait
             stopping, due = gather(torch.tensor([[stopping, due]])).any(0).tolist()
-        if step % report == 0 or due or stopping or args.steps and step == end // 2:
+        if step % report == 0 or due or stopping or args.steps and step in (end // 2, end):
             values = torch.stack(recent).tolist()  # here alone the host waits for the device
             for k, row in enumerate(values, step - len(values) + 1):
                 require(all(map(math.isfinite, row)), f"{args.out}: the loss is not finite at step {k}; the last "
