@@ -12,6 +12,9 @@ taken from the ground truth. Stop it at any moment and run the same command agai
 """
 
 import argparse
+import collections
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -19,21 +22,23 @@ import signal
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 from tqdm import tqdm
 
 from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
-                    load_backbone, load_checkpoint, normalise, open_folder, plain, plot_curves, print_settings, require,
-                    resume, run_script, save_array, save_checkpoint, save_image, sheet, start_log, write_log)
+                    load_array, load_backbone, load_checkpoint, normalise, open_folder, plain, plot_curves,
+                    print_settings, require, resume, run_script, save_array, save_checkpoint, save_image, sheet,
+                    start_log, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
-CROP = {"freihand": 2.0}  # side of the square around the joints, over their longer extent (DetNet's values)
+# The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and 100 px at least).
+CROP = {"freihand": 2.0, "dexycb": 1.75, "assemblyhands": 1.75}
 
 
 def parse_args():
@@ -41,6 +46,11 @@ def parse_args():
     parser.add_argument("--dataset", choices=sorted(READERS), required=True)
     parser.add_argument("--root", required=True, help="the data set's folder, in its own layout")
     parser.add_argument("--out", required=True, help="folder of this run")
+    parser.add_argument("--setup", choices=sorted(SETUPS), help="DexYCB: how it is divided (default: s1, "
+                        "unseen subjects; s0: unseen sequences, s2: unseen views, s3: unseen objects)")
+    parser.add_argument("--paper-filter", action="store_true", help="DexYCB: keep only frames with 10 joints or more "
+                        "in the picture, the wrist and joint 9 among them (default: every labelled frame)")
+    parser.add_argument("--modality", choices=("ego", "exo"), help="AssemblyHands: its cameras (default: ego)")
     # network
     parser.add_argument("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
@@ -67,6 +77,12 @@ def parse_args():
     args = parser.parse_args()
     check_flags(args)
     args.root = os.path.normpath(args.root)
+    for name, dataset, default in (("setup", "dexycb", "s1"), ("paper_filter", "dexycb", False),
+                                   ("modality", "assemblyhands", "ego")):
+        require(args.dataset == dataset or not getattr(args, name),
+                f"--{name.replace('_', '-')} is for --dataset {dataset}, not {args.dataset}")
+        if args.dataset == dataset:
+            setattr(args, name, getattr(args, name) or default)
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
             "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
     require(args.input_size >= 32 and args.input_size % 32 == 0,
@@ -79,9 +95,9 @@ def main():
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     train, validation, test, notes = split(args)
-    steps_per_epoch = len(train.uv) // args.batch_size
+    steps_per_epoch = len(train) // args.batch_size
     require(steps_per_epoch,
-            f"{args.root}: {len(train.uv)} training pictures, fewer than --batch-size {args.batch_size}")
+            f"{args.root}: {len(train)} training pictures, fewer than --batch-size {args.batch_size}")
     out, total = Path(args.out), args.epochs * steps_per_epoch
 
     torch.manual_seed(args.seed)
@@ -90,14 +106,16 @@ def main():
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], args.lr, fused=device.type == "cuda")
     lock = open_folder(out)  # held until the process ends
     step, best = 0, math.inf
-    kept, digest = resume(out, args, FREE), zlib.crc32(np.concatenate([train.uv, train.xyz], 2))
+    kept, digest = resume(out, args, FREE), zlib.crc32(train)
     if kept:
         require(kept["data"] == digest, f"{args.root}: other labels than {out} was trained on; choose another --out")
         net.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step, best = kept["step"], kept["best"]
     rows = start_log(out, args, step)
-    print_settings(args, train=len(train.uv), validation=len(validation.uv), test=len(test.uv), steps=total, start=step,
+    if not rows:
+        write_log(out, {"split": notes[0], "notes": notes[1:]})
+    print_settings(args, train=len(train), validation=len(validation), test=len(test), steps=total, start=step,
                    device=device, parameters=f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M")
     for note in notes:
         print(note)
@@ -153,82 +171,278 @@ def main():
     pred_uv, pred = predict(net, test, args, device, progress=True)
     scale = bone(test.xyz)[:, None, None]
     pred_xyz = (pred * scale + test.xyz[:, :1]).astype(np.float32)
-    matrix = np.stack([crop_view(test, i, args, args.input_size)["matrix"] for i in range(len(test.uv))])
+    matrix = np.stack([crop_view(test, i, args, args.input_size)["matrix"] for i in range(len(test))])
     gt_uv = test.uv @ matrix[:, :, :2].transpose(0, 2, 1) + matrix[:, None, :, 2]
     save_array(out / "gt_xyz.npy", test.xyz.astype(np.float32))
     save_array(out / "valid.npy", test.valid)
     save_array(out / "gt_uv.npy", gt_uv.astype(np.float32))
     save_array(out / "pred_uv.npy", pred_uv.astype(np.float32))
     with atomic(out / "names.txt") as file:
-        file.writelines(f"{i}\t{path}\t{'left' if left else 'right'}\n".encode()
-                        for i, path, left in zip(test.index, test.paths, test.left))
+        file.writelines(f"{i}\t{os.path.join(args.root, path)}\t{'left' if left else 'right'}\n".encode()
+                        for i, path, left in zip(test.index, map(os.fsdecode, test.path), test.left))
     error = masked_error(pred * scale, test.xyz - test.xyz[:, :1], test.valid)
     draw_overlay(out / "overlay.jpg", test, pred_uv, gt_uv, error, args)
     save_array(out / "pred_xyz.npy", pred_xyz)  # last: where it is, the run is complete
-    print(f"chosen at a validation MPJPE of {best:.2f} mm; test pictures {len(test.uv)}; wrote {out}/pred_xyz.npy, see "
+    print(f"chosen at a validation MPJPE of {best:.2f} mm; test pictures {len(test)}; wrote {out}/pred_xyz.npy, see "
           f"overlay.jpg and curves.png beside it; next: python evaluate.py {out}")
 
 
 # ---------------------------------------------------------------------------------------------- readers
 
+# A set is a record array. path: below the root; index: the official one; group: unique sample, whose versions share
+# it; scene: what validation must not share with training; width: the picture's, 0 where it does not matter; uv: its
+# pixels; xyz: mm in the camera's frame; valid: joints; centre and side: the square test crop, in the picture's pixels.
+SAMPLE = np.dtype([("path", "S200"), ("left", "?"), ("index", "<i8"), ("group", "<i8"), ("scene", "<i8"),
+                   ("width", "<i8"), ("uv", "<f8", (21, 2)), ("xyz", "<f8", (21, 3)), ("valid", "?", 21),
+                   ("centre", "<f8", 2), ("side", "<f8")])
+CACHE = 1  # to be raised when a reader or the records change: then nothing is taken from an older cache
+
+
 def split(args):
-    """-> train, validation, test samples, and notes on what was used; see `read_freihand` for the fields."""
-    train, test, notes = READERS[args.dataset](Path(args.root))
+    """-> train, validation, test, and notes on what was used, the first naming the split. From here on all hands are
+    right ones: left ones are mirrored, u' = width - 1 - u and x' = -x, and `read_picture` mirrors their pictures."""
+    train, validation, test, notes = READERS[args.dataset](args)
+    for samples in (train, test) if validation is None else (train, validation, test):
+        require(len(samples), f"{args.root}: a split without a labelled hand: {'; '.join(notes)}")
+        left = samples.left
+        samples.xyz[left, :, 0] *= -1
+        samples.uv[left, :, 0] = samples.width[left, None] - 1 - samples.uv[left, :, 0]
+        samples.centre[left, 0] = samples.width[left] - 1 - samples.centre[left, 0]
     groups = np.unique(train.group)
     chosen = np.random.default_rng(args.seed).permutation(groups)[:max(round(args.label_fraction * len(groups)), 1)]
-    require(len(chosen) > 1, f"{args.root}: {len(chosen)} training samples, expected at least 2: one is for validation")
-    held_out = np.isin(train.group, chosen[::10])  # by unique sample, so that no pose is on both sides
-    used = np.isin(train.group, chosen) & ~held_out
-    notes = notes + [f"labels: {len(chosen)} of {len(groups)} unique training samples, "
-                     f"of which every tenth, {len(chosen[::10])}, is for validation"]
-    return take(train, used), take(train, held_out), test, notes
+    used = np.isin(train.group, chosen)
+    notes = notes + [f"labels: {len(chosen)} of {len(groups)} unique training samples"]
+    if validation is None:  # every tenth scene of the chosen labels, so that no pose is on both sides
+        scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
+        scenes = scenes[np.isin(scenes, train.scene[used])]
+        kind = "sequences" if args.dataset == "assemblyhands" else "samples"
+        require(len(scenes) > 1,
+                f"{args.root}: labels of {len(scenes)} training {kind}, expected at least 2: one is for validation")
+        held_out = used & np.isin(train.scene, scenes[::10])
+        validation, used = train[held_out], used & ~held_out
+        notes[-1] += f"; every tenth of their {kind}, {len(scenes[::10])} of {len(scenes)}, is for validation"
+    require((validation.valid[:, 0] & validation.valid[:, 9]).any(),
+            f"{args.root}: no validation sample with a valid wrist and joint 9, to choose the model by")
+    return train[used], validation, test, notes
 
 
-def take(samples, mask):
-    return SimpleNamespace(**{key: value[mask] for key, value in vars(samples).items()})
-
-
-def read_freihand(root):
-    """FreiHAND v2 -> training and evaluation samples and notes. Each set is a namespace of N-long arrays:
-
-    paths str, left bool (mirror the picture), index int (official), group int (unique sample: its versions share it),
-    uv (N, 21, 2) pixels, xyz (N, 21, 3) mm in the camera's frame, valid bool (N, 21).
-    """
-    sets = []
-    for name, places in (("training", [root]), ("evaluation", [root, root.with_name(root.name + "_eval")])):
-        loaded = {}
-        for key in ("K", "xyz"):
+def read_freihand(args):
+    """FreiHAND v2 -> training, no validation, evaluation, notes."""
+    sets, root = [], Path(args.root)
+    for name, versions, places in (("training", 4, [root]),
+                                   ("evaluation", 1, [root, root.with_name(root.name + "_eval")])):
+        loaded = []
+        for key, *shape in (("K", 3, 3), ("xyz", 21, 3)):
             file = next((p / f"{name}_{key}.json" for p in places if (p / f"{name}_{key}.json").is_file()), None)
             require(file, f"{places[-1] / f'{name}_{key}.json'}: missing, expected FreiHAND's list"
                     + (f", there or in {root}" if len(places) > 1 else ""))
             try:
-                loaded[key] = np.array(json.loads(file.read_text()), np.float64)
-            except (TypeError, ValueError):
-                raise InputError(f"{file}: truncated or not a list of arrays of one shape, expected FreiHAND's json")
-            shape = (3, 3) if key == "K" else (21, 3)
-            require(loaded[key].shape[1:] == shape and np.isfinite(loaded[key]).all(),
-                    f"{file}: has shape {loaded[key].shape}, expected (N, {shape[0]}, {shape[1]}), finite")
-            loaded[key + "_file"] = file
-        matrix, xyz = loaded["K"], loaded["xyz"]
-        require(len(matrix) == len(xyz), f"{loaded['K_file']}: has {len(matrix)} entries, {loaded['xyz_file'].name} "
-                f"has {len(xyz)}, expected equal lengths")
+                loaded.append(np.array(read_json(file), np.float64))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{file}: truncated or not a list of arrays of one shape ({error})")
+            require(loaded[-1].shape[1:] == tuple(shape) and np.isfinite(loaded[-1]).all(),
+                    f"{file}: has shape {loaded[-1].shape}, expected (N, {shape[0]}, {shape[1]}), finite")
+        matrix, xyz = loaded
+        require(len(matrix) == len(xyz), f"{root / name}_K.json: has {len(matrix)} entries, {file.name} has "
+                f"{len(xyz)}, expected equal lengths")
         bad = np.flatnonzero((xyz[..., 2] <= 0).any(1) | (bone(xyz) <= 0))
-        require(not len(bad), f"{loaded['xyz_file']}: sample {bad[:1]} lies behind the camera or has no bone 0-9")
-        require(np.median(bone(xyz)) < 1, f"{loaded['xyz_file']}: the bone 0-9 has a median above 1, expected metres")
-        pictures = sorted((root / name / "rgb").glob("*.jpg"))
-        versions = 4 if name == "training" else 1
+        require(not len(bad), f"{file}: sample {bad[:1]} lies behind the camera or has no bone 0-9")
+        require(np.median(bone(xyz)) < 1, f"{file}: the bone 0-9 has a median above 1, expected metres")
+        pictures = sorted(p.name for p in (root / name / "rgb").glob("*.jpg"))
         require(len(pictures) == versions * len(xyz),
                 f"{root / name / 'rgb'}: holds {len(pictures)} pictures, expected {versions} x {len(xyz)}")
         uvw = xyz @ matrix.transpose(0, 2, 1)
         group = np.tile(np.arange(len(xyz)), versions)  # picture i shows sample i % number of samples
-        sets.append(SimpleNamespace(paths=np.array([str(p) for p in pictures]), left=np.zeros(len(group), bool),
-                                    index=np.arange(len(group)), group=group, uv=(uvw[..., :2] / uvw[..., 2:])[group],
-                                    xyz=xyz[group] * 1000, valid=np.ones((len(group), 21), bool)))
-    return *sets, [f"FreiHAND: {len(sets[0].uv)} training pictures of {len(np.unique(sets[0].group))} samples, "
-                   f"{len(sets[1].uv)} evaluation pictures, all used"]
+        sets.append(make_set("freihand", path=[f"{name}/rgb/{p}" for p in pictures], left=False, group=group,
+                             scene=group, width=0, uv=(uvw[..., :2] / uvw[..., 2:])[group], xyz=xyz[group] * 1000,
+                             valid=True))
+    return sets[0], None, sets[1], ["FreiHAND: tested on the evaluation split", f"{len(sets[0])} training pictures of "
+                                    f"{len(sets[0]) // 4} samples, {len(sets[1])} evaluation pictures, all used"]
 
 
-READERS = {"freihand": read_freihand}
+def make_set(dataset, **fields):
+    """Fields of `SAMPLE` -> record array; the index counts, and the crop is a square around the joints."""
+    samples = np.zeros(len(fields["path"]), SAMPLE).view(np.recarray)
+    samples.index = np.arange(len(samples))
+    for name, values in fields.items():
+        samples[name] = values
+    low, high = samples.uv.min(1), samples.uv.max(1)
+    samples.centre, samples.side = (low + high) / 2, CROP[dataset] * (high - low).max(1)
+    return samples
+
+
+SUBJECTS = ("20200709-subject-01", "20200813-subject-02", "20200820-subject-03", "20200903-subject-04",
+            "20200908-subject-05", "20200918-subject-06", "20200928-subject-07", "20201002-subject-08",
+            "20201015-subject-09", "20201022-subject-10")
+SERIALS = ("836212060125", "839512060362", "840412060917", "841412060263", "932122060857", "932122060861",
+           "932122061900", "932122062010")
+SETUPS = {  # subject, sequence within it, camera, all counted from 0 -> 0 train, 1 val, 2 test
+    "s0": lambda subject, sequence, camera: 0 if sequence % 5 != 4 else 1 if subject < 2 else 2,
+    "s1": lambda subject, sequence, camera: {6: 1, 7: 2, 8: 2}.get(subject, 0),
+    "s2": lambda subject, sequence, camera: max(camera - 5, 0),
+    "s3": lambda subject, sequence, camera: {3: 1, 19: 1, 7: 2, 11: 2, 15: 2}.get(sequence // 5, 0)}
+
+
+def read_dexycb(args):
+    """DexYCB -> train, val, test, notes. valid: visible as SiMHand's reader defines it; xyz keeps all 21 joints."""
+    root, files = Path(args.root), []
+    for subject in SUBJECTS:
+        found = sorted((root / subject).glob("*/meta.yml"))
+        require(len(found) == 100 or found and args.setup in ("s1", "s2"), f"{root / subject}: holds {len(found)} "
+                "sequences with a meta.yml, expected 100 (s1 and s2, which do not divide by their order, take fewer)")
+        files.append(found)
+
+    def read():
+        cameras = []  # folder, number of frames, and what these share: left, scene, part
+        for subject, found in enumerate(files):
+            for sequence, file in enumerate(found):
+                serials, frames, left = read_meta(file)
+                cameras += [(file.parent / serial, frames, left, 100 * subject + sequence,
+                             SETUPS[args.setup](subject, sequence, camera))
+                            for camera, serial in enumerate(SERIALS) if serial in serials]
+        loader = torch.utils.data.DataLoader(cameras, batch_size=None, collate_fn=read_labels,
+                                             num_workers=args.workers, worker_init_fn=start_worker)
+        xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera")))
+        left, scene, part = (np.repeat(values, [c[1] for c in cameras]) for values in list(zip(*cameras))[2:])
+        path = [f"{folder.relative_to(root)}/color_{k:06d}.jpg" for folder, n, *_ in cameras for k in range(n)]
+        valid = ((uv > 0) & (uv <= (640, 480))).all(2) & (xyz[..., 0] != -1)
+        every = make_set("dexycb", path=path, left=left, group=np.arange(len(uv)), scene=scene, width=640, uv=uv,
+                         xyz=xyz * 1000.0, valid=valid)
+        labelled, clear = (xyz != -1).any((1, 2)), (valid.sum(1) >= 10) & valid[:, 0] & valid[:, 9]
+        sets, count = [], sum(map(len, files))
+        notes = [f"DexYCB {args.setup}: chosen on val, tested on test"] + [
+            f"{count} of 1000 sequences are there: the indices of names.txt are not official"] * (count != 1000)
+        for number, name in enumerate(("train", "val", "test")):
+            mine = part == number
+            every.index[mine] = np.arange(mine.sum())  # frames without a label count
+            kept = mine & labelled & (clear | (not args.paper_filter))
+            sets.append(every[kept])
+            notes.append(f"{name}: {kept.sum()} of {mine.sum()} frames kept, {(kept & ~valid.all(1)).sum()} of them "
+                         f"with joints outside the picture; dropped {(mine & ~labelled).sum()} without a label and "
+                         f"{(mine & labelled & ~kept).sum()} by --paper-filter")
+        return sets, notes
+
+    sets, notes = cached(args, sum(files, []), read)
+    return *sets, notes
+
+
+def read_meta(file):
+    """meta.yml of a DexYCB sequence -> its serials, number of frames, left."""
+    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
+    try:
+        meta = yaml.safe_load(file.read_bytes())
+        serials, frames, side = {str(s) for s in meta["serials"]}, int(meta["num_frames"]), meta["mano_sides"][0]
+        assert serials <= {*SERIALS} and frames > 0 and side in ("left", "right")
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
+        raise InputError(f"{file}: expected DexYCB's serials, num_frames, mano_sides: {' '.join(repr(error).split())}")
+    return serials, frames, side == "left"
+
+
+def read_labels(camera):
+    """All frames of a DexYCB camera folder -> joint_3d (F, 21, 3) in metres, joint_2d (F, 21, 2) in pixels."""
+    made = []
+    for frame in range(camera[1]):
+        file = camera[0] / f"labels_{frame:06d}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as labels:
+                made.append((labels["joint_3d"].reshape(21, 3), labels["joint_2d"].reshape(21, 2)))
+            assert np.isfinite(made[-1][0]).all() and np.isfinite(made[-1][1]).all(), "not finite"
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            raise InputError(f"{file}: missing, truncated, or without finite joint_3d (1, 21, 3) and joint_2d "
+                             f"(1, 21, 2): {error}")
+    return tuple(np.array(part) for part in zip(*made))
+
+
+def read_assemblyhands(args):
+    """AssemblyHands v1-1 -> train, no validation, val, notes."""
+    parts = [[Path(args.root, "annotations", part, f"assemblyhands_{part}_{name}_v1-1.json")
+              for name in (f"{args.modality}_data", f"{args.modality}_calib", "joint_3d")] for part in ("train", "val")]
+
+    def read():
+        (train, first), (test, second) = (read_assembly(*files) for files in parts)
+        return (train, test), [f"AssemblyHands {args.modality}: tested on val, as the public test split has no labels",
+                               f"train: {first}", f"val: {second}"]
+
+    (train, test), notes = cached(args, sum(parts, []), read)
+    return train, None, test, notes
+
+
+def read_assembly(data_file, calib_file, pose_file):
+    """One split of AssemblyHands -> samples, and a note that counts what was dropped."""
+    data, calibration, poses = map(read_json, (data_file, calib_file, pose_file))
+    order = np.array([20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16])  # FreiHAND's
+    rows, dropped, at, sequences = [], collections.Counter(), "", {}
+    try:
+        images = {image["id"]: image for image in data["images"]}
+        for annotation in tqdm(data["annotations"], desc=data_file.stem, unit="picture"):
+            at = f"annotation {annotation['id']}: "
+            image, visible = images[annotation["image_id"]], annotation["joint_valid"]
+            sequence, frame = image["seq_name"], f"{image['frame_idx']:06d}"
+            pose = (poses["annotations"].get(sequence, {}).get(frame) or {}).get("world_coord")
+            for hand, side in enumerate(("right", "left")):
+                box = (annotation["bbox"] or {}).get(side)
+                if visible is None or pose is None:
+                    dropped["without labels"] += 1
+                    continue
+                if box is None or not (np.diff(np.reshape(box, (2, 2)), axis=0) > 0).all():
+                    dropped["without a box"] += 1
+                    continue
+                cameras = calibration["calibration"][sequence]
+                name = image["camera"].removesuffix("_mono10bit")
+                name = name if name in cameras["intrinsics"] else name + "_mono10bit"
+                matrix = np.array(cameras["intrinsics"][name], float).reshape(3, 3)
+                turn = np.array(cameras["extrinsics"][frame][name], float).reshape(3, 4)  # world to camera
+                if not (np.isfinite(matrix).all() and np.isfinite(turn).all()):
+                    raise ValueError(f"calibration of {name}, frame {frame}, is not finite")
+                xyz = np.array(pose, float).reshape(42, 3)[21 * hand + order] @ turn[:, :3].T + turn[:, 3]
+                seen = np.isfinite(xyz).all(1) & (xyz[:, 2] > 0) & (np.reshape(visible, 42)[21 * hand + order] > 0)
+                if seen.sum() < 10:
+                    dropped["with fewer than 10 valid joints"] += 1
+                    continue
+                xyz = np.nan_to_num(xyz)
+                uv = (xyz @ matrix.T)[:, :2] / np.maximum(xyz[:, 2:], 1)  # rectified pictures: a pinhole
+                low, high = np.array(box, float).reshape(2, 2)
+                rows.append((f"images/{image['file_name']}", hand == 1, annotation["id"], len(rows),
+                             sequences.setdefault(sequence, len(sequences)), image["width"], uv, xyz, seen,
+                             (low + high) / 2, max(CROP["assemblyhands"] * (high - low).max(), 100)))
+        samples = np.array(rows, SAMPLE).view(np.recarray)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{data_file}: {at}not in AssemblyHands' layout, or missing in {calib_file.name}: {error!r}")
+    return samples, (f"{len(rows)} hands of {len(sequences)} sequences kept; dropped " + (", ".join(
+        f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"))
+
+
+READERS = {"freihand": read_freihand, "dexycb": read_dexycb, "assemblyhands": read_assemblyhands}
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: truncated or not json ({error})")
+
+
+def cached(args, files, read):
+    """read() -> sets and notes, kept as .npy files in .cache beside the run: what takes minutes is then loaded in
+    seconds. The folder's name follows from the root, the reader's flags, and names, sizes and times of `files`. Of
+    several processes the first reads and the others wait for it."""
+    for file in files:
+        require(file.is_file(), f"{file}: missing, expected {args.dataset}'s own layout")
+    key = repr((CACHE, SAMPLE, os.path.realpath(args.root), args.setup, args.paper_filter, args.modality, [
+        (str(file.relative_to(args.root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
+    folder = Path(args.out).parent / ".cache" / f"{args.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not (folder / "notes.json").exists():
+            sets, notes = read()
+            for k, samples in enumerate(sets):
+                save_array(folder / f"{k}.npy", samples.view(SAMPLE))
+            with atomic(folder / "notes.json") as file:  # last: where it is, all is
+                file.write(json.dumps([len(sets), *notes]).encode())
+    hint = "delete this folder, it will be made again"
+    count, *notes = read_json(folder / "notes.json")
+    return [load_array(folder / f"{k}.npy", SAMPLE, (None,), hint=hint).view(np.recarray) for k in range(count)], notes
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -241,7 +455,7 @@ class Pictures(torch.utils.data.Dataset):
         self.samples, self.args, self.augment, self.epoch = samples, args, augment, None
 
     def __getitem__(self, step):
-        args, samples, count = self.args, self.samples, len(self.samples.uv)
+        args, samples, count = self.args, self.samples, len(self.samples)
         if self.augment:
             epoch, place = divmod(step, count // args.batch_size)
             if epoch != self.epoch:
@@ -253,8 +467,8 @@ class Pictures(torch.utils.data.Dataset):
         for i in rows:
             rng = np.random.default_rng((args.seed, epoch, i)) if self.augment else None
             view = crop_view(samples, i, args, args.input_size, rng)
-            image, uv = apply_view(view, read_picture(samples.paths[i]), samples.uv[i], args.input_size)
-            pose = (samples.xyz[i] - samples.xyz[i, 0]) / bone(samples.xyz[i])
+            image, uv = apply_view(view, read_picture(samples, i, args.root), samples.uv[i], args.input_size)
+            pose = scaled_pose(samples.xyz[i])
             if self.augment:
                 cos, sin = math.cos(math.radians(view["angle"])), math.sin(math.radians(view["angle"]))
                 pose = pose @ np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])  # the picture's turn, about the axis
@@ -265,16 +479,22 @@ class Pictures(torch.utils.data.Dataset):
                 for key, part in zip(("image", "uv", "pose", "valid", "has_pose"), zip(*made))}
 
 
-def read_picture(path):
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+def read_picture(samples, i, root):
+    """-> RGB uint8 (H, W, 3), mirrored where it shows a left hand: all that comes after sees right hands."""
+    path = os.path.join(root, os.fsdecode(samples.path[i]))
+    content = Path(path).read_bytes() if os.path.isfile(path) else b""
+    whole = content[:2] != b"\xff\xd8" or b"\xff\xd9" in content  # OpenCV fills what a cut JPEG lacks with grey
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content and whole else None
     require(image is not None, f"{path}: missing or not a picture that can be read")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    require(samples.width[i] in (0, image.shape[1]),
+            f"{path}: is {image.shape[1]} pixels wide, its labels are for {samples.width[i]}")
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return cv2.flip(image, 1) if samples.left[i] else image
 
 
 def crop_view(samples, i, args, side, rng=None):
-    """The square around the true joints of sample i, `side` pixels wide; with rng, jittered and turned for training."""
-    low, high = samples.uv[i].min(0), samples.uv[i].max(0)
-    centre, extent, angle = (low + high) / 2, CROP[args.dataset] * (high - low).max(), 0.0
+    """The test crop of sample i, `side` pixels wide; with rng, jittered and turned for training."""
+    centre, extent, angle = samples.centre[i], float(samples.side[i]), 0.0
     if rng is not None:
         angle = rng.uniform(-args.rotation, args.rotation)
         centre = centre + rng.uniform(-0.1, 0.1, 2) * extent
@@ -388,7 +608,7 @@ def predict(net, samples, args, device, progress=False):
     location maps, relative to the wrist in lengths of the bone 0-9."""
     net.eval()
     loader = torch.utils.data.DataLoader(Pictures(samples, args, augment=False), batch_size=None,
-                                         sampler=range(math.ceil(len(samples.uv) / args.batch_size)),
+                                         sampler=range(math.ceil(len(samples) / args.batch_size)),
                                          num_workers=args.workers, worker_init_fn=start_worker)
     uvs, poses = [], []
     for batch in tqdm(loader, unit="batch", desc="test", disable=not progress):
@@ -410,9 +630,11 @@ def validate(net, samples, args, device):
 
 
 def masked_error(prediction, truth, valid):
-    """(N, 21, 3) twice, (N, 21) -> mean distance of each sample's valid joints (N,)."""
-    distance = np.where(valid, np.linalg.norm(prediction - truth, axis=2), np.nan)
-    return np.nanmean(distance, axis=1)
+    """(N, 21, 3) twice, (N, 21) -> mean distance of each sample's valid joints (N,); NaN where the wrist or joint 9,
+    which align and scale the pose, is not valid."""
+    counted = valid & (valid[:, :1] & valid[:, 9:10])
+    distance = np.linalg.norm(prediction - truth, axis=2) * counted
+    return distance.sum(1) / np.where(counted.any(1), counted.sum(1), np.nan)
 
 
 def bone(xyz):
@@ -420,13 +642,21 @@ def bone(xyz):
     return np.linalg.norm(xyz[..., 9, :] - xyz[..., 0, :], axis=-1)
 
 
+def scaled_pose(xyz):
+    """(..., 21, 3) -> the same relative to the wrist, in lengths of the bone 0-9; in mm where that has none."""
+    length = bone(xyz)[..., None, None]
+    return (xyz - xyz[..., :1, :]) / np.where(length > 0, length, 1)
+
+
 def draw_overlay(path, samples, pred_uv, gt_uv, error, args, columns=8):
     """Test pictures, true skeleton in white, predicted in colours: a row each of the best, median and worst."""
-    order, columns = np.argsort(error), max(1, min(columns, len(error) // 3))
+    order = np.argsort(error)[:max(np.isfinite(error).sum(), 1)]  # NaN, which sorts last, has no error to rank by
+    columns = max(1, min(columns, len(order) // 3))
     middle = (len(order) - columns) // 2
     tiles = []
     for i in [*order[:columns], *order[middle:middle + columns], *order[-columns:]]:
-        image = cv2.warpAffine(read_picture(samples.paths[i]), crop_view(samples, i, args, 256)["matrix"], (256, 256))
+        matrix = crop_view(samples, i, args, 256)["matrix"]
+        image = cv2.warpAffine(read_picture(samples, i, args.root), matrix, (256, 256))
         for uv, colour in ((gt_uv[i], (255, 255, 255)), (pred_uv[i], None)):
             image = draw_hand(image, (uv + 0.5) * 256 / args.input_size - 0.5, colour, f"{error[i]:.1f} mm")
         tiles.append(image)

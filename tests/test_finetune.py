@@ -23,9 +23,9 @@ from test_pretrain import same
 TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--workers", "0", "--batch-size", "10")
 
 
-def parse(*arguments):
+def parse(*arguments, dataset="freihand"):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["finetune.py", "--dataset", "freihand", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["finetune.py", "--dataset", dataset, *map(str, arguments)])
         return finetune.parse_args()
 
 
@@ -39,18 +39,18 @@ def freihand(rendered, tmp_path):
 # ------------------------------------------------------------------------------------------------ reader
 
 def test_freihand_is_read_to_the_letter(freihand):
-    train, test, notes = finetune.read_freihand(freihand)
+    train, _, test, notes = finetune.read_freihand(parse("--root", freihand, "--out", "x"))
     xyz, matrix = (json.loads((freihand / f"training_{key}.json").read_text()) for key in ("xyz", "K"))
-    assert len(train.uv) == 64 and len(test.uv) == 8 and "64 training pictures of 16 samples" in notes[0]
+    assert len(train.uv) == 64 and len(test.uv) == 8 and "64 training pictures of 16 samples" in notes[1]
     for i in (0, 17, 33, 63):  # picture i shows sample i % 16, in four versions
         x, y, z = np.array(xyz[i % 16]).T
         k = np.array(matrix[i % 16])
         assert np.allclose(train.xyz[i], 1000 * np.array(xyz[i % 16]), atol=1e-9)
         assert np.allclose(train.uv[i], np.stack([k[0, 0] * x / z + k[0, 2], k[1, 1] * y / z + k[1, 2]], 1))
-        assert train.group[i] == i % 16 and train.paths[i].endswith(f"training/rgb/{i:08d}.jpg")
+        assert train.group[i] == i % 16 and train.path[i].decode().endswith(f"training/rgb/{i:08d}.jpg")
     moved = freihand / "evaluation_xyz.json"  # the evaluation lists may lie in the root as well
     (freihand.with_name("set_eval") / "evaluation_xyz.json").rename(moved)
-    assert np.array_equal(finetune.read_freihand(freihand)[1].xyz, test.xyz)
+    assert np.array_equal(finetune.read_freihand(parse("--root", freihand, "--out", "x"))[2].xyz, test.xyz)
 
 
 def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
@@ -96,6 +96,421 @@ def test_label_fractions_are_nested_and_divided_by_sample(rendered):
         assert len(groups | held) == 16 * fraction and len(held) == math.ceil(1.6 * fraction) and len(test.uv) == 8
         used[fraction] = groups | held
     assert used[0.25] < used[0.5] < used[1.0]
+
+
+# ------------------------------------------------------------------------------------------------ DexYCB
+
+SUBJECTS = [f"{date}-subject-{k + 1:02d}" for k, date in enumerate((
+    20200709, 20200813, 20200820, 20200903, 20200908, 20200918, 20200928, 20201002, 20201015, 20201022))]
+SERIALS = ("836212060125", "839512060362", "840412060917", "841412060263", "932122060857", "932122060861",
+           "932122061900", "932122062010")
+META = """serials:
+{serials}
+num_frames: {frames}
+extrinsics: '20200702_151821'
+ycb_ids: !!python/tuple
+- 1
+- 12
+ycb_grasp_ind: 1
+mano_sides: !!python/tuple
+- {side}
+mano_calib:
+- 20200709_140042_subject-01_{side}
+"""
+
+
+JPEG = (cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+
+
+def a_hand(rng, z=600.0):
+    """A made-up hand, mm, in the camera's frame."""
+    return rng.uniform(-60, 60, (21, 3)) + (*rng.uniform(-80, 80, 2), z)
+
+
+def dotted(width, height, uv):
+    """A picture with a dot at each joint that lies in it: the j-th in its own shade of blue."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    for j, (u, v) in enumerate(uv):
+        if 6 < u < width - 7 and 6 < v < height - 7:
+            picture[round(v) - 2:round(v) + 3, round(u) - 2:round(u) + 3] = (255, 10 * j, 255 - 10 * j)
+    return picture
+
+
+def write_dexycb(root, sequences=2, frames=3, seed=0):
+    """DexYCB in small -> {path of a picture: (xyz mm, uv, side)} as labelled, None without a label. Odd sequences show
+    left hands. In each camera frame 1 is without a label; frame 2 of even cameras lies across the border, of odd ones
+    far outside."""
+    rng, truth = np.random.default_rng(seed), {}
+    for subject in SUBJECTS:
+        for q in range(sequences):
+            folder, side = root / subject / f"20200709_14{q:04d}", ("right", "left")[q % 2]
+            folder.mkdir(parents=True)
+            (folder / "meta.yml").write_text(META.format(serials="\n".join(f"- '{s}'" for s in SERIALS), frames=frames,
+                                                         side=side))
+            for c, serial in enumerate(SERIALS):
+                (folder / serial).mkdir()
+                for f in range(frames):
+                    xyz = a_hand(rng) + ((0, 350, 2000)[(f == 2) * (1 + c % 2)], 0, 0)
+                    uv = np.stack([613.08 * xyz[:, 0] / xyz[:, 2] + 313.03, 612 * xyz[:, 1] / xyz[:, 2] + 245.01], 1)
+                    path = f"{subject}/{folder.name}/{serial}/color_{f:06d}.jpg"
+                    cv2.imwrite(str(root / path), dotted(640, 480, uv), JPEG)
+                    truth[path] = (xyz, uv, side) if f != 1 else None
+                    shown = (xyz / 1000, uv) if f != 1 else (np.full((21, 3), -1), np.full((21, 2), -1))
+                    np.savez_compressed(folder / serial / f"labels_{f:06d}.npz", seg=np.zeros((480, 640), np.uint8),
+                                        joint_3d=shown[0][None].astype(np.float32),
+                                        joint_2d=shown[1][None].astype(np.float32))
+    (root / SUBJECTS[0] / "notes.txt").write_text("not a sequence")
+    return truth
+
+
+@pytest.fixture(scope="module")
+def dexycb(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets") / "dexycb"
+    return root, write_dexycb(root)
+
+
+def official(truth, subjects=range(10), cameras=range(8)):
+    """Pictures of a part of DexYCB in the official order: subject, sequence, camera, frame."""
+    return [path for path in truth if SUBJECTS.index(path.split("/")[0]) in subjects
+            and SERIALS.index(path.split("/")[2]) in cameras]
+
+
+def visible(xyz, uv):
+    return np.array([x != -1000 and 0 < u <= 640 and 0 < v <= 480 for (x, _, _), (u, v) in zip(xyz, uv)])
+
+
+@pytest.mark.parametrize("setup,parts", [
+    ("s1", [dict(subjects=(0, 1, 2, 3, 4, 5, 9)), dict(subjects=(6,)), dict(subjects=(7, 8))]),
+    ("s2", [dict(cameras=range(6)), dict(cameras=(6,)), dict(cameras=(7,))])])
+@pytest.mark.parametrize("paper", [False, True])
+def test_dexycb_is_read_to_the_letter(dexycb, tmp_path, setup, parts, paper):
+    root, truth = dexycb
+    args = parse("--root", root, "--out", tmp_path / "run", "--setup", setup, "--workers", 0,
+                 *["--paper-filter"] * paper, dataset="dexycb")
+    *sets, notes = finetune.split(args)
+    for found, part in zip(sets, parts):
+        paths = official(truth, **part)
+        kept = [(i, path) for i, path in enumerate(paths) if truth[path]]
+        if paper:
+            kept = [(i, path) for i, path in kept if visible(*truth[path][:2]).sum() >= 10
+                    and visible(*truth[path][:2])[[0, 9]].all()]
+        assert [(i, p.decode()) for i, p in zip(found.index, found.path)] == kept
+        for k, (_, path) in enumerate(kept):
+            xyz, uv, side = truth[path]
+            sign = np.array([-1 if side == "left" else 1, 1, 1])
+            assert found.left[k] == (side == "left") and np.abs(found.xyz[k] - xyz * sign).max() < 1e-3
+            mirrored = np.stack([639 - uv[:, 0], uv[:, 1]], 1) if side == "left" else uv
+            assert np.abs(found.uv[k] - mirrored).max() < 1e-3 and (found.valid[k] == visible(xyz, uv)).all()
+            low, high = mirrored.min(0), mirrored.max(0)
+            assert np.allclose(found.centre[k], (low + high) / 2, atol=1e-3)
+            assert found.side[k] == pytest.approx(1.75 * (high - low).max(), abs=1e-3)
+    text = " ".join(notes)
+    assert f"DexYCB {setup}" in notes[0] and "20 of 1000 sequences" in text
+    unlabelled = sum(truth[path] is None for path in official(truth, **parts[2]))
+    assert f"dropped {unlabelled} without a label" in text and "10 of 10" not in text
+
+
+def test_dexycb_setups_against_the_officials_lists():
+    """The lists of sequences and cameras of dex-ycb-toolkit, written out."""
+    def members(setup):
+        found = ([], [], [])
+        for s in range(10):
+            for q in range(100):
+                for c in range(8):
+                    found[finetune.SETUPS[setup](s, q, c)].append((s, q, c))
+        return found
+
+    every, cameras = range(10), range(8)
+    lists = {
+        "s0": [[(s, q, c) for s in every for q in range(100) if q % 5 != 4 for c in cameras],
+               [(s, q, c) for s in (0, 1) for q in range(4, 100, 5) for c in cameras],
+               [(s, q, c) for s in range(2, 10) for q in range(4, 100, 5) for c in cameras]],
+        "s1": [[(s, q, c) for s in subjects for q in range(100) for c in cameras]
+               for subjects in ((0, 1, 2, 3, 4, 5, 9), (6,), (7, 8))],
+        "s2": [[(s, q, c) for s in every for q in range(100) for c in some] for some in (range(6), (6,), (7,))],
+        "s3": [[(s, q, c) for s in every for q in range(100) if (q // 5 in objects) == inside for c in cameras]
+               for objects, inside in (((3, 7, 11, 15, 19), False), ((3, 19), True), ((7, 11, 15), True))]}
+    for setup, expected in lists.items():
+        assert all(a == b for a, b in zip(members(setup), expected))
+    assert [len(part) // 8 for part in members("s0")] == [800, 40, 160]
+    assert [len(part) // 8 for part in members("s3")] == [750, 100, 150]
+
+
+def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
+    root = tmp_path / "set"
+    write_dexycb(root, sequences=1, frames=1)
+
+    def line(*arguments):
+        return refused("finetune.py", "--dataset", "dexycb", "--root", root, "--out", tmp_path / "run", *TINY,
+                       *arguments)
+
+    assert "subject-01: holds 1 sequences" in line("--setup", "s0") and "expected 100" in line("--setup", "s3")
+    assert "--setup is for --dataset dexycb" in refused("finetune.py", "--dataset", "freihand", "--root", root, "--out",
+                                                        tmp_path / "run", "--setup", "s1")
+    folder = root / SUBJECTS[3] / "20200709_140000"
+    labels, meta = folder / SERIALS[2] / "labels_000000.npz", folder / "meta.yml"
+    content, text = labels.read_bytes(), meta.read_text()
+    for damage in (content[:len(content) // 2], b"", b"PK"):
+        labels.write_bytes(damage)
+        assert "labels_000000.npz: missing, truncated" in line()
+    np.savez(labels, joint_3d=np.full((1, 21, 3), np.nan), joint_2d=np.zeros((1, 21, 2)))
+    assert "not finite" in line()
+    np.savez(labels, joint_3d=np.array([{}], object), joint_2d=np.zeros((1, 21, 2)))
+    assert "labels_000000.npz" in line()  # nothing pickled is ever loaded
+    labels.unlink()
+    assert "labels_000000.npz: missing" in line()
+    labels.write_bytes(content)
+    for damage in (text[:60], text.replace("- left", "- both").replace("- right", "- both"), "[", "",
+                   text.replace("!!python/tuple", "!!python/object/apply:os.getcwd", 1),
+                   text.replace("num_frames: 1", "num_frames: none"), text.replace("836212060125", "836212060126")):
+        meta.write_text(damage)
+        assert f"{meta}: expected DexYCB's serials" in line()
+    meta.unlink()
+    assert "subject-04: holds 0 sequences" in line()
+    shutil.rmtree(root / SUBJECTS[6])
+    assert "subject-04" in line()
+    assert not list((tmp_path / ".cache").glob("*/notes.json"))
+
+
+def test_what_was_read_is_kept_beside_the_run_and_belongs_to_root_and_setup(tmp_path, capsys):
+    root = tmp_path / "set"
+    truth = write_dexycb(root, sequences=1, frames=1)
+
+    def read(*arguments, root=root):
+        return finetune.split(parse("--root", root, "--out", tmp_path / "runs" / "one", "--workers", 0, *arguments,
+                                    dataset="dexycb"))
+
+    first = read()
+    for path in truth:
+        (root / path).with_name("labels_000000.npz").unlink()
+    again = read()  # from the cache: there is no label left
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(first[:3], again[:3])) and first[3] == again[3]
+    (tmp_path / "link").symlink_to(root)
+    assert read(root=tmp_path / "link")[0].tobytes() == first[0].tobytes()  # the same folder by another name
+    shutil.copytree(root, tmp_path / "other")
+    changed = root / SUBJECTS[0] / "20200709_140000" / "meta.yml"
+    for arguments, other in ((("--setup", "s2"), root), (("--paper-filter",), root), ((), tmp_path / "other")):
+        with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
+            read(*arguments, root=other)
+    file = next((tmp_path / "runs" / ".cache").glob("*/0.npy"))
+    content = file.read_bytes()
+    file.write_bytes(content[:1000])
+    with pytest.raises(finetune.InputError, match="0.npy: truncated.*delete this folder"):
+        read()
+    file.write_bytes(content)
+    changed.write_text(changed.read_text() + "\n")
+    with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
+        read()
+
+
+def dots_found(images, uvs, valid):
+    """Are the dots of `dotted` where uv says in crops as the network gets them? -> how many were looked for. Each must
+    have its own colour, and on average lie off by no more than a fraction of a pixel."""
+    offsets = []
+    for image, uv, joints in zip(images, uvs, valid):
+        for j in np.flatnonzero(joints):
+            u, v = np.round(uv[j]).astype(int)
+            alone = np.sort(np.linalg.norm(uv - uv[j], axis=1))[1] > 14
+            if alone and 6 <= u < len(image) - 6 and 6 <= v < len(image) - 6:
+                red, green, blue = image[v, u].astype(int)
+                assert abs(red - (255 - 10 * j)) < 40 and abs(green - 10 * j) < 40 and blue > 200, (j, image[v, u])
+                weight = image[v - 6:v + 7, u - 6:u + 7, 2].astype(float)
+                rows, columns = np.mgrid[v - 6:v + 7, u - 6:u + 7]
+                offsets.append([(columns * weight).sum() / weight.sum() - uv[j, 0],
+                                (rows * weight).sum() / weight.sum() - uv[j, 1]])
+    assert np.abs(np.mean(offsets, axis=0)).max() < 0.25
+    return len(offsets)
+
+
+def test_a_dot_at_a_joint_is_found_there_by_the_network_and_the_known_answer_comes_out(dexycb, tmp_path):
+    """Mirrored left hands, hands across the border and hands outside: the picture, gt_uv and gt_xyz of a real run."""
+    root, truth = dexycb
+    out = tmp_path / "run"
+    run("finetune.py", "--dataset", "dexycb", "--root", root, "--out", out, *TINY, "--epochs", 1,
+        "--label-fraction", 0.1)
+    paths = [path for path in official(truth, subjects=(7, 8)) if truth[path]]
+    xyz, uv, valid = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "gt_uv", "valid"))
+    lines = [line.split("\t") for line in (out / "names.txt").read_text().splitlines()]
+    assert [Path(path) for _, path, _ in lines] == [root / path for path in paths] and len(xyz) == len(paths)
+    for k, path in enumerate(paths):
+        expected, pixels, side = truth[path]
+        sign = np.array([-1 if side == "left" else 1, 1, 1])
+        assert np.abs(xyz[k] - expected * sign).max() < 1e-3 and lines[k][2] == side
+        assert (valid[k] == visible(expected, pixels)).all()
+    args = parse("--root", root, "--out", out, *TINY, "--input-size", 320, dataset="dexycb")
+    test = finetune.split(args)[2]
+    batches = [finetune.Pictures(test, args, augment=False)[k] for k in range(len(test) // 10)]
+    images = torch.cat([batch["image"] for batch in batches]).numpy()
+    uv = 10 * uv[:len(images)] + 4.5  # the run's network gets pictures of a tenth of the side
+    assert np.abs(torch.cat([batch["uv"] for batch in batches]).numpy() - uv).max() < 1e-2
+    left = np.array([side == "left" for *_, side in lines])[:len(images)]
+    drawn = np.array([((truth[p][1] > 8) & (truth[p][1] < (631, 471))).all(1) for p in paths[:len(images)]])
+    outside = ~valid[:len(images)].any(1)
+    for some in (left, ~left):
+        assert dots_found(images[some], uv[some], drawn[some]) > 100
+    assert outside.any() and not images[outside].any()  # far outside: black, never another sample
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[1]["split"].startswith("DexYCB s1") and any("without a label" in note for note in log[1]["notes"])
+
+
+# ------------------------------------------------------------------------------------------------ AssemblyHands
+
+def write_assemblyhands(root, modality="ego", suffix="_mono10bit", sequences=(3, 2), frames=4, seed=1):
+    """AssemblyHands in small -> for each split a list of (path, hand, id, xyz mm in FreiHAND's order, uv, valid, box),
+    what a reader must keep, in order."""
+    rng, kept = np.random.default_rng(seed), {}
+    fingers = ["thumb", "index", "middle", "ring", "pinky"]
+    tips_first = [f"{finger}{k}" for finger in fingers for k in (4, 3, 2, 1)] + ["wrist"]
+    wrist_first = ["wrist"] + [f"{finger}{k}" for finger in fingers for k in (1, 2, 3, 4)]
+    for part, count in zip(("train", "val"), sequences):
+        images, annotations, calibration, poses, kept[part] = [], [], {}, {}, []
+        for s in range(count):
+            sequence = f"nusar-{part}_{s}"
+            poses[sequence], calibration[sequence] = {}, dict(intrinsics={}, extrinsics={})
+            for f in range(frames):
+                frame = f"{7 * f + 5:06d}"
+                named = {side: dict(zip(wrist_first, a_hand(rng) + (x, 0, 0))) for side, x in (("right", 160),
+                                                                                               ("left", -160))}
+                shown = [named[side][joint] for side in ("right", "left") for joint in tips_first]
+                turn, _ = cv2.Rodrigues(rng.normal(size=3))
+                shift, world = rng.normal(0, 200, 3), None
+                world = (np.array(shown) - shift) @ turn  # so that x = R X + t gives them back
+                poses[sequence][frame] = dict(world_coord=world.tolist(), joint_valid=[1] * 42)
+                calibration[sequence]["extrinsics"][frame] = extrinsics = {}
+                for c, camera in enumerate(("HMC_21179183", "HMC_84358933")):
+                    # the second camera sees the same from beside, turned
+                    more, _ = cv2.Rodrigues(np.array((0.1, 0.3, -0.2)) * c)
+                    move = np.array((-150.0, 0, 80)) * c
+                    extrinsics[camera + suffix] = np.hstack([more @ turn, (more @ shift + move)[:, None]]).tolist()
+                    k = np.array([[310.5 + c, 0, 317.2], [0, 305.25, 243.9], [0, 0, 1]])
+                    calibration[sequence]["intrinsics"][camera + suffix] = k.tolist()
+                    name = f"{modality}_images_rectified/{part}/{sequence}/{camera}_mono10bit/{frame}.jpg"
+                    number, picture = 100 + len(images), np.zeros((480, 636, 3), np.uint8)
+                    images.append(dict(id=number, file_name=name, width=636, height=480, seq_name=sequence,
+                                       camera=camera, frame_idx=7 * f + 5))
+                    boxes, visible = {}, np.ones(42, int)
+                    for h, side in enumerate(("right", "left")):
+                        xyz = np.array([named[side][joint] for joint in wrist_first]) @ more.T + move
+                        uv = np.stack([(310.5 + c) * xyz[:, 0] / xyz[:, 2] + 317.2,
+                                       305.25 * xyz[:, 1] / xyz[:, 2] + 243.9], 1)
+                        boxes[side] = [*(uv.min(0) - 3).tolist(), *(uv.max(0) + 4).tolist()]
+                        if f == 1 and h == 1:
+                            visible[21:33] = 0  # nine joints left
+                        if f == 1 and h == 0:
+                            visible[[0, 20]] = 0  # thumb tip and wrist
+                        if f == 2 and h == c:
+                            boxes[side] = None
+                        if boxes[side] is None or visible[21 * h:21 * h + 21].sum() < 10 or f == 3 and c == 1:
+                            continue
+                        seen = dict(zip(tips_first, visible[21 * h:21 * h + 21]))
+                        kept[part].append((name, side, 1000 + number, xyz, uv,
+                                           np.array([seen[joint] > 0 for joint in wrist_first]), boxes[side]))
+                        picture = np.maximum(picture, dotted(636, 480, uv))
+                    (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+                    cv2.imwrite(str(root / "images" / name), picture, JPEG)
+                    null = f == 3 and c == 1
+                    annotations.append(dict(id=1000 + number, image_id=number, bbox=boxes, frame_id=7 * f + 5,
+                                            joint_valid=None if null else visible.tolist(), keypoints=None))
+        folder = root / "annotations" / part
+        folder.mkdir(parents=True, exist_ok=True)
+        lists = {f"{modality}_data": dict(images=images, annotations=annotations), "joint_3d": dict(annotations=poses),
+                 f"{modality}_calib": dict(calibration=calibration)}
+        for name, content in lists.items():
+            (folder / f"assemblyhands_{part}_{name}_v1-1.json").write_text(json.dumps(content))
+    return kept
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets") / "assemblyhands"
+    return root, write_assemblyhands(root)
+
+
+def same_hands(found, expected):
+    assert len(found) == len(expected)
+    for k, (path, side, number, xyz, uv, valid, box) in enumerate(expected):
+        assert (found.path[k].decode(), found.left[k], found.index[k]) == (f"images/{path}", side == "left", number)
+        x0, y0, x1, y1 = box if side == "right" else (635 - box[2], box[1], 635 - box[0], box[3])
+        xyz, uv = (xyz, uv) if side == "right" else (xyz * (-1, 1, 1), np.stack([635 - uv[:, 0], uv[:, 1]], 1))
+        assert np.abs(found.xyz[k] - xyz).max() < 1e-6 and np.abs(found.uv[k] - uv).max() < 1e-6
+        assert (found.valid[k] == valid).all() and np.allclose(found.centre[k], ((x0 + x1) / 2, (y0 + y1) / 2))
+        assert found.side[k] == pytest.approx(max(1.75 * max(x1 - x0, y1 - y0), 100))
+
+
+@pytest.mark.parametrize("suffix,modality", [("_mono10bit", "ego"), ("", "exo")])
+def test_assemblyhands_is_read_to_the_letter(tmp_path, suffix, modality):
+    root = tmp_path / "set"
+    kept = write_assemblyhands(root, modality, suffix)
+    args = parse("--root", root, "--out", tmp_path / "run", "--modality", modality, dataset="assemblyhands")
+    train, validation, test, notes = finetune.split(args)
+    same_hands(test, kept["val"])
+    both = np.concatenate([train, validation])
+    same_hands(both[np.argsort(both["group"])].view(np.recarray), kept["train"])
+    assert not {*train.scene} & {*validation.scene} and len({*validation.scene}) == 1 and len({*train.scene}) == 2
+    text = " ".join(notes)
+    for count, reason in ((6, "with fewer than 10 valid joints"), (6, "without a box"), (6, "without labels")):
+        assert f"{count} {reason}" in notes[1], text
+    assert "tested on val" in notes[0] and "no labels" in notes[0] and f"AssemblyHands {modality}" in notes[0]
+
+
+def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
+    root = tmp_path / "set"
+    write_assemblyhands(root)
+
+    def line(*arguments):
+        return refused("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", tmp_path / "run", *TINY,
+                       *arguments)
+
+    assert "assemblyhands_train_exo_data_v1-1.json: missing" in line("--modality", "exo")
+    for part, name in (("train", "ego_data"), ("val", "ego_calib"), ("train", "joint_3d")):
+        file = root / "annotations" / part / f"assemblyhands_{part}_{name}_v1-1.json"
+        text = file.read_text()
+        for damage in (text[:len(text) // 2], "[]", "{}", "null"):
+            file.write_text(damage)
+            assert f"assemblyhands_{part}_" in line()
+        file.unlink()
+        assert f"{file.name}: missing" in line()
+        file.write_text(text)
+    data = root / "annotations" / "train" / "assemblyhands_train_ego_data_v1-1.json"
+    whole = json.loads(data.read_text())
+    for change in (dict(image_id=-1), dict(joint_valid=[1] * 40), dict(bbox=3), dict(id="x"),
+                   dict(bbox=dict(right=[1, 2, 3], left=None))):
+        data.write_text(json.dumps({**whole, "annotations": [{**whole["annotations"][0], **change}]}))
+        assert f"{data}: annotation" in line()
+    data.write_text(json.dumps({**whole, "annotations": [{**a, "joint_valid": None} for a in whole["annotations"]]}))
+    assert "without a labelled hand" in line() and "without labels" in line()
+    data.write_text(json.dumps(whole))
+    calib = root / "annotations" / "train" / "assemblyhands_train_ego_calib_v1-1.json"
+    text = calib.read_text()
+    calib.write_text(text.replace("310.5", "NaN"))
+    assert "not finite" in line()
+    calib.write_text(text.replace("000005", "000006"))
+    assert "missing in assemblyhands_train_ego_calib" in line()
+    calib.write_text(text)
+    picture = next((root / "images").rglob("*/train/**/*.jpg"))
+    cv2.imwrite(str(picture), np.zeros((480, 640, 3), np.uint8))
+    assert "640 pixels wide, its labels are for 636" in line("--epochs", 1, "--batch-size", 10)
+    content = picture.read_bytes()
+    picture.write_bytes(content[:len(content) // 2])
+    assert f"{picture.name}: missing or not a picture" in line("--epochs", 1)
+
+
+def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
+    root, kept = assembly
+    out = tmp_path / "run"
+    run("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY, "--epochs", 1)
+    xyz, uv, valid = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "gt_uv", "valid"))
+    for k, (_, side, _, expected, _, seen, _) in enumerate(kept["val"]):
+        assert np.abs(xyz[k] - expected * (-1 if side == "left" else 1, 1, 1)).max() < 1e-3
+        assert (valid[k] == seen).all()
+    args = parse("--root", root, "--out", out, *TINY, "--input-size", 320, "--batch-size", len(xyz),
+                 dataset="assemblyhands")
+    images = finetune.Pictures(finetune.split(args)[2], args, augment=False)[0]["image"].numpy()
+    left = np.array([side == "left" for _, side, *_ in kept["val"]])
+    drawn = np.array([((pixels > 8) & (pixels < (627, 471))).all(1) for _, _, _, _, pixels, _, _ in kept["val"]])
+    for some in (left, ~left):
+        assert dots_found(images[some], 10 * uv[some] + 4.5, (valid & drawn)[some]) > 20
+    assert np.isfinite(np.load(out / "pred_xyz.npy")).all()
 
 
 # ------------------------------------------------------------------------------------------------ pictures and targets
