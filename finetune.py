@@ -65,6 +65,7 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=128, help="pictures a step (paper: 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, a tenth of it from half of the "
                         "epochs on (DetNet's)")
+    parser.add_argument("--backbone-lr", type=float, help="the backbone's own learning rate (default: --lr)")
     parser.add_argument("--rotation", type=float, default=90.0, help="degrees to either side (DetNet: 90)")
     parser.add_argument("--no-colour", action="store_true", help="no colour jitter and blur")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,6 +78,7 @@ def parse_args():
     args = parser.parse_args()
     check_flags(args)
     args.root = os.path.normpath(args.root)
+    args.backbone_lr = args.lr if args.backbone_lr is None else args.backbone_lr
     for name, dataset, default in (("setup", "dexycb", "s1"), ("paper_filter", "dexycb", False),
                                    ("modality", "assemblyhands", "ego")):
         require(args.dataset == dataset or not getattr(args, name),
@@ -103,7 +105,9 @@ def main():
     torch.manual_seed(args.seed)
     net = DetNet(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
     net.backbone.requires_grad_(not args.freeze)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], args.lr, fused=device.type == "cuda")
+    heads = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
+    groups = [dict(params=heads, peak=args.lr), dict(params=list(net.backbone.parameters()), peak=args.backbone_lr)]
+    optimizer = torch.optim.Adam(groups[:1 if args.freeze else 2], fused=device.type == "cuda")
     lock = open_folder(out)  # held until the process ends
     step, best = 0, math.inf
     kept, digest = resume(out, args, FREE), zlib.crc32(train)
@@ -131,7 +135,7 @@ def main():
         if args.freeze:
             net.backbone.eval()
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (0.1 if step >= total // 2 else 1)
+            group["lr"] = group["peak"] * (0.1 if step >= total // 2 else 1)
         batch = {key: value.to(device, non_blocking=True) for key, value in next(loader).items()}
         loss = detnet_loss(forward(net, batch["image"], args), batch)
         optimizer.zero_grad(set_to_none=True)

@@ -651,6 +651,18 @@ def test_frozen_weights_do_not_move(straight, rendered, tmp_path):
     assert all(torch.equal(end["backbone." + k], v) for k, v in start.items())  # BatchNorm's statistics too
 
 
+def test_the_backbone_has_a_learning_rate_of_its_own(straight, rendered, tmp_path):
+    """At 0 the backbone's weights stay, unlike with --freeze BatchNorm's statistics move, and the heads learn."""
+    state = load_checkpoint(straight / "model.pt")["model"]
+    torch.save({k[9:]: v for k, v in state.items() if k.startswith("backbone.")}, tmp_path / "backbone.pt")
+    arguments = [a if a != "none" else tmp_path / "backbone.pt" for a in TINY]
+    run("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", tmp_path / "run", *arguments,
+        "--epochs", 1, "--backbone-lr", 0)
+    end = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
+    for k in (k for k in state if not k.endswith("num_batches_tracked")):
+        assert torch.equal(end[k], state[k]) == (k.startswith("backbone.") and "running" not in k), k
+
+
 def test_it_learns_what_it_is_shown(rendered):
     """A few steps on one batch must bring the loss down by far: targets, loss and network fit together."""
     args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--rotation", 0, "--no-colour")
