@@ -54,6 +54,8 @@ def parse_args():
     # network
     parser.add_argument("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
+    parser.add_argument("--head", choices=("detnet", "knn"), default="detnet", help="knn: no training; the pose of the "
+                        "nearest labelled training picture, by cosine similarity of the backbone's averaged features")
     parser.add_argument("--freeze", action="store_true", help="keep the backbone as it is, train the heads alone")
     parser.add_argument("--input-size", type=int, default=128,
                         help="side of the network's input in pixels, a multiple of 32; heat-maps have a quarter (128)")
@@ -98,7 +100,7 @@ def main():
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     train, validation, test, notes = split(args)
     steps_per_epoch = len(train) // args.batch_size
-    require(steps_per_epoch,
+    require(steps_per_epoch or args.head == "knn",
             f"{args.root}: {len(train)} training pictures, fewer than --batch-size {args.batch_size}")
     out, total = Path(args.out), args.epochs * steps_per_epoch
 
@@ -113,6 +115,7 @@ def main():
     kept, digest = resume(out, args, FREE), zlib.crc32(train)
     if kept:
         require(kept["data"] == digest, f"{args.root}: other labels than {out} was trained on; choose another --out")
+    if kept and args.head == "detnet":
         net.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step, best = kept["step"], kept["best"]
@@ -123,6 +126,12 @@ def main():
                    device=device, parameters=f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M")
     for note in notes:
         print(note)
+
+    if args.head == "knn":
+        save_checkpoint(out, dict(args=plain(args), data=digest))  # other arguments or labels are refused here too
+        uv, pose = nearest(net, train, test, args, device)
+        write_predictions(out, test, uv, pose, args)
+        return
 
     loader = iter(torch.utils.data.DataLoader(Pictures(train, args, augment=True), batch_size=None,
                                               sampler=range(step, total), num_workers=args.workers,
@@ -172,23 +181,9 @@ def main():
     plot_curves(out / "curves.png", rows, [["loss"], ["lr"], ["validation_mpjpe"]])
 
     net.load_state_dict(load_checkpoint(out / "model.pt")["model"])
-    pred_uv, pred = predict(net, test, args, device, progress=True)
-    scale = bone(test.xyz)[:, None, None]
-    pred_xyz = (pred * scale + test.xyz[:, :1]).astype(np.float32)
-    matrix = np.stack([crop_view(test, i, args, args.input_size)["matrix"] for i in range(len(test))])
-    gt_uv = test.uv @ matrix[:, :, :2].transpose(0, 2, 1) + matrix[:, None, :, 2]
-    save_array(out / "gt_xyz.npy", test.xyz.astype(np.float32))
-    save_array(out / "valid.npy", test.valid)
-    save_array(out / "gt_uv.npy", gt_uv.astype(np.float32))
-    save_array(out / "pred_uv.npy", pred_uv.astype(np.float32))
-    with atomic(out / "names.txt") as file:
-        file.writelines(f"{i}\t{os.path.join(args.root, path)}\t{'left' if left else 'right'}\n".encode()
-                        for i, path, left in zip(test.index, map(os.fsdecode, test.path), test.left))
-    error = masked_error(pred * scale, test.xyz - test.xyz[:, :1], test.valid)
-    draw_overlay(out / "overlay.jpg", test, pred_uv, gt_uv, error, args)
-    save_array(out / "pred_xyz.npy", pred_xyz)  # last: where it is, the run is complete
-    print(f"chosen at a validation MPJPE of {best:.2f} mm; test pictures {len(test)}; wrote {out}/pred_xyz.npy, see "
-          f"overlay.jpg and curves.png beside it; next: python evaluate.py {out}")
+    uv, pose = predict(net, test, args, device, progress=True)
+    print(f"chosen at a validation MPJPE of {best:.2f} mm, see {out}/curves.png")
+    write_predictions(out, test, uv, pose, args)
 
 
 # ---------------------------------------------------------------------------------------------- readers
@@ -216,6 +211,8 @@ def split(args):
     chosen = np.random.default_rng(args.seed).permutation(groups)[:max(round(args.label_fraction * len(groups)), 1)]
     used = np.isin(train.group, chosen)
     notes = notes + [f"labels: {len(chosen)} of {len(groups)} unique training samples"]
+    if args.head == "knn":  # there is nothing to choose
+        return train[used], train[:0], test, notes
     if validation is None:  # every tenth scene of the chosen labels, so that no pose is on both sides
         scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
         scenes = scenes[np.isin(scenes, train.scene[used])]
@@ -611,11 +608,8 @@ def predict(net, samples, args, device, progress=False):
     """-> uv (N, 21, 2) in input pixels, the centres of the hottest cells, and pose (N, 21, 3) read there from the
     location maps, relative to the wrist in lengths of the bone 0-9."""
     net.eval()
-    loader = torch.utils.data.DataLoader(Pictures(samples, args, augment=False), batch_size=None,
-                                         sampler=range(math.ceil(len(samples) / args.batch_size)),
-                                         num_workers=args.workers, worker_init_fn=start_worker)
     uvs, poses = [], []
-    for batch in tqdm(loader, unit="batch", desc="test", disable=not progress):
+    for batch in tqdm(batches(samples, args), unit="batch", desc="test", disable=not progress):
         heat, _, location = forward(net, batch["image"].to(device), args)
         cells = heat.shape[-1]
         hottest = heat.flatten(2).argmax(2)  # (N, 21), row-major
@@ -624,6 +618,13 @@ def predict(net, samples, args, device, progress=False):
         pose = location.flatten(3).gather(3, index)[..., 0]
         poses.append(pose - pose[:, :1])
     return torch.cat(uvs).cpu().numpy(), torch.cat(poses).cpu().numpy()
+
+
+def batches(samples, args):
+    """A loader of all samples' test crops, in order."""
+    return torch.utils.data.DataLoader(Pictures(samples, args, augment=False), batch_size=None,
+                                       sampler=range(math.ceil(len(samples) / args.batch_size)),
+                                       num_workers=args.workers, worker_init_fn=start_worker)
 
 
 def validate(net, samples, args, device):
@@ -650,6 +651,52 @@ def scaled_pose(xyz):
     """(..., 21, 3) -> the same relative to the wrist, in lengths of the bone 0-9; in mm where that has none."""
     length = bone(xyz)[..., None, None]
     return (xyz - xyz[..., :1, :]) / np.where(length > 0, length, 1)
+
+
+@torch.no_grad()
+def nearest(net, train, test, args, device):
+    """-> uv and pose, as of `predict`, of each test picture's nearest training picture, both in test crops. Training
+    pictures come a batch at a time: the similarities of all pairs would not fit."""
+    def features(samples, name):
+        for batch in tqdm(batches(samples, args), unit="batch", desc=name):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                yield net.backbone(normalise(batch["image"].to(device)))
+
+    net.eval()
+    train = train[train.valid[:, 0] & train.valid[:, 9]]  # the others' pose cannot be aligned and scaled
+    require(len(train), f"{args.root}: no training sample with a valid wrist and joint 9")
+    queries = F.normalize(torch.cat([f.float() for f in features(test, "test")]))
+    best = queries.new_full((len(test),), -math.inf)
+    found, seen = torch.zeros_like(best, dtype=torch.long), 0
+    for keys in features(train, "training"):
+        value, row = (queries @ F.normalize(keys.float()).T).max(1)
+        found, best = torch.where(value > best, row + seen, found), torch.maximum(value, best)
+        seen += len(keys)
+    found = found.cpu().numpy()
+    return crop_uv(train, args)[found], scaled_pose(train.xyz)[found]
+
+
+def write_predictions(out, samples, uv, pose, args):
+    """pose (N, 21, 3) in lengths of the bone 0-9, uv (N, 21, 2) in pixels of the network's input -> the run's files."""
+    scale, true_uv = bone(samples.xyz)[:, None, None], crop_uv(samples, args)
+    arrays = dict(gt_xyz=samples.xyz, gt_uv=true_uv, pred_uv=uv)
+    save_array(out / "valid.npy", samples.valid)
+    for name, array in arrays.items():
+        save_array(out / f"{name}.npy", array.astype(np.float32))
+    with atomic(out / "names.txt") as file:
+        file.writelines(f"{i}\t{os.path.join(args.root, path)}\t{'left' if left else 'right'}\n".encode()
+                        for i, path, left in zip(samples.index, map(os.fsdecode, samples.path), samples.left))
+    error = masked_error(pose * scale, samples.xyz - samples.xyz[:, :1], samples.valid)
+    draw_overlay(out / "overlay.jpg", samples, uv, true_uv, error, args)
+    save_array(out / "pred_xyz.npy", (pose * scale + samples.xyz[:, :1]).astype(np.float32))  # last: the run is complete
+    print(f"{len(samples)} test pictures; wrote {out}/pred_xyz.npy, see overlay.jpg beside it; next: "
+          f"python evaluate.py {out}")
+
+
+def crop_uv(samples, args):
+    """-> the samples' uv (N, 21, 2) in their test crops, in pixels of the network's input."""
+    matrix = np.stack([crop_view(samples, i, args, args.input_size)["matrix"] for i in range(len(samples))])
+    return samples.uv @ matrix[:, :, :2].transpose(0, 2, 1) + matrix[:, None, :, 2]
 
 
 def draw_overlay(path, samples, pred_uv, gt_uv, error, args, columns=8):

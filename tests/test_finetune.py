@@ -663,6 +663,43 @@ def test_the_backbone_has_a_learning_rate_of_its_own(straight, rendered, tmp_pat
         assert torch.equal(end[k], state[k]) == (k.startswith("backbone.") and "running" not in k), k
 
 
+def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_path):
+    state = load_checkpoint(straight / "model.pt")["model"]
+    torch.save({k[9:]: v for k, v in state.items() if k.startswith("backbone.")}, tmp_path / "backbone.pt")
+    arguments = ["--root", rendered / "freihand", "--out", tmp_path / "run",
+                 *(a if a != "none" else tmp_path / "backbone.pt" for a in TINY), "--head", "knn",
+                 "--label-fraction", 0.5]
+    run("finetune.py", "--dataset", "freihand", *arguments)
+    args = parse(*arguments)
+    train, validation, test, _ = finetune.split(args)
+    assert len(train) == 4 * 8 and not len(validation)  # all chosen labels
+    net = finetune.load_backbone("resnet18", tmp_path / "backbone.pt").eval()
+
+    def crops(samples):
+        every = parse(*arguments, "--batch-size", len(samples))
+        return finetune.Pictures(samples, every, augment=False)[0]
+
+    labelled, asked = crops(train), crops(test)
+    with torch.no_grad():
+        keys, queries = (net(finetune.normalise(part["image"])).double() for part in (labelled, asked))
+    predicted, truth, uv = (np.load(tmp_path / "run" / f"{name}.npy") for name in ("pred_xyz", "gt_xyz", "pred_uv"))
+    neighbours = set()
+    for k, q in enumerate(queries):
+        n = max(range(len(keys)), key=lambda i: (q @ keys[i] / q.norm() / keys[i].norm()).item())
+        length = np.linalg.norm(truth[k, 9] - truth[k, 0])
+        pose = train.xyz[n] - train.xyz[n, 0]
+        expected = truth[k, 0] + pose * length / np.linalg.norm(pose[9])
+        assert np.abs(predicted[k] - expected).max() < 1e-2 and np.allclose(uv[k], labelled["uv"][n], atol=1e-3)
+        neighbours.add(n)
+    assert len(neighbours) > 2
+    assert cv2.imread(str(tmp_path / "run" / "overlay.jpg")) is not None
+    run("evaluate.py", tmp_path / "run")
+    before = (tmp_path / "run" / "pred_xyz.npy").read_bytes()
+    run("finetune.py", "--dataset", "freihand", *arguments, "--batch-size", 10)
+    assert (tmp_path / "run" / "pred_xyz.npy").read_bytes() == before
+    assert "--label-fraction was 0.5, is 1.0" in refused("finetune.py", "--dataset", "freihand", *arguments[:-2])
+
+
 def test_it_learns_what_it_is_shown(rendered):
     """A few steps on one batch must bring the loss down by far: targets, loss and network fit together."""
     args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--rotation", 0, "--no-colour")
