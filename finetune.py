@@ -26,6 +26,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import nn
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
                     load_array, load_backbone, load_checkpoint, normalise, open_folder, plain, plot_curves,
                     print_settings, require, resume, run_script, save_array, save_checkpoint, save_image, sheet,
-                    start_log, write_log)
+                    start_log, start_ranks, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and 100 px at least).
@@ -64,7 +65,8 @@ def parse_args():
                         "use, with all their versions; a smaller share lies within a larger one of the same seed")
     # optimisation
     parser.add_argument("--epochs", type=int, default=120, help="(paper: 120)")
-    parser.add_argument("--batch-size", type=int, default=128, help="pictures a step (paper: 128)")
+    parser.add_argument("--batch-size", type=int, default=128, help="pictures a step, over all ranks of torchrun, a "
+                        "multiple of their number; BatchNorm sees a rank's share (paper: 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, a tenth of it from half of the "
                         "epochs on (DetNet's)")
     parser.add_argument("--backbone-lr", type=float, help="the backbone's own learning rate (default: --lr)")
@@ -96,53 +98,57 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    train, validation, test, notes = split(args)  # first: ranks that wait for one that reads would time out
+    rank, args.ranks, device = start_ranks(args.device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    train, validation, test, notes = split(args)
+    require(args.batch_size % args.ranks == 0, f"--batch-size must be a multiple of {args.ranks} ranks")
+    require(args.ranks == 1 or args.head == "detnet", "--head knn runs as one process, not under torchrun")
     steps_per_epoch = len(train) // args.batch_size
     require(steps_per_epoch or args.head == "knn",
             f"{args.root}: {len(train)} training pictures, fewer than --batch-size {args.batch_size}")
     out, total = Path(args.out), args.epochs * steps_per_epoch
 
     torch.manual_seed(args.seed)
-    net = DetNet(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
-    net.backbone.requires_grad_(not args.freeze)
-    heads = [p for name, p in net.named_parameters() if not name.startswith("backbone.")]
-    groups = [dict(params=heads, peak=args.lr), dict(params=list(net.backbone.parameters()), peak=args.backbone_lr)]
+    model = DetNet(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
+    model.backbone.requires_grad_(not args.freeze)
+    heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    groups = [dict(params=heads, peak=args.lr), dict(params=list(model.backbone.parameters()), peak=args.backbone_lr)]
     optimizer = torch.optim.Adam(groups[:1 if args.freeze else 2], fused=device.type == "cuda")
-    lock = open_folder(out)  # held until the process ends
+    lock = open_folder(out) if rank == 0 else None  # held until the process ends
     step, best = 0, math.inf
     kept, digest = resume(out, args, FREE), zlib.crc32(train)
     if kept:
         require(kept["data"] == digest, f"{args.root}: other labels than {out} was trained on; choose another --out")
     if kept and args.head == "detnet":
-        net.load_state_dict(kept["model"])
+        model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step, best = kept["step"], kept["best"]
-    rows = start_log(out, args, step)
-    if not rows:
-        write_log(out, {"split": notes[0], "notes": notes[1:]})
-    print_settings(args, train=len(train), validation=len(validation), test=len(test), steps=total, start=step,
-                   device=device, parameters=f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M")
-    for note in notes:
-        print(note)
+    rows = start_log(out, args, step) if rank == 0 else []
+    if rank == 0:
+        if not rows:
+            write_log(out, {"split": notes[0], "notes": notes[1:]})
+        print_settings(args, train=len(train), validation=len(validation), test=len(test), steps=total, start=step,
+                       device=device, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
+        print(*notes, sep="\n")
 
     if args.head == "knn":
         save_checkpoint(out, dict(args=plain(args), data=digest))  # other arguments or labels are refused here too
-        uv, pose = nearest(net, train, test, args, device)
+        uv, pose = nearest(model, train, test, args, device)
         write_predictions(out, test, uv, pose, args)
         return
 
-    loader = iter(torch.utils.data.DataLoader(Pictures(train, args, augment=True), batch_size=None,
+    net = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) \
+        if args.ranks > 1 else model
+    loader = iter(torch.utils.data.DataLoader(Pictures(train, args, True, rank, args.ranks), batch_size=None,
                                               sampler=range(step, total), num_workers=args.workers,
                                               pin_memory=device.type == "cuda", worker_init_fn=start_worker,
                                               generator=torch.Generator()))
     stop, saved, recent, since = catch_sigterm(), time.time(), [], time.time()
-    bar = tqdm(total=total, initial=step, unit="step")
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0)
     while step < total:
         net.train()
         if args.freeze:
-            net.backbone.eval()
+            model.backbone.eval()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (0.1 if step >= total // 2 else 1)
         batch = {key: value.to(device, non_blocking=True) for key, value in next(loader).items()}
@@ -155,35 +161,50 @@ def main():
         bar.update()
 
         end_of_epoch = step % steps_per_epoch == 0
-        if end_of_epoch or stop or time.time() - saved > 60 * args.save_minutes:
-            mean = torch.stack(recent).mean().item()
+        stopping, due = bool(stop), end_of_epoch or time.time() - saved > 60 * args.save_minutes
+        if args.ranks > 1:  # all ranks save and leave the loop at the same step
+            stopping, due = (over_ranks(torch.tensor([stopping, due], device=device).int()) > 0).tolist()
+        if due or stopping:
+            mean = over_ranks(torch.stack(recent).mean()).item() / args.ranks
             require(math.isfinite(mean), f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last "
                     "good state; try a smaller --lr or --precision fp32")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"], loss=mean,
                        pictures_per_s=args.batch_size * len(recent) / (time.time() - since))
             if end_of_epoch:
-                row["validation_mpjpe"] = validate(net, validation, args, device)
-                if row["validation_mpjpe"] < best:
-                    best = row["validation_mpjpe"]
+                row["validation_mpjpe"] = validate(model, validation, args, device)
+                if row["validation_mpjpe"] < best and rank == 0:
                     with atomic(out / "model.pt") as file:
-                        torch.save(dict(backbone=args.backbone, model=net.state_dict()), file)
+                        torch.save(dict(backbone=args.backbone, model=model.state_dict()), file)
+                best = min(best, row["validation_mpjpe"])
             rows.append(row)
-            write_log(out, row)
-            save_checkpoint(out, dict(args=plain(args), data=digest, step=step, best=best,
-                                      model=net.state_dict(), optimizer=optimizer.state_dict()))
+            if rank == 0:
+                write_log(out, row)
+                save_checkpoint(out, dict(args=plain(args), data=digest, step=step, best=best,
+                                          model=model.state_dict(), optimizer=optimizer.state_dict()))
             bar.set_postfix_str(f"loss {mean:.3f}, validation {best:.1f} mm, {row['pictures_per_s']:.0f} pictures/s")
             saved, recent, since = time.time(), [], time.time()
-            if stop and step < total:
+            if stopping and step < total:
                 bar.close()
-                print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
+                if rank == 0:
+                    print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
                 return
     bar.close()
-    plot_curves(out / "curves.png", rows, [["loss"], ["lr"], ["validation_mpjpe"]])
+    if rank == 0:
+        plot_curves(out / "curves.png", rows, [["loss"], ["lr"], ["validation_mpjpe"]])
+        model.load_state_dict(load_checkpoint(out / "model.pt")["model"])
+        print(f"chosen at a validation MPJPE of {best:.2f} mm, see {out}/curves.png")
+    uv, pose = predict(model, test, args, device, progress=rank == 0)
+    if rank == 0:
+        write_predictions(out, test, uv, pose, args)
+    if args.ranks > 1:
+        dist.destroy_process_group()
 
-    net.load_state_dict(load_checkpoint(out / "model.pt")["model"])
-    uv, pose = predict(net, test, args, device, progress=True)
-    print(f"chosen at a validation MPJPE of {best:.2f} mm, see {out}/curves.png")
-    write_predictions(out, test, uv, pose, args)
+
+def over_ranks(tensor):
+    """The sum of all ranks' tensors."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ---------------------------------------------------------------------------------------------- readers
@@ -449,11 +470,13 @@ def cached(args, files, read):
 # ---------------------------------------------------------------------------------------------- pictures
 
 class Pictures(torch.utils.data.Dataset):
-    """Item step -> one batch: image uint8 (B, S, S, 3), uv (B, 21, 2) input pixels, pose (B, 21, 3) relative to the
-    wrist in bone lengths, valid (B, 21), has_pose (B,): wrist and joint 9, which scale the pose, are valid."""
+    """Item step -> one batch, or a rank's share of it: image uint8 (B, S, S, 3), uv (B, 21, 2) input pixels, pose
+    (B, 21, 3) relative to the wrist in bone lengths, valid (B, 21), has_pose (B,): wrist and joint 9, which scale the
+    pose, are valid; posed: how many of the whole batch have one, over the number of ranks."""
 
-    def __init__(self, samples, args, augment):
+    def __init__(self, samples, args, augment, rank=0, ranks=1):
         self.samples, self.args, self.augment, self.epoch = samples, args, augment, None
+        self.rank, self.ranks = rank, ranks
 
     def __getitem__(self, step):
         args, samples, count = self.args, self.samples, len(self.samples)
@@ -464,8 +487,9 @@ class Pictures(torch.utils.data.Dataset):
             rows = self.order[place * args.batch_size:(place + 1) * args.batch_size]
         else:
             rows = np.arange(step * args.batch_size, min((step + 1) * args.batch_size, count))
+        posed, share = samples.valid[rows][:, [0, 9]].all(1).sum() / self.ranks, len(rows) // self.ranks
         made = []
-        for i in rows:
+        for i in rows[self.rank * share:(self.rank + 1) * share]:
             rng = np.random.default_rng((args.seed, epoch, i)) if self.augment else None
             view = crop_view(samples, i, args, args.input_size, rng)
             image, uv = apply_view(view, read_picture(samples, i, args.root), samples.uv[i], args.input_size)
@@ -476,8 +500,8 @@ class Pictures(torch.utils.data.Dataset):
                 image = image if args.no_colour else jitter(image, rng)
             valid = samples.valid[i]
             made.append((image, uv, pose.astype(np.float32), valid, valid[0] & valid[9]))
-        return {key: torch.from_numpy(np.stack(part))
-                for key, part in zip(("image", "uv", "pose", "valid", "has_pose"), zip(*made))}
+        return {key: torch.from_numpy(np.stack(part)) for key, part in zip(
+            ("image", "uv", "pose", "valid", "has_pose"), zip(*made))} | {"posed": torch.tensor(posed)}
 
 
 def read_picture(samples, i, root):
@@ -592,11 +616,12 @@ def detnet_loss(outputs, batch):
     bones = F.normalize(pose - pose[:, parents], dim=2)
     both = (batch["valid"] & batch["valid"][:, parents])[..., None, None, None]
     posed, weight = batch["has_pose"], target[:, :, None]
+    count = batch.get("posed", posed.sum())  # of all ranks, whose gradients are averaged
 
     def map_loss(prediction, goal, mask):
         difference = (prediction - goal[..., None, None]) * weight * mask
         norms = difference.flatten(1).square().sum(1).add(1e-12).sqrt()
-        return (norms * posed).sum() / posed.sum().clamp(min=1)
+        return (norms * posed).sum() / count.clamp(min=1e-6)
 
     return 100 * heat_loss + (map_loss(delta, bones, both) + 10 * map_loss(location, pose, 1)) / math.sqrt(128)
 
@@ -607,23 +632,28 @@ def detnet_loss(outputs, batch):
 def predict(net, samples, args, device, progress=False):
     """-> uv (N, 21, 2) in input pixels, the centres of the hottest cells, and pose (N, 21, 3) read there from the
     location maps, relative to the wrist in lengths of the bone 0-9."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for tensor in net.state_dict().values() if ranks > 1 else ():
+        dist.broadcast(tensor, 0)  # BatchNorm's statistics differ, and rank 0 may have loaded the chosen model
     net.eval()
-    uvs, poses = [], []
-    for batch in tqdm(batches(samples, args), unit="batch", desc="test", disable=not progress):
+    found = torch.zeros(len(samples), 21, 5, device=device)  # each rank fills its batches' rows
+    loader = batches(samples, args, rank, ranks)
+    for k, batch in zip(loader.sampler, tqdm(loader, unit="batch", desc="test", disable=not progress)):
         heat, _, location = forward(net, batch["image"].to(device), args)
         cells = heat.shape[-1]
         hottest = heat.flatten(2).argmax(2)  # (N, 21), row-major
-        uvs.append((torch.stack([hottest % cells, hottest // cells], 2) + 0.5) * 4 - 0.5)
-        index = hottest[..., None, None].expand(-1, -1, 3, 1)
-        pose = location.flatten(3).gather(3, index)[..., 0]
-        poses.append(pose - pose[:, :1])
-    return torch.cat(uvs).cpu().numpy(), torch.cat(poses).cpu().numpy()
+        uv = (torch.stack([hottest % cells, hottest // cells], 2) + 0.5) * 4 - 0.5
+        pose = location.flatten(3).gather(3, hottest[..., None, None].expand(-1, -1, 3, 1))[..., 0]
+        rows = slice(k * args.batch_size, k * args.batch_size + len(uv))
+        found[rows] = torch.cat([uv, pose - pose[:, :1]], 2)
+    found = over_ranks(found).cpu().numpy()
+    return found[..., :2], found[..., 2:]
 
 
-def batches(samples, args):
-    """A loader of all samples' test crops, in order."""
+def batches(samples, args, rank=0, ranks=1):
+    """A loader of the samples' test crops in order, or of every ranks-th batch of them."""
     return torch.utils.data.DataLoader(Pictures(samples, args, augment=False), batch_size=None,
-                                       sampler=range(math.ceil(len(samples) / args.batch_size)),
+                                       sampler=range(rank, math.ceil(len(samples) / args.batch_size), ranks),
                                        num_workers=args.workers, worker_init_fn=start_worker)
 
 
@@ -688,7 +718,8 @@ def write_predictions(out, samples, uv, pose, args):
                         for i, path, left in zip(samples.index, map(os.fsdecode, samples.path), samples.left))
     error = masked_error(pose * scale, samples.xyz - samples.xyz[:, :1], samples.valid)
     draw_overlay(out / "overlay.jpg", samples, uv, true_uv, error, args)
-    save_array(out / "pred_xyz.npy", (pose * scale + samples.xyz[:, :1]).astype(np.float32))  # last: the run is complete
+    xyz = pose * scale + samples.xyz[:, :1]
+    save_array(out / "pred_xyz.npy", xyz.astype(np.float32))  # last: where it is, the run is complete
     print(f"{len(samples)} test pictures; wrote {out}/pred_xyz.npy, see overlay.jpg beside it; next: "
           f"python evaluate.py {out}")
 

@@ -17,7 +17,7 @@ import torch
 
 import finetune
 from common import load_checkpoint
-from conftest import ENVIRONMENT, ROOT, refused, run
+from conftest import ENVIRONMENT, ROOT, refused, run, torchrun
 from test_pretrain import same
 
 TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--workers", "0", "--batch-size", "10")
@@ -698,6 +698,60 @@ def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_pa
     run("finetune.py", "--dataset", "freihand", *arguments, "--batch-size", 10)
     assert (tmp_path / "run" / "pred_xyz.npy").read_bytes() == before
     assert "--label-fraction was 0.5, is 1.0" in refused("finetune.py", "--dataset", "freihand", *arguments[:-2])
+
+
+RANKS = """
+import json, sys, torch, finetune
+from common import start_ranks
+sys.argv = json.loads(sys.argv[1])
+args = finetune.parse_args(); args.precision = "fp32"
+train = finetune.split(args)[0]
+train.valid[::3, 0] = False  # no pose, so that shares differ in how many have one
+rank, world, device = start_ranks("cpu")
+torch.manual_seed(0)
+model = finetune.DetNet("resnet18", "none").eval()
+net = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+batch = finetune.Pictures(train, args, True, rank, world)[0]
+loss = finetune.detnet_loss(finetune.forward(net, batch["image"], args), batch)
+loss.backward()
+total = finetune.over_ranks(loss.detach().clone()) / world
+if rank == 0:
+    torch.save([total, [p.grad for p in model.parameters()], batch["has_pose"].sum()], args.out)
+"""
+
+
+def test_two_ranks_have_the_gradient_of_one_process(rendered, tmp_path):
+    """With BatchNorm in eval mode nothing but rounding tells a batch of 10 from two shares of 5."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    found = []
+    for world in (1, 2):
+        argv = ["finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", *TINY, "--out",
+                tmp_path / f"{world}.pt"]
+        torchrun(tmp_path / "ranks.py", json.dumps([str(a) for a in argv]), ranks=world)
+        found.append(load_checkpoint(tmp_path / f"{world}.pt"))
+    (loss1, one, posed1), (loss2, two, posed2) = found
+    assert loss1.item() == pytest.approx(loss2.item(), rel=1e-5) and 2 * posed2 != posed1
+    for a, b in zip(one, two, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
+
+
+def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--batch-size", 6,
+                 "--epochs", 1]
+    torchrun("finetune.py", *arguments)
+    assert {p.name for p in straight.iterdir()} - {p.name for p in out.iterdir()} == {"checkpoint-previous.pt"}
+    args = parse(*arguments[2:])
+    args.precision, net = "fp32", finetune.DetNet("resnet18", "none")
+    net.load_state_dict(load_checkpoint(out / "model.pt")["model"])
+    _, validation, test, _ = finetune.split(args)
+    uv, pose = finetune.predict(net, test, args, torch.device("cpu"))
+    assert np.array_equal(uv.astype(np.float32), np.load(out / "pred_uv.npy"))
+    xyz = pose * finetune.bone(test.xyz)[:, None, None] + test.xyz[:, :1]
+    assert np.abs(np.load(out / "pred_xyz.npy") - xyz).max() < 1e-3
+    row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert row["validation_mpjpe"] == pytest.approx(finetune.validate(net, validation, args, torch.device("cpu")))
+    assert "--ranks was 2, is 1" in refused("finetune.py", *arguments)
 
 
 def test_it_learns_what_it_is_shown(rendered):
