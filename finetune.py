@@ -3,10 +3,11 @@
 Reads a data set in its own layout and writes into --out: model.pt, checkpoint.pt, log.jsonl, curves.png, and for the
 test split pred_xyz.npy, gt_xyz.npy (mm), valid.npy, pred_uv.npy, gt_uv.npy (network-input pixels), names.txt and
 overlay.jpg. The model is chosen on a validation split, never on the test split. As in the paper, test pictures are
-cropped by their true joints, and the wrist's place and the length of the bone 0-9, which one picture cannot tell, are
-taken from the ground truth. Stop it at any moment and run the same command again: it goes on.
+cropped by their true joints or boxes, and the wrist's place and the length of the bone 0-9, which one picture cannot
+tell, are taken from the ground truth. Stop it at any moment and run the same command again: it goes on.
 
     python finetune.py --dataset freihand --root FreiHAND_pub_v2 --weights runs/simhand/backbone.pt --out runs/freihand
+    python finetune.py --predict my_pictures --weights runs/freihand/model.pt --out runs/mine
     python finetune.py --dataset freihand --root demo/freihand --weights none --backbone resnet18 --input-size 64 \
         --batch-size 16 --epochs 2 --out runs/tiny
 """
@@ -33,9 +34,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
-                    load_array, load_backbone, load_checkpoint, normalise, open_folder, plain, plot_curves,
-                    print_settings, require, resume, run_script, save_array, save_checkpoint, save_image, sheet,
-                    start_log, start_ranks, write_log)
+                    load_array, load_backbone, load_checkpoint, load_hands, normalise, open_folder, plain, plot_curves,
+                    print_settings, read_crop, require, resume, run_script, save_array, save_checkpoint, save_image,
+                    sheet, start_log, start_ranks, write_log)
 
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and 100 px at least).
@@ -44,14 +45,17 @@ CROP = {"freihand": 2.0, "dexycb": 1.75, "assemblyhands": 1.75}
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=sorted(READERS), required=True)
-    parser.add_argument("--root", required=True, help="the data set's folder, in its own layout")
+    parser.add_argument("--dataset", choices=sorted(READERS))
+    parser.add_argument("--root", help="the data set's folder, in its own layout")
     parser.add_argument("--out", required=True, help="folder of this run")
-    parser.add_argument("--setup", choices=sorted(SETUPS), help="DexYCB: how it is divided (default: s1, "
-                        "unseen subjects; s0: unseen sequences, s2: unseen views, s3: unseen objects)")
-    parser.add_argument("--paper-filter", action="store_true", help="DexYCB: keep only frames with 10 joints or more "
-                        "in the picture, the wrist and joint 9 among them (default: every labelled frame)")
-    parser.add_argument("--modality", choices=("ego", "exo"), help="AssemblyHands: its cameras (default: ego)")
+    parser.add_argument("--setup", choices=sorted(SETUPS), help="DexYCB's division: unseen sequences (s0), subjects "
+                        "(s1, the default), views (s2) or objects (s3)")
+    parser.add_argument("--paper-filter", action="store_true", help="DexYCB: only frames with 10 joints or more in the "
+                        "picture, the wrist and joint 9 among them, as SiMHand (default: every labelled frame)")
+    parser.add_argument("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego)")
+    parser.add_argument("--predict", metavar="FOLDER", help="instead of a data set: what the trained --weights "
+                        "RUN/model.pt says of the pictures in a folder, one right hand filling each, or of a hands "
+                        "folder's crops")
     # network
     parser.add_argument("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
@@ -65,11 +69,10 @@ def parse_args():
                         "use, with all their versions; a smaller share lies within a larger one of the same seed")
     # optimisation
     parser.add_argument("--epochs", type=int, default=120, help="(paper: 120)")
-    parser.add_argument("--batch-size", type=int, default=128, help="pictures a step, over all ranks of torchrun, a "
-                        "multiple of their number; BatchNorm sees a rank's share (paper: 128)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, a tenth of it from half of the "
-                        "epochs on (DetNet's)")
-    parser.add_argument("--backbone-lr", type=float, help="the backbone's own learning rate (default: --lr)")
+    parser.add_argument("--batch-size", type=int, default=128, help="pictures a step over all ranks of torchrun; "
+                        "BatchNorm sees a rank's share (paper: 128)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's, a tenth of it from half of the epochs (DetNet)")
+    parser.add_argument("--backbone-lr", type=float, help="the backbone's own, in the same way (default: --lr)")
     parser.add_argument("--rotation", type=float, default=90.0, help="degrees to either side (DetNet: 90)")
     parser.add_argument("--no-colour", action="store_true", help="no colour jitter and blur")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,33 +80,36 @@ def parse_args():
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one)")
     parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))),
-                        help="loader processes, 0: none (default: one a core, 8 at most)")
+                        help="loader processes of each rank, 0: none (default: one a core, 8 at most)")
     parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")
     args = parser.parse_args()
     check_flags(args)
-    args.root = os.path.normpath(args.root)
-    args.backbone_lr = args.lr if args.backbone_lr is None else args.backbone_lr
-    for name, dataset, default in (("setup", "dexycb", "s1"), ("paper_filter", "dexycb", False),
-                                   ("modality", "assemblyhands", "ego")):
-        require(args.dataset == dataset or not getattr(args, name),
-                f"--{name.replace('_', '-')} is for --dataset {dataset}, not {args.dataset}")
-        if args.dataset == dataset:
-            setattr(args, name, getattr(args, name) or default)
+    require(bool(args.predict) != bool(args.dataset and args.root),
+            "expected --dataset and --root, or --predict and --weights RUN/model.pt")
+    require(args.dataset == "dexycb" or not (args.setup or args.paper_filter), "--setup and --paper-filter: DexYCB only")
+    require(args.dataset == "assemblyhands" or not args.modality, "--modality: AssemblyHands only")
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
             "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
     require(args.input_size >= 32 and args.input_size % 32 == 0,
             f"--input-size must be a multiple of 32, not {args.input_size}")
+    args.root = os.path.normpath(args.root or args.predict)
+    args.setup = "s1" if args.dataset == "dexycb" and not args.setup else args.setup
+    args.modality = "ego" if args.dataset == "assemblyhands" and not args.modality else args.modality
+    args.backbone_lr = args.lr if args.backbone_lr is None else args.backbone_lr
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
     return args
 
 
 def main():
     args = parse_args()
-    train, validation, test, notes = split(args)  # first: ranks that wait for one that reads would time out
+    if args.predict:
+        return predict_folder(args)
+    train, validation, test, notes = split(args)  # before the ranks meet: waiting for the one that reads may take long
     rank, args.ranks, device = start_ranks(args.device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    require(args.batch_size % args.ranks == 0, f"--batch-size must be a multiple of {args.ranks} ranks")
-    require(args.ranks == 1 or args.head == "detnet", "--head knn runs as one process, not under torchrun")
-    steps_per_epoch = len(train) // args.batch_size
+    require(args.batch_size % args.ranks == 0 and (args.head == "detnet" or args.ranks == 1),
+            f"--batch-size must be a multiple of {args.ranks} ranks, and --head knn runs on one")
+    steps_per_epoch = len(train) // args.batch_size if args.head == "detnet" else 0
     require(steps_per_epoch or args.head == "knn",
             f"{args.root}: {len(train)} training pictures, fewer than --batch-size {args.batch_size}")
     out, total = Path(args.out), args.epochs * steps_per_epoch
@@ -113,13 +119,11 @@ def main():
     model.backbone.requires_grad_(not args.freeze)
     heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     groups = [dict(params=heads, peak=args.lr), dict(params=list(model.backbone.parameters()), peak=args.backbone_lr)]
-    optimizer = torch.optim.Adam(groups[:1 if args.freeze else 2], fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(groups[:1] if args.freeze else groups, fused=device.type == "cuda")
     lock = open_folder(out) if rank == 0 else None  # held until the process ends
-    step, best = 0, math.inf
-    kept, digest = resume(out, args, FREE), zlib.crc32(train)
+    step, best, digest, kept = 0, math.inf, zlib.crc32(train), resume(out, args, FREE)
     if kept:
         require(kept["data"] == digest, f"{args.root}: other labels than {out} was trained on; choose another --out")
-    if kept and args.head == "detnet":
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step, best = kept["step"], kept["best"]
@@ -128,23 +132,16 @@ def main():
         if not rows:
             write_log(out, {"split": notes[0], "notes": notes[1:]})
         print_settings(args, train=len(train), validation=len(validation), test=len(test), steps=total, start=step,
-                       device=device, parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
+                       parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
         print(*notes, sep="\n")
 
-    if args.head == "knn":
-        save_checkpoint(out, dict(args=plain(args), data=digest))  # other arguments or labels are refused here too
-        uv, pose = nearest(model, train, test, args, device)
-        write_predictions(out, test, uv, pose, args)
-        return
-
-    net = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) \
-        if args.ranks > 1 else model
-    loader = iter(torch.utils.data.DataLoader(Pictures(train, args, True, rank, args.ranks), batch_size=None,
-                                              sampler=range(step, total), num_workers=args.workers,
-                                              pin_memory=device.type == "cuda", worker_init_fn=start_worker,
-                                              generator=torch.Generator()))
+    net = model if args.ranks == 1 else nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None)
+    loader = iter(load(Pictures(train, args, True, rank, args.ranks), range(step, total), args,
+                       pin_memory=device.type == "cuda"))
+    length = float(np.median(bone(train.xyz[posed(train)])))  # for --predict, which has none to go by
     stop, saved, recent, since = catch_sigterm(), time.time(), [], time.time()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0)
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or not total)
     while step < total:
         net.train()
         if args.freeze:
@@ -161,20 +158,21 @@ def main():
         bar.update()
 
         end_of_epoch = step % steps_per_epoch == 0
-        stopping, due = bool(stop), end_of_epoch or time.time() - saved > 60 * args.save_minutes
-        if args.ranks > 1:  # all ranks save and leave the loop at the same step
-            stopping, due = (over_ranks(torch.tensor([stopping, due], device=device).int()) > 0).tolist()
-        if due or stopping:
+        due = torch.tensor([bool(stop), end_of_epoch or time.time() - saved > 60 * args.save_minutes]).int()
+        stopping, due = over_ranks(due.to(device) if args.ranks > 1 else due).tolist()  # all do the same at a step
+        if stopping or due:
             mean = over_ranks(torch.stack(recent).mean()).item() / args.ranks
             require(math.isfinite(mean), f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last "
                     "good state; try a smaller --lr or --precision fp32")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"], loss=mean,
                        pictures_per_s=args.batch_size * len(recent) / (time.time() - since))
             if end_of_epoch:
-                row["validation_mpjpe"] = validate(model, validation, args, device)
+                error = pose_error(predict(model, validation, args, device)[1], validation)
+                row["validation_mpjpe"] = float(np.nanmean(error))
                 if row["validation_mpjpe"] < best and rank == 0:
-                    with atomic(out / "model.pt") as file:
-                        torch.save(dict(backbone=args.backbone, model=model.state_dict()), file)
+                    with atomic(out / "model.pt") as file:  # with what --predict needs beside the weights
+                        torch.save(dict(backbone=args.backbone, input_size=args.input_size, crop=CROP[args.dataset],
+                                        bone=length, model=model.state_dict()), file)
                 best = min(best, row["validation_mpjpe"])
             rows.append(row)
             if rank == 0:
@@ -189,22 +187,48 @@ def main():
                     print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
                 return
     bar.close()
-    if rank == 0:
-        plot_curves(out / "curves.png", rows, [["loss"], ["lr"], ["validation_mpjpe"]])
-        model.load_state_dict(load_checkpoint(out / "model.pt")["model"])
-        print(f"chosen at a validation MPJPE of {best:.2f} mm, see {out}/curves.png")
-    uv, pose = predict(model, test, args, device, progress=rank == 0)
+    if args.head == "knn":
+        save_checkpoint(out, dict(args=plain(args), data=digest, step=step, best=best, model=model.state_dict(),
+                                  optimizer=optimizer.state_dict()))  # so that other arguments are refused here too
+        uv, pose = nearest(model.backbone, train, test, args, device)
+    else:
+        if rank == 0:
+            plot_curves(out / "curves.png", rows, [["loss"], ["lr"], ["validation_mpjpe"]])
+            model.load_state_dict(load_checkpoint(out / "model.pt")["model"])
+            print(f"chosen at a validation MPJPE of {best:.2f} mm, see {out}/curves.png")
+        uv, pose = predict(model, test, args, device, progress=rank == 0)
     if rank == 0:
         write_predictions(out, test, uv, pose, args)
+        print(f"next: python evaluate.py {out}")
     if args.ranks > 1:
         dist.destroy_process_group()
 
 
-def over_ranks(tensor):
-    """The sum of all ranks' tensors."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+def predict_folder(args):
+    """--predict: a trained model on a folder of pictures, each its whole square, or on a hands folder."""
+    kept, folder, out = load_checkpoint(args.weights), Path(args.root), Path(args.out)
+    require(isinstance(kept, dict) and {"backbone", "input_size", "crop", "bone", "model"} <= {*kept},
+            f"{args.weights}: not the model.pt of a fine-tuning run")
+    args.backbone, args.input_size, device = kept["backbone"], kept["input_size"], torch.device(args.device)
+    net = DetNet(args.backbone, "none").to(device, memory_format=torch.channels_last)
+    net.load_state_dict(kept["model"])
+    require(folder.is_dir(), f"{folder}: no such folder, expected pictures or a hands folder")
+    if (folder / "keypoints.npy").exists():
+        args.root = load_hands(folder)
+        uv = args.root.keypoints
+        samples = make_set(kept["crop"], path=["crops.npy"] * len(uv), left=args.root.hands["left"], uv=uv)
+    else:
+        names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+        require(names, f"{folder}: holds neither keypoints.npy nor a picture ({', '.join(PICTURES)})")
+        samples = make_set(1, path=[os.fsencode(name) for name in names])
+        sizes = np.array([read_picture(samples, i, args.root).shape[1::-1] for i in range(len(names))])
+        samples.centre, samples.side = (sizes - 1) / 2, sizes.max(1)
+    lock = open_folder(out)  # held until the process ends
+    require(not (out / "checkpoint.pt").exists(), f"{out}: holds a fine-tuning run, choose another --out")
+    start_log(out, args)
+    print_settings(args, pictures=len(samples))
+    uv, pose = predict(net, samples, args, device, progress=True)
+    write_predictions(out, samples, uv, pose, args, kept["bone"])
 
 
 # ---------------------------------------------------------------------------------------------- readers
@@ -212,10 +236,18 @@ def over_ranks(tensor):
 # A set is a record array. path: below the root; index: the official one; group: unique sample, whose versions share
 # it; scene: what validation must not share with training; width: the picture's, 0 where it does not matter; uv: its
 # pixels; xyz: mm in the camera's frame; valid: joints; centre and side: the square test crop, in the picture's pixels.
-SAMPLE = np.dtype([("path", "S200"), ("left", "?"), ("index", "<i8"), ("group", "<i8"), ("scene", "<i8"),
+SAMPLE = np.dtype([("path", "S255"), ("left", "?"), ("index", "<i8"), ("group", "<i8"), ("scene", "<i8"),
                    ("width", "<i8"), ("uv", "<f8", (21, 2)), ("xyz", "<f8", (21, 3)), ("valid", "?", 21),
                    ("centre", "<f8", 2), ("side", "<f8")])
 CACHE = 1  # to be raised when a reader or the records change: then nothing is taken from an older cache
+SERIALS = ("836212060125", "839512060362", "840412060917", "841412060263", "932122060857", "932122060861",
+           "932122061900", "932122062010")
+SETUPS = {  # subject, sequence within it, camera, all counted from 0 -> 0 train, 1 val, 2 test
+    "s0": lambda subject, sequence, camera: 0 if sequence % 5 != 4 else 1 if subject < 2 else 2,
+    "s1": lambda subject, sequence, camera: {6: 1, 7: 2, 8: 2}.get(subject, 0),
+    "s2": lambda subject, sequence, camera: max(camera - 5, 0),
+    "s3": lambda subject, sequence, camera: {3: 1, 19: 1, 7: 2, 11: 2, 15: 2}.get(sequence // 5, 0)}
+TIPS_FIRST = np.array([20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16])  # -> FreiHAND's order
 
 
 def split(args):
@@ -243,9 +275,18 @@ def split(args):
         held_out = used & np.isin(train.scene, scenes[::10])
         validation, used = train[held_out], used & ~held_out
         notes[-1] += f"; every tenth of their {kind}, {len(scenes[::10])} of {len(scenes)}, is for validation"
-    require((validation.valid[:, 0] & validation.valid[:, 9]).any(),
-            f"{args.root}: no validation sample with a valid wrist and joint 9, to choose the model by")
+    require(posed(validation).any(), f"{args.root}: no validation sample with a valid wrist and joint 9")
     return train[used], validation, test, notes
+
+
+def make_set(crop, **fields):
+    """Fields of `SAMPLE` -> record array; the index counts, the crop is a square `crop` times as long as the joints."""
+    samples = np.zeros(len(fields["path"]), SAMPLE).view(np.recarray)
+    for name, values in dict(index=np.arange(len(samples)), **fields).items():
+        samples[name] = values
+    low, high = samples.uv.min(1), samples.uv.max(1)
+    samples.centre, samples.side = (low + high) / 2, crop * (high - low).max(1)
+    return samples
 
 
 def read_freihand(args):
@@ -254,7 +295,7 @@ def read_freihand(args):
     for name, versions, places in (("training", 4, [root]),
                                    ("evaluation", 1, [root, root.with_name(root.name + "_eval")])):
         loaded = []
-        for key, *shape in (("K", 3, 3), ("xyz", 21, 3)):
+        for key, rows in (("K", 3), ("xyz", 21)):
             file = next((p / f"{name}_{key}.json" for p in places if (p / f"{name}_{key}.json").is_file()), None)
             require(file, f"{places[-1] / f'{name}_{key}.json'}: missing, expected FreiHAND's list"
                     + (f", there or in {root}" if len(places) > 1 else ""))
@@ -262,11 +303,10 @@ def read_freihand(args):
                 loaded.append(np.array(read_json(file), np.float64))
             except (TypeError, ValueError) as error:
                 raise InputError(f"{file}: truncated or not a list of arrays of one shape ({error})")
-            require(loaded[-1].shape[1:] == tuple(shape) and np.isfinite(loaded[-1]).all(),
-                    f"{file}: has shape {loaded[-1].shape}, expected (N, {shape[0]}, {shape[1]}), finite")
+            require(loaded[-1].shape[1:] == (rows, 3) and np.isfinite(loaded[-1]).all(),
+                    f"{file}: has shape {loaded[-1].shape}, expected (N, {rows}, 3), finite")
         matrix, xyz = loaded
-        require(len(matrix) == len(xyz), f"{root / name}_K.json: has {len(matrix)} entries, {file.name} has "
-                f"{len(xyz)}, expected equal lengths")
+        require(len(matrix) == len(xyz), f"{root / name}_K.json: has {len(matrix)} entries, {file.name} has {len(xyz)}")
         bad = np.flatnonzero((xyz[..., 2] <= 0).any(1) | (bone(xyz) <= 0))
         require(not len(bad), f"{file}: sample {bad[:1]} lies behind the camera or has no bone 0-9")
         require(np.median(bone(xyz)) < 1, f"{file}: the bone 0-9 has a median above 1, expected metres")
@@ -275,77 +315,51 @@ def read_freihand(args):
                 f"{root / name / 'rgb'}: holds {len(pictures)} pictures, expected {versions} x {len(xyz)}")
         uvw = xyz @ matrix.transpose(0, 2, 1)
         group = np.tile(np.arange(len(xyz)), versions)  # picture i shows sample i % number of samples
-        sets.append(make_set("freihand", path=[f"{name}/rgb/{p}" for p in pictures], left=False, group=group,
-                             scene=group, width=0, uv=(uvw[..., :2] / uvw[..., 2:])[group], xyz=xyz[group] * 1000,
-                             valid=True))
+        sets.append(make_set(CROP["freihand"], path=[f"{name}/rgb/{p}" for p in pictures], group=group, scene=group,
+                             uv=(uvw[..., :2] / uvw[..., 2:])[group], xyz=xyz[group] * 1000, valid=True))
     return sets[0], None, sets[1], ["FreiHAND: tested on the evaluation split", f"{len(sets[0])} training pictures of "
                                     f"{len(sets[0]) // 4} samples, {len(sets[1])} evaluation pictures, all used"]
 
 
-def make_set(dataset, **fields):
-    """Fields of `SAMPLE` -> record array; the index counts, and the crop is a square around the joints."""
-    samples = np.zeros(len(fields["path"]), SAMPLE).view(np.recarray)
-    samples.index = np.arange(len(samples))
-    for name, values in fields.items():
-        samples[name] = values
-    low, high = samples.uv.min(1), samples.uv.max(1)
-    samples.centre, samples.side = (low + high) / 2, CROP[dataset] * (high - low).max(1)
-    return samples
-
-
-SUBJECTS = ("20200709-subject-01", "20200813-subject-02", "20200820-subject-03", "20200903-subject-04",
-            "20200908-subject-05", "20200918-subject-06", "20200928-subject-07", "20201002-subject-08",
-            "20201015-subject-09", "20201022-subject-10")
-SERIALS = ("836212060125", "839512060362", "840412060917", "841412060263", "932122060857", "932122060861",
-           "932122061900", "932122062010")
-SETUPS = {  # subject, sequence within it, camera, all counted from 0 -> 0 train, 1 val, 2 test
-    "s0": lambda subject, sequence, camera: 0 if sequence % 5 != 4 else 1 if subject < 2 else 2,
-    "s1": lambda subject, sequence, camera: {6: 1, 7: 2, 8: 2}.get(subject, 0),
-    "s2": lambda subject, sequence, camera: max(camera - 5, 0),
-    "s3": lambda subject, sequence, camera: {3: 1, 19: 1, 7: 2, 11: 2, 15: 2}.get(sequence // 5, 0)}
-
-
 def read_dexycb(args):
     """DexYCB -> train, val, test, notes. valid: visible as SiMHand's reader defines it; xyz keeps all 21 joints."""
-    root, files = Path(args.root), []
-    for subject in SUBJECTS:
-        found = sorted((root / subject).glob("*/meta.yml"))
-        require(len(found) == 100 or found and args.setup in ("s1", "s2"), f"{root / subject}: holds {len(found)} "
-                "sequences with a meta.yml, expected 100 (s1 and s2, which do not divide by their order, take fewer)")
-        files.append(found)
-
-    def read():
-        cameras = []  # folder, number of frames, and what these share: left, scene, part
-        for subject, found in enumerate(files):
-            for sequence, file in enumerate(found):
-                serials, frames, left = read_meta(file)
-                cameras += [(file.parent / serial, frames, left, 100 * subject + sequence,
-                             SETUPS[args.setup](subject, sequence, camera))
-                            for camera, serial in enumerate(SERIALS) if serial in serials]
-        loader = torch.utils.data.DataLoader(cameras, batch_size=None, collate_fn=read_labels,
-                                             num_workers=args.workers, worker_init_fn=start_worker)
-        xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera")))
-        left, scene, part = (np.repeat(values, [c[1] for c in cameras]) for values in list(zip(*cameras))[2:])
-        path = [f"{folder.relative_to(root)}/color_{k:06d}.jpg" for folder, n, *_ in cameras for k in range(n)]
-        valid = ((uv > 0) & (uv <= (640, 480))).all(2) & (xyz[..., 0] != -1)
-        every = make_set("dexycb", path=path, left=left, group=np.arange(len(uv)), scene=scene, width=640, uv=uv,
-                         xyz=xyz * 1000.0, valid=valid)
-        labelled, clear = (xyz != -1).any((1, 2)), (valid.sum(1) >= 10) & valid[:, 0] & valid[:, 9]
-        sets, count = [], sum(map(len, files))
-        notes = [f"DexYCB {args.setup}: chosen on val, tested on test"] + [
-            f"{count} of 1000 sequences are there: the indices of names.txt are not official"] * (count != 1000)
-        for number, name in enumerate(("train", "val", "test")):
-            mine = part == number
-            every.index[mine] = np.arange(mine.sum())  # frames without a label count
-            kept = mine & labelled & (clear | (not args.paper_filter))
-            sets.append(every[kept])
-            notes.append(f"{name}: {kept.sum()} of {mine.sum()} frames kept, {(kept & ~valid.all(1)).sum()} of them "
-                         f"with joints outside the picture; dropped {(mine & ~labelled).sum()} without a label and "
-                         f"{(mine & labelled & ~kept).sum()} by --paper-filter")
-        return sets, notes
-
-    sets, notes = cached(args, sum(files, []), read)
+    files = [sorted(Path(args.root).glob(f"*-subject-{k:02d}/*/meta.yml")) for k in range(1, 11)]
+    for k, found in enumerate(files):
+        require(len(found) == 100 or found and args.setup in ("s1", "s2"), f"{args.root}/*-subject-{k + 1:02d}: holds "
+                f"{len(found)} sequences with a meta.yml, expected 100 (or some for s1 and s2, whatever their order)")
+    (*sets, notes) = cached(args, sum(files, []), lambda: read_sequences(args, files))
     return *sets, notes
+
+
+def read_sequences(args, files):
+    """The meta.yml of each subject's sequences -> [train, val, test], notes."""
+    cameras = []  # folder, number of frames, and what these share: left, scene, part
+    for subject, found in enumerate(files):
+        for place, file in enumerate(found):
+            serials, frames, left = read_meta(file)
+            cameras += [(file.parent / serial, frames, left, 100 * subject + place,
+                         SETUPS[args.setup](subject, place, camera))
+                        for camera, serial in enumerate(SERIALS) if serial in serials]
+    loader = load(cameras, range(len(cameras)), args, collate_fn=read_labels)
+    xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera")))
+    left, scene, part = (np.repeat(values, [c[1] for c in cameras]) for values in list(zip(*cameras))[2:])
+    path = [f"{folder.relative_to(args.root)}/color_{k:06d}.jpg" for folder, n, *_ in cameras for k in range(n)]
+    valid = ((uv > 0) & (uv <= (640, 480))).all(2) & (xyz[..., 0] != -1)
+    every = make_set(CROP["dexycb"], path=path, left=left, group=np.arange(len(uv)), scene=scene, width=640, uv=uv,
+                     xyz=xyz * 1000.0, valid=valid)
+    labelled, clear = (xyz != -1).any((1, 2)), (valid.sum(1) >= 10) & posed(every)
+    sets, count = [], sum(map(len, files))
+    notes = [f"DexYCB {args.setup}: chosen on val, tested on test"] + [
+        f"{count} of 1000 sequences are there: the indices of names.txt are not official"] * (count != 1000)
+    for number, name in enumerate(("train", "val", "test")):
+        mine = part == number
+        every.index[mine] = np.arange(mine.sum())  # frames without a label count
+        kept = mine & labelled & (clear | (not args.paper_filter))
+        sets.append(every[kept])
+        notes.append(f"{name}: {kept.sum()} of {mine.sum()} frames kept, {(kept & ~valid.all(1)).sum()} of them "
+                     f"with joints outside the picture; dropped {(mine & ~labelled).sum()} without a label and "
+                     f"{(mine & labelled & ~kept).sum()} by --paper-filter")
+    return sets, notes
 
 
 def read_meta(file):
@@ -381,18 +395,17 @@ def read_assemblyhands(args):
               for name in (f"{args.modality}_data", f"{args.modality}_calib", "joint_3d")] for part in ("train", "val")]
 
     def read():
-        (train, first), (test, second) = (read_assembly(*files) for files in parts)
+        (train, first), (test, second) = (read_annotations(*files) for files in parts)
         return (train, test), [f"AssemblyHands {args.modality}: tested on val, as the public test split has no labels",
                                f"train: {first}", f"val: {second}"]
 
-    (train, test), notes = cached(args, sum(parts, []), read)
+    train, test, notes = cached(args, sum(parts, []), read)
     return train, None, test, notes
 
 
-def read_assembly(data_file, calib_file, pose_file):
+def read_annotations(data_file, calib_file, pose_file):
     """One split of AssemblyHands -> samples, and a note that counts what was dropped."""
     data, calibration, poses = map(read_json, (data_file, calib_file, pose_file))
-    order = np.array([20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16])  # FreiHAND's
     rows, dropped, at, sequences = [], collections.Counter(), "", {}
     try:
         images = {image["id"]: image for image in data["images"]}
@@ -402,7 +415,7 @@ def read_assembly(data_file, calib_file, pose_file):
             sequence, frame = image["seq_name"], f"{image['frame_idx']:06d}"
             pose = (poses["annotations"].get(sequence, {}).get(frame) or {}).get("world_coord")
             for hand, side in enumerate(("right", "left")):
-                box = (annotation["bbox"] or {}).get(side)
+                box, order = (annotation["bbox"] or {}).get(side), 21 * hand + TIPS_FIRST
                 if visible is None or pose is None:
                     dropped["without labels"] += 1
                     continue
@@ -416,22 +429,22 @@ def read_assembly(data_file, calib_file, pose_file):
                 turn = np.array(cameras["extrinsics"][frame][name], float).reshape(3, 4)  # world to camera
                 if not (np.isfinite(matrix).all() and np.isfinite(turn).all()):
                     raise ValueError(f"calibration of {name}, frame {frame}, is not finite")
-                xyz = np.array(pose, float).reshape(42, 3)[21 * hand + order] @ turn[:, :3].T + turn[:, 3]
-                seen = np.isfinite(xyz).all(1) & (xyz[:, 2] > 0) & (np.reshape(visible, 42)[21 * hand + order] > 0)
-                if seen.sum() < 10:
+                xyz = np.array(pose, float).reshape(42, 3)[order] @ turn[:, :3].T + turn[:, 3]
+                valid = np.isfinite(xyz).all(1) & (xyz[:, 2] > 0) & (np.reshape(visible, 42)[order] > 0)
+                if valid.sum() < 10:
                     dropped["with fewer than 10 valid joints"] += 1
                     continue
                 xyz = np.nan_to_num(xyz)
                 uv = (xyz @ matrix.T)[:, :2] / np.maximum(xyz[:, 2:], 1)  # rectified pictures: a pinhole
                 low, high = np.array(box, float).reshape(2, 2)
-                rows.append((f"images/{image['file_name']}", hand == 1, annotation["id"], len(rows),
-                             sequences.setdefault(sequence, len(sequences)), image["width"], uv, xyz, seen,
+                rows.append((f"images/{image['file_name']}", hand == 1, int(annotation["id"]), len(rows),
+                             sequences.setdefault(sequence, len(sequences)), image["width"], uv, xyz, valid,
                              (low + high) / 2, max(CROP["assemblyhands"] * (high - low).max(), 100)))
         samples = np.array(rows, SAMPLE).view(np.recarray)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{data_file}: {at}not in AssemblyHands' layout, or missing in {calib_file.name}: {error!r}")
-    return samples, (f"{len(rows)} hands of {len(sequences)} sequences kept; dropped " + (", ".join(
-        f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"))
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    return samples, f"{len(rows)} hands of {len(sequences)} sequences kept; dropped {counts}"
 
 
 READERS = {"freihand": read_freihand, "dexycb": read_dexycb, "assemblyhands": read_assemblyhands}
@@ -445,11 +458,9 @@ def read_json(file):
 
 
 def cached(args, files, read):
-    """read() -> sets and notes, kept as .npy files in .cache beside the run: what takes minutes is then loaded in
-    seconds. The folder's name follows from the root, the reader's flags, and names, sizes and times of `files`. Of
-    several processes the first reads and the others wait for it."""
-    for file in files:
-        require(file.is_file(), f"{file}: missing, expected {args.dataset}'s own layout")
+    """read() -> sets, notes -> the same in one list, kept as .npy files in .cache beside the run: what takes minutes is
+    then loaded in seconds. The folder's name follows from root and flags, and from names, sizes and times of `files`.
+    Of several processes the first reads and the others wait for it."""
     key = repr((CACHE, SAMPLE, os.path.realpath(args.root), args.setup, args.paper_filter, args.modality, [
         (str(file.relative_to(args.root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
     folder = Path(args.out).parent / ".cache" / f"{args.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -461,13 +472,16 @@ def cached(args, files, read):
             for k, samples in enumerate(sets):
                 save_array(folder / f"{k}.npy", samples.view(SAMPLE))
             with atomic(folder / "notes.json") as file:  # last: where it is, all is
-                file.write(json.dumps([len(sets), *notes]).encode())
-    hint = "delete this folder, it will be made again"
-    count, *notes = read_json(folder / "notes.json")
-    return [load_array(folder / f"{k}.npy", SAMPLE, (None,), hint=hint).view(np.recarray) for k in range(count)], notes
+                file.write(json.dumps([len(sets), notes]).encode())
+    count, notes = read_json(folder / "notes.json")
+    return [*(load_array(folder / f"{k}.npy", SAMPLE, (None,), hint="delete this folder, it will be made again"
+                         ).view(np.recarray) for k in range(count)), notes]
 
 
 # ---------------------------------------------------------------------------------------------- pictures
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
 
 class Pictures(torch.utils.data.Dataset):
     """Item step -> one batch, or a rank's share of it: image uint8 (B, S, S, 3), uv (B, 21, 2) input pixels, pose
@@ -487,8 +501,7 @@ class Pictures(torch.utils.data.Dataset):
             rows = self.order[place * args.batch_size:(place + 1) * args.batch_size]
         else:
             rows = np.arange(step * args.batch_size, min((step + 1) * args.batch_size, count))
-        posed, share = samples.valid[rows][:, [0, 9]].all(1).sum() / self.ranks, len(rows) // self.ranks
-        made = []
+        whole, share, made = posed(samples[rows]).sum() / self.ranks, len(rows) // self.ranks, []
         for i in rows[self.rank * share:(self.rank + 1) * share]:
             rng = np.random.default_rng((args.seed, epoch, i)) if self.augment else None
             view = crop_view(samples, i, args, args.input_size, rng)
@@ -501,11 +514,20 @@ class Pictures(torch.utils.data.Dataset):
             valid = samples.valid[i]
             made.append((image, uv, pose.astype(np.float32), valid, valid[0] & valid[9]))
         return {key: torch.from_numpy(np.stack(part)) for key, part in zip(
-            ("image", "uv", "pose", "valid", "has_pose"), zip(*made))} | {"posed": torch.tensor(posed)}
+            ("image", "uv", "pose", "valid", "has_pose"), zip(*made))} | {"posed": torch.tensor(whole)}
+
+
+def load(items, order, args, **more):
+    """Items in this order, made by worker processes; the global random state stays as it is."""
+    return torch.utils.data.DataLoader(items, batch_size=None, sampler=order, num_workers=args.workers,
+                                       worker_init_fn=start_worker, generator=torch.Generator(), **more)
 
 
 def read_picture(samples, i, root):
-    """-> RGB uint8 (H, W, 3), mirrored where it shows a left hand: all that comes after sees right hands."""
+    """-> RGB uint8 (H, W, 3), mirrored where it shows a left hand: all that comes after sees right hands.
+    root: the folder, or an opened hands folder, whose crops show right hands already."""
+    if not isinstance(root, str):
+        return read_crop(root, i)
     path = os.path.join(root, os.fsdecode(samples.path[i]))
     content = Path(path).read_bytes() if os.path.isfile(path) else b""
     whole = content[:2] != b"\xff\xd8" or b"\xff\xd9" in content  # OpenCV fills what a cut JPEG lacks with grey
@@ -631,45 +653,67 @@ def detnet_loss(outputs, batch):
 @torch.no_grad()
 def predict(net, samples, args, device, progress=False):
     """-> uv (N, 21, 2) in input pixels, the centres of the hottest cells, and pose (N, 21, 3) read there from the
-    location maps, relative to the wrist in lengths of the bone 0-9."""
+    location maps, relative to the wrist in lengths of the bone 0-9. All ranks do a share of it with rank 0's network:
+    BatchNorm's statistics differ, and it may have loaded another model."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for tensor in net.state_dict().values() if ranks > 1 else ():
-        dist.broadcast(tensor, 0)  # BatchNorm's statistics differ, and rank 0 may have loaded the chosen model
+        dist.broadcast(tensor, 0)
     net.eval()
-    found = torch.zeros(len(samples), 21, 5, device=device)  # each rank fills its batches' rows
-    loader = batches(samples, args, rank, ranks)
-    for k, batch in zip(loader.sampler, tqdm(loader, unit="batch", desc="test", disable=not progress)):
+    found = torch.zeros(len(samples), 21, 5, device=device)  # each rank fills the rows of its batches
+    order = range(rank, math.ceil(len(samples) / args.batch_size), ranks)
+    loader = load(Pictures(samples, args, augment=False), order, args)
+    for k, batch in zip(order, tqdm(loader, unit="batch", desc="test", disable=not progress)):
         heat, _, location = forward(net, batch["image"].to(device), args)
         cells = heat.shape[-1]
         hottest = heat.flatten(2).argmax(2)  # (N, 21), row-major
         uv = (torch.stack([hottest % cells, hottest // cells], 2) + 0.5) * 4 - 0.5
         pose = location.flatten(3).gather(3, hottest[..., None, None].expand(-1, -1, 3, 1))[..., 0]
-        rows = slice(k * args.batch_size, k * args.batch_size + len(uv))
+        rows = slice(k * args.batch_size, (k + 1) * args.batch_size)
         found[rows] = torch.cat([uv, pose - pose[:, :1]], 2)
     found = over_ranks(found).cpu().numpy()
     return found[..., :2], found[..., 2:]
 
 
-def batches(samples, args, rank=0, ranks=1):
-    """A loader of the samples' test crops in order, or of every ranks-th batch of them."""
-    return torch.utils.data.DataLoader(Pictures(samples, args, augment=False), batch_size=None,
-                                       sampler=range(rank, math.ceil(len(samples) / args.batch_size), ranks),
-                                       num_workers=args.workers, worker_init_fn=start_worker)
+def over_ranks(tensor):
+    """The sum of all ranks' tensors."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def validate(net, samples, args, device):
-    """MPJPE in mm relative to the wrist, with the true bone 0-9, over valid joints."""
-    _, pose = predict(net, samples, args, device)
-    error = masked_error(pose * bone(samples.xyz)[:, None, None], samples.xyz - samples.xyz[:, :1], samples.valid)
-    return float(np.nanmean(error))
+@torch.no_grad()
+def nearest(backbone, train, test, args, device):
+    """-> uv and pose, as of `predict`, of each test picture's nearest training picture, both in test crops."""
+    def features(samples, name):  # a batch at a time: the similarities of all pairs would not fit
+        loader = load(Pictures(samples, args, augment=False), range(math.ceil(len(samples) / args.batch_size)), args)
+        for batch in tqdm(loader, unit="batch", desc=name):
+            yield F.normalize(forward(backbone, batch["image"].to(device), args).float())
+
+    backbone.eval()
+    train = train[posed(train)]  # the others' pose cannot be aligned and scaled
+    require(len(train), f"{args.root}: no training sample with a valid wrist and joint 9")
+    queries = torch.cat(list(features(test, "test")))
+    best = queries.new_full((len(test),), -math.inf)
+    found, seen = torch.zeros_like(best, dtype=torch.long), 0
+    for keys in features(train, "training"):
+        value, row = (queries @ keys.T).max(1)
+        found, best = torch.where(value > best, row + seen, found), torch.maximum(value, best)
+        seen += len(keys)
+    found = found.cpu().numpy()
+    return crop_uv(train, args)[found], scaled_pose(train.xyz)[found]
 
 
-def masked_error(prediction, truth, valid):
-    """(N, 21, 3) twice, (N, 21) -> mean distance of each sample's valid joints (N,); NaN where the wrist or joint 9,
-    which align and scale the pose, is not valid."""
-    counted = valid & (valid[:, :1] & valid[:, 9:10])
-    distance = np.linalg.norm(prediction - truth, axis=2) * counted
-    return distance.sum(1) / np.where(counted.any(1), counted.sum(1), np.nan)
+def pose_error(pose, samples):
+    """pose (N, 21, 3) in lengths of the bone 0-9 -> mean distance in mm over each sample's valid joints (N,), relative
+    to the wrist; NaN where the wrist or joint 9 is not valid."""
+    distance = np.linalg.norm((pose - scaled_pose(samples.xyz)) * bone(samples.xyz)[:, None, None], axis=2)
+    counted = samples.valid & posed(samples)[:, None]
+    return (distance * counted).sum(1) / np.where(counted.any(1), counted.sum(1), np.nan)
+
+
+def posed(samples):
+    """(N,): the wrist and joint 9, which align and scale the pose, are valid."""
+    return samples.valid[:, 0] & samples.valid[:, 9]
 
 
 def bone(xyz):
@@ -683,65 +727,50 @@ def scaled_pose(xyz):
     return (xyz - xyz[..., :1, :]) / np.where(length > 0, length, 1)
 
 
-@torch.no_grad()
-def nearest(net, train, test, args, device):
-    """-> uv and pose, as of `predict`, of each test picture's nearest training picture, both in test crops. Training
-    pictures come a batch at a time: the similarities of all pairs would not fit."""
-    def features(samples, name):
-        for batch in tqdm(batches(samples, args), unit="batch", desc=name):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                yield net.backbone(normalise(batch["image"].to(device)))
-
-    net.eval()
-    train = train[train.valid[:, 0] & train.valid[:, 9]]  # the others' pose cannot be aligned and scaled
-    require(len(train), f"{args.root}: no training sample with a valid wrist and joint 9")
-    queries = F.normalize(torch.cat([f.float() for f in features(test, "test")]))
-    best = queries.new_full((len(test),), -math.inf)
-    found, seen = torch.zeros_like(best, dtype=torch.long), 0
-    for keys in features(train, "training"):
-        value, row = (queries @ F.normalize(keys.float()).T).max(1)
-        found, best = torch.where(value > best, row + seen, found), torch.maximum(value, best)
-        seen += len(keys)
-    found = found.cpu().numpy()
-    return crop_uv(train, args)[found], scaled_pose(train.xyz)[found]
-
-
-def write_predictions(out, samples, uv, pose, args):
-    """pose (N, 21, 3) in lengths of the bone 0-9, uv (N, 21, 2) in pixels of the network's input -> the run's files."""
-    scale, true_uv = bone(samples.xyz)[:, None, None], crop_uv(samples, args)
-    arrays = dict(gt_xyz=samples.xyz, gt_uv=true_uv, pred_uv=uv)
-    save_array(out / "valid.npy", samples.valid)
-    for name, array in arrays.items():
-        save_array(out / f"{name}.npy", array.astype(np.float32))
-    with atomic(out / "names.txt") as file:
-        file.writelines(f"{i}\t{os.path.join(args.root, path)}\t{'left' if left else 'right'}\n".encode()
-                        for i, path, left in zip(samples.index, map(os.fsdecode, samples.path), samples.left))
-    error = masked_error(pose * scale, samples.xyz - samples.xyz[:, :1], samples.valid)
-    draw_overlay(out / "overlay.jpg", samples, uv, true_uv, error, args)
-    xyz = pose * scale + samples.xyz[:, :1]
-    save_array(out / "pred_xyz.npy", xyz.astype(np.float32))  # last: where it is, the run is complete
-    print(f"{len(samples)} test pictures; wrote {out}/pred_xyz.npy, see overlay.jpg beside it; next: "
-          f"python evaluate.py {out}")
-
-
 def crop_uv(samples, args):
     """-> the samples' uv (N, 21, 2) in their test crops, in pixels of the network's input."""
     matrix = np.stack([crop_view(samples, i, args, args.input_size)["matrix"] for i in range(len(samples))])
     return samples.uv @ matrix[:, :, :2].transpose(0, 2, 1) + matrix[:, None, :, 2]
 
 
-def draw_overlay(path, samples, pred_uv, gt_uv, error, args, columns=8):
-    """Test pictures, true skeleton in white, predicted in colours: a row each of the best, median and worst."""
-    order = np.argsort(error)[:max(np.isfinite(error).sum(), 1)]  # NaN, which sorts last, has no error to rank by
-    columns = max(1, min(columns, len(order) // 3))
-    middle = (len(order) - columns) // 2
+def write_predictions(out, samples, uv, pose, args, length=None):
+    """The files of a run, from uv and pose as of `predict`. With a length of the bone 0-9 in mm there is no truth."""
+    xyz = pose * (bone(samples.xyz)[:, None, None] if length is None else length) + samples.xyz[:, :1]
+    arrays, error = dict(pred_uv=uv), None
+    if length is None:
+        error = pose_error(pose, samples)
+        arrays |= dict(gt_uv=crop_uv(samples, args), gt_xyz=samples.xyz)
+        save_array(out / "valid.npy", samples.valid)
+    for name, array in arrays.items():
+        save_array(out / f"{name}.npy", array.astype(np.float32))
+    with atomic(out / "names.txt") as file:
+        for i, path, left in zip(samples.index, map(os.fsdecode, samples.path), samples.left):
+            path = os.path.join(args.predict or args.root, path)
+            file.write(os.fsencode(f"{i}\t{path}\t{'left' if left else 'right'}\n"))
+    draw_overlay(out / "overlay.jpg", samples, uv, arrays.get("gt_uv"), error, args)
+    save_array(out / "pred_xyz.npy", xyz.astype(np.float32))  # last: where it is, the run is complete
+    print(f"{len(samples)} pictures; wrote {out}/pred_xyz.npy, see overlay.jpg beside it")
+
+
+def draw_overlay(path, samples, pred_uv, true_uv, error, args, columns=8):
+    """Test pictures, true skeleton in white, predicted in colours: a row each of the best, median and worst. Without
+    errors, a picture here and there."""
+    if error is None:
+        order = np.linspace(0, len(samples) - 1, min(3 * columns, len(samples))).astype(int)
+        columns = min(columns, len(order))
+    else:
+        order = np.argsort(error)[:max(np.isfinite(error).sum(), 1)]  # NaN, which sorts last, has no rank
+        columns = max(1, min(columns, len(order) // 3))
+        middle = (len(order) - columns) // 2
+        order = [*order[:columns], *order[middle:middle + columns], *order[-columns:]]
     tiles = []
-    for i in [*order[:columns], *order[middle:middle + columns], *order[-columns:]]:
+    for i in order:
         matrix = crop_view(samples, i, args, 256)["matrix"]
-        image = cv2.warpAffine(read_picture(samples, i, args.root), matrix, (256, 256))
-        for uv, colour in ((gt_uv[i], (255, 255, 255)), (pred_uv[i], None)):
-            image = draw_hand(image, (uv + 0.5) * 256 / args.input_size - 0.5, colour, f"{error[i]:.1f} mm")
-        tiles.append(image)
+        image, words = cv2.warpAffine(read_picture(samples, i, args.root), matrix, (256, 256)), ""
+        if error is not None:
+            words = f"{error[i]:.1f} mm"
+            image = draw_hand(image, (true_uv[i] + 0.5) * 256 / args.input_size - 0.5, (255, 255, 255))
+        tiles.append(draw_hand(image, (pred_uv[i] + 0.5) * 256 / args.input_size - 0.5, None, words))
     save_image(path, sheet(tiles, columns))
 
 

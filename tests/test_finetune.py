@@ -245,8 +245,8 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
                        *arguments)
 
     assert "subject-01: holds 1 sequences" in line("--setup", "s0") and "expected 100" in line("--setup", "s3")
-    assert "--setup is for --dataset dexycb" in refused("finetune.py", "--dataset", "freihand", "--root", root, "--out",
-                                                        tmp_path / "run", "--setup", "s1")
+    found = refused("finetune.py", "--dataset", "freihand", "--root", root, "--out", tmp_path / "run", "--setup", "s1")
+    assert "--setup and --paper-filter: DexYCB only" in found
     folder = root / SUBJECTS[3] / "20200709_140000"
     labels, meta = folder / SERIALS[2] / "labels_000000.npz", folder / "meta.yml"
     content, text = labels.read_bytes(), meta.read_text()
@@ -461,7 +461,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
         return refused("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", tmp_path / "run", *TINY,
                        *arguments)
 
-    assert "assemblyhands_train_exo_data_v1-1.json: missing" in line("--modality", "exo")
+    assert "assemblyhands_train_exo_data_v1-1.json: No such file" in line("--modality", "exo")
     for part, name in (("train", "ego_data"), ("val", "ego_calib"), ("train", "joint_3d")):
         file = root / "annotations" / part / f"assemblyhands_{part}_{name}_v1-1.json"
         text = file.read_text()
@@ -469,7 +469,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
             file.write_text(damage)
             assert f"assemblyhands_{part}_" in line()
         file.unlink()
-        assert f"{file.name}: missing" in line()
+        assert f"{file.name}: No such file" in line()
         file.write_text(text)
     data = root / "annotations" / "train" / "assemblyhands_train_ego_data_v1-1.json"
     whole = json.loads(data.read_text())
@@ -750,8 +750,83 @@ def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_pat
     xyz = pose * finetune.bone(test.xyz)[:, None, None] + test.xyz[:, :1]
     assert np.abs(np.load(out / "pred_xyz.npy") - xyz).max() < 1e-3
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert row["validation_mpjpe"] == pytest.approx(finetune.validate(net, validation, args, torch.device("cpu")))
+    assert row["validation_mpjpe"] == pytest.approx(np.nanmean(
+        finetune.pose_error(finetune.predict(net, validation, args, torch.device("cpu"))[1], validation)))
     assert "--ranks was 2, is 1" in refused("finetune.py", *arguments)
+
+
+def test_a_users_own_pictures(rendered, straight, tmp_path):
+    folder, out = tmp_path / "mine", tmp_path / "predicted"
+    folder.mkdir()
+    pictures = sorted((rendered / "freihand" / "evaluation" / "rgb").glob("*.jpg"))[:3]
+    for k, picture in enumerate(pictures):
+        image = cv2.imread(str(picture))
+        cv2.imwrite(str(folder / f"händ {k}.PNG"), image[:200 if k == 1 else 224, :150 if k == 2 else 224])
+    (folder / "notes.txt").write_text("no picture")
+    command = ("finetune.py", "--predict", folder, "--weights", straight / "model.pt", "--out", out, "--workers", 0)
+    run(*command)
+    assert {p.name for p in out.iterdir()} == {".lock", "log.jsonl", "names.txt", "overlay.jpg", "pred_uv.npy",
+                                               "pred_xyz.npy"}
+    lines = (out / "names.txt").read_text().splitlines()
+    assert lines == [f"{k}\t{folder / f'händ {k}.PNG'}\tright" for k in range(3)]
+    xyz, uv = np.load(out / "pred_xyz.npy"), np.load(out / "pred_uv.npy")
+    kept = load_checkpoint(straight / "model.pt")
+    net = finetune.DetNet("resnet18", "none").eval()
+    net.load_state_dict(kept["model"])
+    train = finetune.split(parse("--root", rendered / "freihand", "--out", "x", *TINY))[0]
+    assert kept["bone"] == pytest.approx(np.median([np.linalg.norm(hand[9] - hand[0]) for hand in train.xyz]))
+    for k in range(3):
+        image = cv2.cvtColor(cv2.imread(str(folder / f"händ {k}.PNG")), cv2.COLOR_BGR2RGB)
+        rows, columns = 224 - image.shape[0], 224 - image.shape[1]  # black to both sides, up to a square
+        image = cv2.copyMakeBorder(image, rows // 2, rows - rows // 2, columns // 2, columns - columns // 2, 0)
+        matrix = np.array([[1, 0, -3], [0, 1, -3]]) / 7  # 224 -> 32 pixels: x' = (x + 0.5) / 7 - 0.5
+        made = torch.from_numpy(cv2.warpAffine(image, matrix, (32, 32)))[None]
+        with torch.no_grad():
+            heat, _, location = net(finetune.normalise(made))
+        for j in range(21):
+            row, column = np.unravel_index(heat[0, j].numpy().argmax(), (8, 8))
+            assert np.allclose(uv[k, j], (column * 4 + 1.5, row * 4 + 1.5))
+            wrist = np.unravel_index(heat[0, 0].numpy().argmax(), (8, 8))
+            pose = location[0, j, :, row, column] - location[0, 0, :, wrist[0], wrist[1]]
+            assert np.allclose(xyz[k, j], kept["bone"] * pose.numpy(), atol=0.05)
+    sheet = cv2.imread(str(out / "overlay.jpg"))
+    assert sheet.shape == (256, 3 * 256, 3)
+    (folder / "cut.jpg").write_bytes(pictures[0].read_bytes()[:3000])
+    assert "cut.jpg: missing or not a picture" in refused(*command)
+    for file in folder.iterdir():
+        file.unlink()
+    assert "holds neither keypoints.npy nor a picture" in refused(*command)
+    assert "no such folder" in refused(*command[:2], tmp_path / "none", *command[3:])
+    assert "choose another --out" in refused("finetune.py", "--predict", rendered / "freihand" / "evaluation" / "rgb",
+                                             "--weights", straight / "model.pt", "--out", straight)
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "other.pt: not the model.pt" in refused(*command[:3], "--weights", tmp_path / "other.pt", "--out", out)
+    for arguments in ((*command, "--dataset", "freihand", "--root", "x"), ("finetune.py", "--root", "x", "--out", out)):
+        assert "expected --dataset and --root, or --predict" in refused(*arguments)
+
+
+def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
+    rows, out = np.load(hands / "hands.npy"), tmp_path / "predicted"
+    run("finetune.py", "--predict", hands, "--weights", straight / "model.pt", "--out", out, "--workers", 0)
+    lines = [line.split("\t") for line in (out / "names.txt").read_text().splitlines()]
+    assert [line[2] == "left" for line in lines] == rows["left"].tolist() and rows["left"].any()
+    assert [line[0] for line in lines] == [str(i) for i in range(len(rows))] and not (out / "gt_xyz.npy").exists()
+    uv, xyz = np.load(out / "pred_uv.npy"), np.load(out / "pred_xyz.npy")
+    assert uv.shape == (len(rows), 21, 2) and np.isfinite(xyz).all() and not xyz[:, 0].any()
+    opened, net = finetune.load_hands(hands), finetune.DetNet("resnet18", "none").eval()
+    net.load_state_dict(load_checkpoint(straight / "model.pt")["model"])
+    for i in (0, int(np.flatnonzero(rows["left"])[0])):  # a crop shows a right hand already
+        low, high = opened.keypoints[i].min(0), opened.keypoints[i].max(0)
+        scale = 32 / (2.0 * (high - low).max())
+        matrix = np.concatenate([np.eye(2) * scale, (15.5 - scale * (low + high) / 2)[:, None]], 1)
+        made = cv2.warpAffine(finetune.read_crop(opened, i), matrix, (32, 32))
+        with torch.no_grad():
+            heat = net(finetune.normalise(torch.from_numpy(made)[None]))[0][0]
+        found = [np.unravel_index(heat[j].numpy().argmax(), (8, 8)) for j in range(21)]
+        assert np.allclose(uv[i], [(column * 4 + 1.5, row * 4 + 1.5) for row, column in found])
+    (hands / "keypoints.npy").write_bytes(b"")
+    assert "keypoints.npy: truncated" in refused("finetune.py", "--predict", hands, "--weights", straight / "model.pt",
+                                                 "--out", out)
 
 
 def test_it_learns_what_it_is_shown(rendered):
