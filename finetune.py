@@ -86,7 +86,7 @@ def parse_args():
     check_flags(args)
     require(bool(args.predict) != bool(args.dataset and args.root),
             "expected --dataset and --root, or --predict and --weights RUN/model.pt")
-    require(args.dataset == "dexycb" or not (args.setup or args.paper_filter), "--setup and --paper-filter: DexYCB only")
+    require(args.dataset == "dexycb" or not (args.setup or args.paper_filter), "--setup, --paper-filter: DexYCB only")
     require(args.dataset == "assemblyhands" or not args.modality, "--modality: AssemblyHands only")
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
             "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
@@ -107,8 +107,7 @@ def main():
         return predict_folder(args)
     train, validation, test, notes = split(args)  # before the ranks meet: waiting for the one that reads may take long
     rank, args.ranks, device = start_ranks(args.device)
-    require(args.batch_size % args.ranks == 0 and (args.head == "detnet" or args.ranks == 1),
-            f"--batch-size must be a multiple of {args.ranks} ranks, and --head knn runs on one")
+    require(args.batch_size % args.ranks == 0, f"--batch-size must be a multiple of {args.ranks} ranks")
     steps_per_epoch = len(train) // args.batch_size if args.head == "detnet" else 0
     require(steps_per_epoch or args.head == "knn",
             f"{args.root}: {len(train)} training pictures, fewer than --batch-size {args.batch_size}")
@@ -134,6 +133,11 @@ def main():
         print_settings(args, train=len(train), validation=len(validation), test=len(test), steps=total, start=step,
                        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
         print(*notes, sep="\n")
+
+    def save():
+        if rank == 0:
+            save_checkpoint(out, dict(args=plain(args), data=digest, step=step, best=best, model=model.state_dict(),
+                                      optimizer=optimizer.state_dict()))
 
     net = model if args.ranks == 1 else nn.parallel.DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None)
@@ -177,8 +181,7 @@ def main():
             rows.append(row)
             if rank == 0:
                 write_log(out, row)
-                save_checkpoint(out, dict(args=plain(args), data=digest, step=step, best=best,
-                                          model=model.state_dict(), optimizer=optimizer.state_dict()))
+            save()
             bar.set_postfix_str(f"loss {mean:.3f}, validation {best:.1f} mm, {row['pictures_per_s']:.0f} pictures/s")
             saved, recent, since = time.time(), [], time.time()
             if stopping and step < total:
@@ -188,15 +191,14 @@ def main():
                 return
     bar.close()
     if args.head == "knn":
-        save_checkpoint(out, dict(args=plain(args), data=digest, step=step, best=best, model=model.state_dict(),
-                                  optimizer=optimizer.state_dict()))  # so that other arguments are refused here too
-        uv, pose = nearest(model.backbone, train, test, args, device)
+        save()  # so that other arguments are refused here too
+        uv, pose = nearest(model, train, test, args, device)
     else:
         if rank == 0:
             plot_curves(out / "curves.png", rows, [["loss"], ["lr"], ["validation_mpjpe"]])
             model.load_state_dict(load_checkpoint(out / "model.pt")["model"])
             print(f"chosen at a validation MPJPE of {best:.2f} mm, see {out}/curves.png")
-        uv, pose = predict(model, test, args, device, progress=rank == 0)
+        uv, pose = predict(model, test, args, device, "test" if rank == 0 else "")
     if rank == 0:
         write_predictions(out, test, uv, pose, args)
         print(f"next: python evaluate.py {out}")
@@ -207,28 +209,32 @@ def main():
 def predict_folder(args):
     """--predict: a trained model on a folder of pictures, each its whole square, or on a hands folder."""
     kept, folder, out = load_checkpoint(args.weights), Path(args.root), Path(args.out)
-    require(isinstance(kept, dict) and {"backbone", "input_size", "crop", "bone", "model"} <= {*kept},
-            f"{args.weights}: not the model.pt of a fine-tuning run")
-    args.backbone, args.input_size, device = kept["backbone"], kept["input_size"], torch.device(args.device)
-    net = DetNet(args.backbone, "none").to(device, memory_format=torch.channels_last)
-    net.load_state_dict(kept["model"])
+    device = torch.device(args.device)
+    try:
+        args.backbone, args.input_size, crop, length = (kept[k] for k in ("backbone", "input_size", "crop", "bone"))
+        net = DetNet(args.backbone, "none").to(device, memory_format=torch.channels_last)
+        net.load_state_dict(kept["model"])
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(repr(error).split())[:200]
+        raise InputError(f"{args.weights}: not the model.pt of a fine-tuning run: {reason}")
     require(folder.is_dir(), f"{folder}: no such folder, expected pictures or a hands folder")
-    if (folder / "keypoints.npy").exists():
-        args.root = load_hands(folder)
-        uv = args.root.keypoints
-        samples = make_set(kept["crop"], path=["crops.npy"] * len(uv), left=args.root.hands["left"], uv=uv)
+    source = load_hands(folder) if (folder / "keypoints.npy").exists() else args.root
+    if source is not args.root:
+        samples = make_set(crop, path=["crops.npy"] * len(source.keypoints), left=source.hands["left"],
+                           uv=source.keypoints)
     else:
         names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES)
         require(names, f"{folder}: holds neither keypoints.npy nor a picture ({', '.join(PICTURES)})")
         samples = make_set(1, path=[os.fsencode(name) for name in names])
-        sizes = np.array([read_picture(samples, i, args.root).shape[1::-1] for i in range(len(names))])
+        sizes = np.array([read_picture(samples, i, source).shape[1::-1] for i in range(len(names))])
         samples.centre, samples.side = (sizes - 1) / 2, sizes.max(1)
     lock = open_folder(out)  # held until the process ends
     require(not (out / "checkpoint.pt").exists(), f"{out}: holds a fine-tuning run, choose another --out")
     start_log(out, args)
     print_settings(args, pictures=len(samples))
-    uv, pose = predict(net, samples, args, device, progress=True)
-    write_predictions(out, samples, uv, pose, args, kept["bone"])
+    args.root = source
+    uv, pose = predict(net, samples, args, device, "pictures")
+    write_predictions(out, samples, uv, pose, args, length)
 
 
 # ---------------------------------------------------------------------------------------------- readers
@@ -293,7 +299,7 @@ def read_freihand(args):
     """FreiHAND v2 -> training, no validation, evaluation, notes."""
     sets, root = [], Path(args.root)
     for name, versions, places in (("training", 4, [root]),
-                                   ("evaluation", 1, [root, root.with_name(root.name + "_eval")])):
+                                   ("evaluation", 1, [root, Path(os.path.abspath(root) + "_eval")])):
         loaded = []
         for key, rows in (("K", 3), ("xyz", 21)):
             file = next((p / f"{name}_{key}.json" for p in places if (p / f"{name}_{key}.json").is_file()), None)
@@ -327,30 +333,35 @@ def read_dexycb(args):
     for k, found in enumerate(files):
         require(len(found) == 100 or found and args.setup in ("s1", "s2"), f"{args.root}/*-subject-{k + 1:02d}: holds "
                 f"{len(found)} sequences with a meta.yml, expected 100 (or some for s1 and s2, whatever their order)")
-    (*sets, notes) = cached(args, sum(files, []), lambda: read_sequences(args, files))
-    return *sets, notes
+    return cached(args, sum(files, []), lambda: read_sequences(args, files))
 
 
 def read_sequences(args, files):
     """The meta.yml of each subject's sequences -> [train, val, test], notes."""
+    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
     cameras = []  # folder, number of frames, and what these share: left, scene, part
-    for subject, found in enumerate(files):
-        for place, file in enumerate(found):
-            serials, frames, left = read_meta(file)
-            cameras += [(file.parent / serial, frames, left, 100 * subject + place,
-                         SETUPS[args.setup](subject, place, camera))
-                        for camera, serial in enumerate(SERIALS) if serial in serials]
+    for subject, place, file in ((s, q, file) for s, found in enumerate(files) for q, file in enumerate(found)):
+        try:
+            meta = yaml.safe_load(file.read_bytes())
+            serials, frames, side = {str(s) for s in meta["serials"]}, int(meta["num_frames"]), meta["mano_sides"][0]
+            assert serials <= {*SERIALS} and frames > 0 and side in ("left", "right")
+        except (yaml.YAMLError, LookupError, TypeError, ValueError, AssertionError) as error:
+            raise InputError(f"{file}: expected DexYCB's serials, num_frames and mano_sides "
+                             f"({' '.join(repr(error).split())})")
+        cameras += [(file.parent / serial, frames, side == "left", 100 * subject + place,
+                     SETUPS[args.setup](subject, place, camera))
+                    for camera, serial in enumerate(SERIALS) if serial in serials]
     loader = load(cameras, range(len(cameras)), args, collate_fn=read_labels)
     xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera")))
     left, scene, part = (np.repeat(values, [c[1] for c in cameras]) for values in list(zip(*cameras))[2:])
-    path = [f"{folder.relative_to(args.root)}/color_{k:06d}.jpg" for folder, n, *_ in cameras for k in range(n)]
     valid = ((uv > 0) & (uv <= (640, 480))).all(2) & (xyz[..., 0] != -1)
-    every = make_set(CROP["dexycb"], path=path, left=left, group=np.arange(len(uv)), scene=scene, width=640, uv=uv,
-                     xyz=xyz * 1000.0, valid=valid)
+    every = make_set(CROP["dexycb"], left=left, group=np.arange(len(uv)), scene=scene, width=640, uv=uv, valid=valid,
+                     xyz=xyz * 1000.0, path=[f"{folder.relative_to(args.root)}/color_{k:06d}.jpg"
+                                             for folder, frames, *_ in cameras for k in range(frames)])
     labelled, clear = (xyz != -1).any((1, 2)), (valid.sum(1) >= 10) & posed(every)
     sets, count = [], sum(map(len, files))
-    notes = [f"DexYCB {args.setup}: chosen on val, tested on test"] + [
-        f"{count} of 1000 sequences are there: the indices of names.txt are not official"] * (count != 1000)
+    notes = [f"DexYCB {args.setup}: chosen on val, tested on test", f"{count} of 1000 sequences are there"
+             + ("" if count == 1000 else ": the indices of names.txt are not official")]
     for number, name in enumerate(("train", "val", "test")):
         mine = part == number
         every.index[mine] = np.arange(mine.sum())  # frames without a label count
@@ -360,18 +371,6 @@ def read_sequences(args, files):
                      f"with joints outside the picture; dropped {(mine & ~labelled).sum()} without a label and "
                      f"{(mine & labelled & ~kept).sum()} by --paper-filter")
     return sets, notes
-
-
-def read_meta(file):
-    """meta.yml of a DexYCB sequence -> its serials, number of frames, left."""
-    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
-    try:
-        meta = yaml.safe_load(file.read_bytes())
-        serials, frames, side = {str(s) for s in meta["serials"]}, int(meta["num_frames"]), meta["mano_sides"][0]
-        assert serials <= {*SERIALS} and frames > 0 and side in ("left", "right")
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
-        raise InputError(f"{file}: expected DexYCB's serials, num_frames, mano_sides: {' '.join(repr(error).split())}")
-    return serials, frames, side == "left"
 
 
 def read_labels(camera):
@@ -467,15 +466,19 @@ def cached(args, files, read):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
+        for left in folder.glob(".*.tmp"):  # of a killed run
+            left.unlink()
         if not (folder / "notes.json").exists():
             sets, notes = read()
             for k, samples in enumerate(sets):
                 save_array(folder / f"{k}.npy", samples.view(SAMPLE))
             with atomic(folder / "notes.json") as file:  # last: where it is, all is
                 file.write(json.dumps([len(sets), notes]).encode())
-    count, notes = read_json(folder / "notes.json")
-    return [*(load_array(folder / f"{k}.npy", SAMPLE, (None,), hint="delete this folder, it will be made again"
-                         ).view(np.recarray) for k in range(count)), notes]
+    try:
+        count, notes = read_json(folder / "notes.json")
+        return [*(load_array(folder / f"{k}.npy", SAMPLE, (None,)).view(np.recarray) for k in range(count)), notes]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder}: delete this folder, it will be made again ({error})")
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -582,9 +585,8 @@ class DetNet(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         self.backbone = load_backbone(backbone, weights)
-        features = 512 if backbone in ("resnet18", "resnet34") else 2048
-        layers = []
-        for width in (features, 256, 256):
+        self.features, layers = 512 if backbone in ("resnet18", "resnet34") else 2048, []
+        for width in (self.features, 256, 256):
             layers += [nn.ConvTranspose2d(width, 256, 4, 2, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True)]
         self.up = nn.Sequential(*layers)
         self.heat = head(256 + 2, 21)
@@ -651,27 +653,44 @@ def detnet_loss(outputs, batch):
 # ---------------------------------------------------------------------------------------------- testing
 
 @torch.no_grad()
-def predict(net, samples, args, device, progress=False):
-    """-> uv (N, 21, 2) in input pixels, the centres of the hottest cells, and pose (N, 21, 3) read there from the
-    location maps, relative to the wrist in lengths of the bone 0-9. All ranks do a share of it with rank 0's network:
-    BatchNorm's statistics differ, and it may have loaded another model."""
+def of_pictures(function, shape, samples, args, device, progress=""):
+    """function: images (n, S, S, 3) -> (n, *shape). -> (N, *shape) of all test crops; each rank does a share."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for tensor in net.state_dict().values() if ranks > 1 else ():
-        dist.broadcast(tensor, 0)
-    net.eval()
-    found = torch.zeros(len(samples), 21, 5, device=device)  # each rank fills the rows of its batches
-    order = range(rank, math.ceil(len(samples) / args.batch_size), ranks)
+    order, found = range(rank, math.ceil(len(samples) / args.batch_size), ranks), torch.zeros(
+        len(samples), *shape, device=device)
     loader = load(Pictures(samples, args, augment=False), order, args)
-    for k, batch in zip(order, tqdm(loader, unit="batch", desc="test", disable=not progress)):
-        heat, _, location = forward(net, batch["image"].to(device), args)
-        cells = heat.shape[-1]
-        hottest = heat.flatten(2).argmax(2)  # (N, 21), row-major
+    for k, batch in zip(order, tqdm(loader, unit="batch", desc=progress, disable=not progress)):
+        found[k * args.batch_size:(k + 1) * args.batch_size] = function(batch["image"].to(device))
+    return over_ranks(found)
+
+
+def predict(net, samples, args, device, progress=""):
+    """-> uv (N, 21, 2) in input pixels, the centres of the hottest cells, and pose (N, 21, 3) read there from the
+    location maps, relative to the wrist in lengths of the bone 0-9."""
+    def read(images):
+        heat, _, location = forward(net, images, args)
+        cells, hottest = heat.shape[-1], heat.flatten(2).argmax(2)  # (n, 21), row-major
         uv = (torch.stack([hottest % cells, hottest // cells], 2) + 0.5) * 4 - 0.5
         pose = location.flatten(3).gather(3, hottest[..., None, None].expand(-1, -1, 3, 1))[..., 0]
-        rows = slice(k * args.batch_size, (k + 1) * args.batch_size)
-        found[rows] = torch.cat([uv, pose - pose[:, :1]], 2)
-    found = over_ranks(found).cpu().numpy()
+        return torch.cat([uv, pose - pose[:, :1]], 2)
+
+    for tensor in net.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(tensor, 0)  # BatchNorm's statistics differ, and rank 0 may have loaded the chosen model
+    net.eval()
+    found = of_pictures(read, (21, 5), samples, args, device, progress).cpu().numpy()
     return found[..., :2], found[..., 2:]
+
+
+def nearest(net, train, test, args, device):
+    """-> uv and pose, as of `predict`, of each test picture's nearest training picture, both in test crops."""
+    net.eval()
+    train = train[posed(train)]  # the others' pose cannot be aligned and scaled
+    require(len(train), f"{args.root}: no training sample with a valid wrist and joint 9")
+    keys, queries = (of_pictures(lambda images: F.normalize(forward(net.backbone, images, args).float()),
+                                 (net.features,), samples, args, device, name)
+                     for name, samples in (("training", train), ("test", test)))
+    found = torch.cat([(part @ keys.T).argmax(1) for part in queries.split(256)]).cpu().numpy()  # all at once: too big
+    return crop_uv(train, args)[found], scaled_pose(train.xyz)[found]
 
 
 def over_ranks(tensor):
@@ -679,28 +698,6 @@ def over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-@torch.no_grad()
-def nearest(backbone, train, test, args, device):
-    """-> uv and pose, as of `predict`, of each test picture's nearest training picture, both in test crops."""
-    def features(samples, name):  # a batch at a time: the similarities of all pairs would not fit
-        loader = load(Pictures(samples, args, augment=False), range(math.ceil(len(samples) / args.batch_size)), args)
-        for batch in tqdm(loader, unit="batch", desc=name):
-            yield F.normalize(forward(backbone, batch["image"].to(device), args).float())
-
-    backbone.eval()
-    train = train[posed(train)]  # the others' pose cannot be aligned and scaled
-    require(len(train), f"{args.root}: no training sample with a valid wrist and joint 9")
-    queries = torch.cat(list(features(test, "test")))
-    best = queries.new_full((len(test),), -math.inf)
-    found, seen = torch.zeros_like(best, dtype=torch.long), 0
-    for keys in features(train, "training"):
-        value, row = (queries @ keys.T).max(1)
-        found, best = torch.where(value > best, row + seen, found), torch.maximum(value, best)
-        seen += len(keys)
-    found = found.cpu().numpy()
-    return crop_uv(train, args)[found], scaled_pose(train.xyz)[found]
 
 
 def pose_error(pose, samples):
@@ -729,8 +726,8 @@ def scaled_pose(xyz):
 
 def crop_uv(samples, args):
     """-> the samples' uv (N, 21, 2) in their test crops, in pixels of the network's input."""
-    matrix = np.stack([crop_view(samples, i, args, args.input_size)["matrix"] for i in range(len(samples))])
-    return samples.uv @ matrix[:, :, :2].transpose(0, 2, 1) + matrix[:, None, :, 2]
+    scale = (args.input_size / np.maximum(samples.side, 1e-3))[:, None, None]
+    return (samples.uv - samples.centre[:, None]) * scale + (args.input_size - 1) / 2
 
 
 def write_predictions(out, samples, uv, pose, args, length=None):
@@ -753,18 +750,13 @@ def write_predictions(out, samples, uv, pose, args, length=None):
 
 
 def draw_overlay(path, samples, pred_uv, true_uv, error, args, columns=8):
-    """Test pictures, true skeleton in white, predicted in colours: a row each of the best, median and worst. Without
-    errors, a picture here and there."""
-    if error is None:
-        order = np.linspace(0, len(samples) - 1, min(3 * columns, len(samples))).astype(int)
-        columns = min(columns, len(order))
-    else:
-        order = np.argsort(error)[:max(np.isfinite(error).sum(), 1)]  # NaN, which sorts last, has no rank
-        columns = max(1, min(columns, len(order) // 3))
-        middle = (len(order) - columns) // 2
-        order = [*order[:columns], *order[middle:middle + columns], *order[-columns:]]
+    """Pictures with the predicted skeleton in colours: a row each of the best, median and worst, the true one in white;
+    without errors, of the first, middle and last."""
+    order = np.arange(len(samples)) if error is None else np.argsort(error)[:max(np.isfinite(error).sum(), 1)]
+    columns = max(1, min(columns, len(order) // 3))
+    middle = (len(order) - columns) // 2
     tiles = []
-    for i in order:
+    for i in [*order[:columns], *order[middle:middle + columns], *order[-columns:]]:
         matrix = crop_view(samples, i, args, 256)["matrix"]
         image, words = cv2.warpAffine(read_picture(samples, i, args.root), matrix, (256, 256)), ""
         if error is not None:

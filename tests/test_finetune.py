@@ -246,7 +246,7 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
 
     assert "subject-01: holds 1 sequences" in line("--setup", "s0") and "expected 100" in line("--setup", "s3")
     found = refused("finetune.py", "--dataset", "freihand", "--root", root, "--out", tmp_path / "run", "--setup", "s1")
-    assert "--setup and --paper-filter: DexYCB only" in found
+    assert "--setup, --paper-filter: DexYCB only" in found
     folder = root / SUBJECTS[3] / "20200709_140000"
     labels, meta = folder / SERIALS[2] / "labels_000000.npz", folder / "meta.yml"
     content, text = labels.read_bytes(), meta.read_text()
@@ -295,9 +295,13 @@ def test_what_was_read_is_kept_beside_the_run_and_belongs_to_root_and_setup(tmp_
     file = next((tmp_path / "runs" / ".cache").glob("*/0.npy"))
     content = file.read_bytes()
     file.write_bytes(content[:1000])
-    with pytest.raises(finetune.InputError, match="0.npy: truncated.*delete this folder"):
+    with pytest.raises(finetune.InputError, match="delete this folder.*0.npy: truncated"):
         read()
     file.write_bytes(content)
+    for damage in ("", "{", "{}", "3"):
+        (file.parent / "notes.json").write_text(damage)
+        with pytest.raises(finetune.InputError):
+            read()
     changed.write_text(changed.read_text() + "\n")
     with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
         read()
@@ -737,7 +741,7 @@ def test_two_ranks_have_the_gradient_of_one_process(rendered, tmp_path):
 
 def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_path):
     out = tmp_path / "run"
-    arguments = ["--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--batch-size", 6,
+    arguments = ["--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--batch-size", 16,
                  "--epochs", 1]
     torchrun("finetune.py", *arguments)
     assert {p.name for p in straight.iterdir()} - {p.name for p in out.iterdir()} == {"checkpoint-previous.pt"}
@@ -790,7 +794,7 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
             pose = location[0, j, :, row, column] - location[0, 0, :, wrist[0], wrist[1]]
             assert np.allclose(xyz[k, j], kept["bone"] * pose.numpy(), atol=0.05)
     sheet = cv2.imread(str(out / "overlay.jpg"))
-    assert sheet.shape == (256, 3 * 256, 3)
+    assert sheet.shape == (3 * 256, 256, 3)
     (folder / "cut.jpg").write_bytes(pictures[0].read_bytes()[:3000])
     assert "cut.jpg: missing or not a picture" in refused(*command)
     for file in folder.iterdir():
@@ -807,7 +811,8 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
 
 def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
     rows, out = np.load(hands / "hands.npy"), tmp_path / "predicted"
-    run("finetune.py", "--predict", hands, "--weights", straight / "model.pt", "--out", out, "--workers", 0)
+    printed = run("finetune.py", "--predict", hands, "--weights", straight / "model.pt", "--out", out, "--workers", 2)
+    assert len(printed.stdout) < 2000
     lines = [line.split("\t") for line in (out / "names.txt").read_text().splitlines()]
     assert [line[2] == "left" for line in lines] == rows["left"].tolist() and rows["left"].any()
     assert [line[0] for line in lines] == [str(i) for i in range(len(rows))] and not (out / "gt_xyz.npy").exists()
