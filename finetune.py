@@ -344,8 +344,8 @@ def read_sequences(args, files):
         try:
             meta = yaml.safe_load(file.read_bytes())
             serials, frames, side = {str(s) for s in meta["serials"]}, int(meta["num_frames"]), meta["mano_sides"][0]
-            assert serials <= {*SERIALS} and frames > 0 and side in ("left", "right")
-        except (yaml.YAMLError, LookupError, TypeError, ValueError, AssertionError) as error:
+            require(serials <= {*SERIALS} and frames > 0 and side in ("left", "right"), "a value that none can have")
+        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{file}: expected DexYCB's serials, num_frames and mano_sides "
                              f"({' '.join(repr(error).split())})")
         cameras += [(file.parent / serial, frames, side == "left", 100 * subject + place,
@@ -381,7 +381,7 @@ def read_labels(camera):
         try:
             with np.load(file, allow_pickle=False) as labels:
                 made.append((labels["joint_3d"].reshape(21, 3), labels["joint_2d"].reshape(21, 2)))
-            assert np.isfinite(made[-1][0]).all() and np.isfinite(made[-1][1]).all(), "not finite"
+            require(np.isfinite(made[-1][0]).all() and np.isfinite(made[-1][1]).all(), "not finite")
         except Exception as error:  # what a damaged file raises depends on where it is damaged
             raise InputError(f"{file}: missing, truncated, or without finite joint_3d (1, 21, 3) and joint_2d "
                              f"(1, 21, 2): {error}")
@@ -433,7 +433,7 @@ def read_annotations(data_file, calib_file, pose_file):
                 if valid.sum() < 10:
                     dropped["with fewer than 10 valid joints"] += 1
                     continue
-                xyz = np.nan_to_num(xyz)
+                xyz = np.where(np.isfinite(xyz), xyz, 0)
                 uv = (xyz @ matrix.T)[:, :2] / np.maximum(xyz[:, 2:], 1)  # rectified pictures: a pinhole
                 low, high = np.array(box, float).reshape(2, 2)
                 rows.append((f"images/{image['file_name']}", hand == 1, int(annotation["id"]), len(rows),

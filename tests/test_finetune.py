@@ -491,6 +491,16 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
     calib.write_text(text.replace("000005", "000006"))
     assert "missing in assemblyhands_train_ego_calib" in line()
     calib.write_text(text)
+    poses = root / "annotations" / "train" / "assemblyhands_train_joint_3d_v1-1.json"
+    text, world = poses.read_text(), json.loads(poses.read_text())
+    for frame in world["annotations"]["nusar-train_0"].values():  # joints without a place are not valid
+        frame["world_coord"][20] = [math.nan, 0, math.inf]
+    poses.write_text(json.dumps(world))
+    train, validation, _, _ = finetune.split(parse("--root", root, "--out", tmp_path / "run", dataset="assemblyhands"))
+    both = np.concatenate([train, validation]).view(np.recarray)
+    right = both[(both.scene == 0) & ~both.left]
+    assert not right.valid[:, 0].any() and np.isfinite(both.xyz).all() and np.isfinite(both.uv).all()
+    poses.write_text(text)
     picture = next((root / "images").rglob("*/train/**/*.jpg"))
     cv2.imwrite(str(picture), np.zeros((480, 640, 3), np.uint8))
     assert "640 pixels wide, its labels are for 636" in line("--epochs", 1, "--batch-size", 10)
