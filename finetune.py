@@ -270,8 +270,10 @@ def split(args):
     chosen = np.random.default_rng(args.seed).permutation(groups)[:max(round(args.label_fraction * len(groups)), 1)]
     used = np.isin(train.group, chosen)
     notes = notes + [f"labels: {len(chosen)} of {len(groups)} unique training samples"]
-    if args.head == "knn":  # there is nothing to choose
-        return train[used], train[:0], test, notes
+    if args.head == "knn":  # there is no model to choose, and only a whole pose can be aligned and scaled
+        notes[-1] += f"; compared with the {(used & posed(train)).sum()} of {used.sum()} that have wrist and joint 9"
+        require((used & posed(train)).any(), f"{args.root}: no training sample with a valid wrist and joint 9")
+        return train[used & posed(train)], train[:0], test, notes
     if validation is None:  # every tenth scene of the chosen labels, so that no pose is on both sides
         scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
         scenes = scenes[np.isin(scenes, train.scene[used])]
@@ -684,8 +686,6 @@ def predict(net, samples, args, device, progress=""):
 def nearest(net, train, test, args, device):
     """-> uv and pose, as of `predict`, of each test picture's nearest training picture, both in test crops."""
     net.eval()
-    train = train[posed(train)]  # the others' pose cannot be aligned and scaled
-    require(len(train), f"{args.root}: no training sample with a valid wrist and joint 9")
     keys, queries = (of_pictures(lambda images: F.normalize(forward(net.backbone, images, args).float()),
                                  (net.features,), samples, args, device, name)
                      for name, samples in (("training", train), ("test", test)))

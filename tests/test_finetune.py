@@ -451,6 +451,11 @@ def test_assemblyhands_is_read_to_the_letter(tmp_path, suffix, modality):
     both = np.concatenate([train, validation])
     same_hands(both[np.argsort(both["group"])].view(np.recarray), kept["train"])
     assert not {*train.scene} & {*validation.scene} and len({*validation.scene}) == 1 and len({*train.scene}) == 2
+    compared, none, *_, notes_of_knn = finetune.split(parse("--root", root, "--out", tmp_path / "run", "--modality",
+                                                            modality, "--head", "knn", dataset="assemblyhands"))
+    posed = [hand for hand in kept["train"] if hand[5][0] and hand[5][9]]
+    assert len(compared) == len(posed) < len(kept["train"]) and not len(none)
+    assert f"{len(posed)} of {len(kept['train'])} that have wrist and joint 9" in notes_of_knn[-1]
     text = " ".join(notes)
     for count, reason in ((6, "with fewer than 10 valid joints"), (6, "without a box"), (6, "without labels")):
         assert f"{count} {reason}" in notes[1], text
