@@ -118,7 +118,7 @@ def main():
     model.backbone.requires_grad_(not args.freeze)
     heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     groups = [dict(params=heads, peak=args.lr), dict(params=list(model.backbone.parameters()), peak=args.backbone_lr)]
-    optimizer = torch.optim.Adam(groups[:1] if args.freeze else groups, fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(groups[:1] if args.freeze else groups, fused=True)
     lock = open_folder(out) if rank == 0 else None  # held until the process ends
     step, best, digest, kept = 0, math.inf, zlib.crc32(train), resume(out, args, FREE)
     if kept:
@@ -163,7 +163,7 @@ def main():
 
         end_of_epoch = step % steps_per_epoch == 0
         due = torch.tensor([bool(stop), end_of_epoch or time.time() - saved > 60 * args.save_minutes]).int()
-        stopping, due = over_ranks(due.to(device) if args.ranks > 1 else due).tolist()  # all do the same at a step
+        stopping, due = over_ranks(due).tolist()  # all do the same at a step; on the hosts, no device has to wait
         if stopping or due:
             mean = over_ranks(torch.stack(recent).mean()).item() / args.ranks
             require(math.isfinite(mean), f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last "
@@ -536,11 +536,10 @@ def read_picture(samples, i, root):
     path = os.path.join(root, os.fsdecode(samples.path[i]))
     content = Path(path).read_bytes() if os.path.isfile(path) else b""
     whole = content[:2] != b"\xff\xd8" or b"\xff\xd9" in content  # OpenCV fills what a cut JPEG lacks with grey
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content and whole else None
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB) if content and whole else None
     require(image is not None, f"{path}: missing or not a picture that can be read")
     require(samples.width[i] in (0, image.shape[1]),
             f"{path}: is {image.shape[1]} pixels wide, its labels are for {samples.width[i]}")
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return cv2.flip(image, 1) if samples.left[i] else image
 
 

@@ -5,6 +5,7 @@
     python tests/bench.py loader       views a second beside torchvision's transforms, and beside decoding alone
     python tests/bench.py loss         weights, loss and gradient of a batch beside the obvious way
     python tests/bench.py step         pretrain.py beside a bare ResNet: the paper's on a GPU, a small one on a CPU
+    python tests/bench.py finetune     finetune.py beside the bare network, and its loader alone
     python tests/bench.py all
 
 Prints one table, in Markdown. Every figure is wall-clock time, start-up of the processes included, unless it says
@@ -361,7 +362,7 @@ def step(folder):
             command = ("--out", folder / "run", "--backbone", backbone, "--weights", "none", "--input-size", size,
                        "--batch-size", batch, "--micro-batch", micro, "--steps", steps, *flags)
             code = (f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; "
-                    f"bench.bare_resnet({backbone!r}, {2 * micro}, {size}, {bool(flags)})")
+                    f"bench.bare_network({backbone!r}, {2 * micro}, {size}, compiled={bool(flags)})")
             ours, bare = (subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
                           for words in ((ROOT / "pretrain.py", hands, *command), ("-c", code)))
             if ours.returncode or bare.returncode:
@@ -373,25 +374,78 @@ def step(folder):
                        "; ours embeds twice: 0.75 at most" if micro < batch else ""))
 
 
-def bare_resnet(name, views, size, compiled, times=10):
-    """Prints views a second of forward and backward."""
+def bare_network(name, images, size, detnet=False, compiled=False, times=10):
+    """Prints pictures a second of forward and backward, of a ResNet or of DetNet on it."""
     import torch
     import torchvision
+    import finetune
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = torchvision.models.get_model(name).to(device, memory_format=torch.channels_last).train()
+    network = finetune.DetNet(name, "none") if detnet else torchvision.models.get_model(name)
+    network = network.to(device, memory_format=torch.channels_last).train()
     if compiled:
         network.compile()
-    images = torch.randn(views, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    pictures = torch.randn(images, 3, size, size, device=device).to(memory_format=torch.channels_last)
     for k in range(2 * times):
         if k == times:
             (torch.cuda.synchronize if device == "cuda" else int)()
             start = time.time()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            out = network(images)
-        out.float().sum().backward()
+            outputs = network(pictures)
+        sum(output.float().sum() for output in (outputs if detnet else [outputs])).backward()
     (torch.cuda.synchronize if device == "cuda" else int)()
-    print(times * views / (time.time() - start))
+    print(times * images / (time.time() - start))
+
+
+# ---------------------------------------------------------------------------------------------- fine-tuning
+
+def tune(folder):
+    """An epoch of finetune.py, its loader included, beside DetNet's forward and backward on tensors that are already on
+    the device. The pictures are rendered, few of them repeated."""
+    import synthetic
+    import torch
+    import finetune
+
+    gpu = torch.cuda.is_available()
+    backbone, size, batch, times = ("resnet50", 128, 128, 40) if gpu else ("resnet18", 64, 16, 2)
+    synthetic.write_freihand(folder / "few", train=50, evaluation=8, seed=0)
+    shutil.copytree(folder / "few", folder / "set")
+    shutil.copytree(folder / "few_eval", folder / "set_eval")
+    for name in ("K", "xyz"):
+        path = folder / "set" / f"training_{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) * times))
+    rgb = folder / "set" / "training" / "rgb"
+    for picture in rgb.iterdir():
+        picture.unlink()
+    for k in range(4 * 50 * times):  # version by version, each of 50 x times samples
+        version, sample = divmod(k, 50 * times)
+        os.link(folder / "few" / "training" / "rgb" / f"{50 * version + sample % 50:08d}.jpg", rgb / f"{k:08d}.jpg")
+    command = ["finetune.py", "--dataset", "freihand", "--root", folder / "set", "--out", folder / "run", "--weights",
+               "none", "--backbone", backbone, "--input-size", size, "--batch-size", batch, "--epochs", 2]
+    script(ROOT / command[0], *command[1:])
+    rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    ours = [row["pictures_per_s"] for row in rows if row.get("epoch") == 2][0]
+    code = (f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; "
+            f"bench.bare_network({backbone!r}, {batch}, {size}, detnet=True)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    bare = float(result.stdout) if result.returncode == 0 else sys.exit(result.stderr[-500:])
+    where = f"bf16, {torch.cuda.get_device_name()}" if gpu else "fp32, CPU"
+    yield (f"DetNet on {backbone}, {size} px, batch {batch}, {where}", f"{ours:.0f} pictures/s",
+           f"{bare:.0f} pictures/s", f"{ours / bare:.2f}", "the bare network")
+    sys.argv = list(map(str, command))
+    args = finetune.parse_args()
+    torch.set_num_threads(1)
+    train, *_ = finetune.split(args)
+    steps = len(train) // batch
+    loader = iter(finetune.load(finetune.Pictures(train, args, True), range(10 * steps), args))
+    for _ in range(3 * steps):
+        next(loader)  # made while the processes started
+    start = time.time()
+    for _ in range(6 * steps):
+        next(loader)
+    rate = 6 * steps * batch / (time.time() - start)
+    yield (f"its loader alone, {args.workers} processes, pictures of 224 px", f"{rate:.0f} pictures/s",
+           f"{bare:.0f} pictures/s", f"{rate / bare:.1f}", "the bare network")
 
 
 def loss(folder):
@@ -450,7 +504,8 @@ def measure_loss(pairs, device, reference):
     return map(float, result.stdout.split()) if result.returncode == 0 else sys.exit(result.stderr)
 
 
-STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step}
+STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step,
+          "finetune": tune}
 
 if __name__ == "__main__":
     main()
