@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,10 +115,9 @@ def undo_view(projection, angle, shift):
 @torch.no_grad()
 def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg=0.05):
     """Weights of the N positive pairs (N,) and of all pairs of the 2N views (2N, 2N) (SiMHand's adaptive weighting).
-    keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels (or J = 1 vector of their
-    PCA embedding). d is the mean over J of the Euclidean distance. "linear": w = (d_max - d) / (d_max - d_min);
-    "nonlinear": w = 1 / (1 + exp(slope (d - mean d))). Positives and all pairs each have their own range and mean.
-    Distances that differ by less than 1e-4 px say nothing about similarity: then every weight is 1."""
+    keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels, or J = 1 PCA embedding.
+    d, the mean over J of Euclidean distances, gives w = (d_max - d) / (d_max - d_min) if "linear" and w = 1 / (1 +
+    exp(slope (d - mean d))) if "nonlinear", positives and all pairs apart; 1 where no d differ by 1e-4 px or more."""
     if kind not in ("linear", "nonlinear"):
         raise ValueError(f"kind must be linear or nonlinear, not {kind}")
     def weights(d, slope):
@@ -140,20 +140,18 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
     """SiMHand's weighted NT-Xent: mean over the 2N views i, with s the cosine similarity, of
         -log( exp(w_pos s(i, i+) / t) / sum over k != i of exp(w_neg(i, k) s(i, k) / t) )
     z1, z2: (N, D), L2-normalised, row i of both is a positive pair. pos_weight (N,), neg_weight (2N, 2N), or None for
-    1. The sum includes the positive, with its w_neg. Computed in float32 (float64 stays), under autocast too; some rows
-    at a time, made again on the way back, where autograd would keep (2N, 2N) matrices of 1 GB each."""
+    1. The sum includes the positive, with its w_neg. In float32 (float64 stays), under autocast too; some rows at a
+    time, made again on the way back, where autograd would keep (2N, 2N) matrices."""
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32))
         n, few = len(z1), max(1, 2 ** 23 // len(z1))
         def log_sums(z, k):  # of rows k .. k + few
-            logits = z[k:k + few] @ z.T / temperature
-            if neg_weight is not None:
-                logits = logits * neg_weight[k:k + few]
+            logits = z[k:k + few] @ z.T * ((1 if neg_weight is None else neg_weight[k:k + few]) / temperature)
             itself = torch.arange(k, k + len(logits), device=z.device)[:, None]
             return torch.logsumexp(logits.scatter(1, itself, -math.inf), 1).sum()
         positive = (z[:n] * z[n:]).sum(1) * (1 if pos_weight is None else pos_weight) / temperature
-        sums = [checkpoint(log_sums, z, k, use_reentrant=False) if few < 2 * n else log_sums(z, k)
-                for k in range(0, 2 * n, few)]
+        sums = [checkpoint(log_sums, z, k, use_reentrant=False, preserve_rng_state=False) if few < 2 * n
+                else log_sums(z, k) for k in range(0, 2 * n, few)]
         return (sum(sums) - 2 * positive.sum()) / (2 * n)
 
 
@@ -291,7 +289,7 @@ def run_script(main):
 def check_flags(args):
     """What holds for the flags of every script: numbers are finite and not negative, the device is there."""
     for name, value in vars(args).items():
-        require(not isinstance(value, (int, float)) or 0 <= value < math.inf,
+        require(not isinstance(value, (int, float)) or 0 <= value < (2 ** 63 if isinstance(value, int) else math.inf),
                 f"--{name.replace('_', '-')} is {value}, expected a number that is finite and not negative")
     try:
         torch.empty(0, device=getattr(args, "device", None) or "cpu")
@@ -307,7 +305,6 @@ def print_settings(args, **effective):
 def open_folder(folder, rank=0, ranks=1):
     """Make an output folder, lock it (a rank: its share) for this process's life, clear what a killed run left."""
     folder = Path(folder)
-    require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     start, end = (k * 2 ** 40 // ranks for k in (rank, rank + 1))  # another whole run's shares overlap with it
@@ -396,11 +393,14 @@ def read_log(path):
 
 
 def catch_sigterm():
-    """A list that becomes non-empty when SIGTERM arrives; a second SIGTERM ends the process at once."""
+    """A list that becomes non-empty when SIGTERM arrives; a second SIGTERM ends the process at once. Under torchrun,
+    which passes on what the cluster has sent to each rank already, all of five seconds count as one."""
     received = []
     def handler(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        received.append(time.monotonic())
+        if len(received) > 1 and (received[-1] - received[0] > 5 or "TORCHELASTIC_RUN_ID" not in os.environ):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
     signal.signal(signal.SIGTERM, handler)
     return received
 

@@ -119,6 +119,7 @@ def main():
     heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     groups = [dict(params=heads, peak=args.lr), dict(params=list(model.backbone.parameters()), peak=args.backbone_lr)]
     optimizer = torch.optim.Adam(groups[:1] if args.freeze else groups, fused=True)
+    require(not (out / "keypoints.npy").exists(), f"{out}: is a hands folder, choose another --out")
     lock = open_folder(out) if rank == 0 else None  # held until the process ends
     step, best, digest, kept = 0, math.inf, zlib.crc32(train), resume(out, args, FREE)
     if kept:

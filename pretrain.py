@@ -2,8 +2,8 @@
 
 Reads hands folders with their mined pairs and writes into --out: backbone.pt (a torchvision ResNet state dict without
 fc), checkpoint.pt, log.jsonl, curves.png. Defaults are the paper's. Stop it at any moment and run the same command
-again: it goes on. Under torchrun the batch is spread over all ranks; with the same --micro-batch the result does not
-depend on their number.
+again: it goes on. Under torchrun the batch is spread over all ranks; with the same --micro-batch, loss and gradient do
+not depend on their number.
 
     python pretrain.py data/ego4d data/100doh --out runs/simhand --micro-batch 512
     python pretrain.py demo/hands --out runs/tiny --backbone resnet18 --weights none --batch-size 64 --epochs 2
@@ -34,6 +34,7 @@ from common import (BACKBONES, InputError, apply_view, atomic, catch_sigterm, ch
                     print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint, save_image,
                     sheet, start_log, start_ranks, undo_view, write_log)
 
+CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # for each rank here
 FREE = ("out", "device", "workers", "save_minutes", "tensorboard")  # cannot change the result
 SHARES = dict(colour_drop="share of the views, 0 to 1, that become grey (this and the next four: default 0)",
               blur="share that is blurred, by a Gaussian of up to 2 px (at 128 px)",
@@ -98,7 +99,7 @@ def parse_args():
     # machine
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one)")
-    parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))),
+    parser.add_argument("--workers", type=int, default=min(8, CORES),
                         help="loader processes of each rank, 0: none (default: one a core, 8 at most)")
     parser.add_argument("--compile", action="store_true", help="compile the network (torch.compile): minutes at the "
                         "start, and then less time a step")
@@ -109,6 +110,7 @@ def parse_args():
     args = parser.parse_args()
     check_flags(args)
     args.hands = [os.path.normpath(folder) for folder in args.hands]
+    args.pairs = args.pairs and [os.path.normpath(folder) for folder in args.pairs]
     simclr = args.method == "simclr"
     args.rotation = args.rotation if args.rotation is not None else 0.0 if simclr else 45.0
     args.crop_margin = args.crop_margin or ([1.25, 1.25] if simclr else [0.9, 1.5])
@@ -117,7 +119,8 @@ def parse_args():
             "--epochs, --top-k, --input-size, --temperature, --lr and --accumulate must be above 0")
     require(args.micro_batch is None or args.micro_batch > 0, "--micro-batch must be above 0")
     require(args.steps is None or args.steps > 1, "--steps must be above 1: the first half is not measured")
-    require(all(getattr(args, name) <= 1 for name in SHARES), f"--{', --'.join(SHARES)}: shares lie in 0..1")
+    require(all(getattr(args, name) <= 1 for name in ("crop_move", *SHARES)), "--crop-move and the shares of the views "
+            "must lie in 0..1")
     require(0 <= args.warmup_epochs < args.epochs,
             f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     require(0 < args.crop_margin[0] <= args.crop_margin[1] < math.inf, "--crop-margin: expected 0 < LOW <= HIGH")
@@ -126,27 +129,30 @@ def parse_args():
 
 def main():
     args = parse_args()
+    stop = [] if args.steps else catch_sigterm()
     rank, world, device = start_ranks(args.device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    micro = args.micro_batch or args.batch_size // (world * args.accumulate)
-    require(micro and args.batch_size % (world * micro * args.accumulate) == 0, f"--batch-size {args.batch_size} must "
-            f"be a multiple of {world} ranks x --accumulate {args.accumulate} x --micro-batch {micro}")
-    require(args.batch_size // args.accumulate > 1, "--batch-size must leave 2 pairs or more: one has no negatives")
+    share, rest = divmod(args.batch_size, world * args.accumulate)
+    micro = args.micro_batch or share
+    require(share * world > 1, "--batch-size must leave 2 pairs or more to a part: one has no negatives")
+    require(not rest and share % micro == 0, f"--batch-size {args.batch_size} must be a multiple of {world} ranks x "
+            f"--accumulate {args.accumulate}" + (f" x --micro-batch {micro}" if args.micro_batch else ""))
     args.micro_batch = micro  # a number of ranks that makes it another is another run: BatchNorm sees other groups
-    pieces = args.batch_size // (world * micro * args.accumulate)  # of a part
+    pieces = share // micro  # of a part
     data = load_data(args)
     steps_per_epoch = len(data.usable) // args.batch_size
     require(steps_per_epoch, f"{', '.join(args.hands)}: {len(data.usable)} usable hands, fewer than --batch-size "
-            f"{args.batch_size}; lower it or extract more videos")
+            f"{args.batch_size}; lower it, or extract and mine more")
     total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     writes = rank == 0 and not args.steps
+    require(not Path(args.out, "keypoints.npy").exists(), f"{args.out}: is a hands folder, choose another --out")
     lock = open_folder(args.out) if writes else None  # held until the process ends
 
     torch.manual_seed(args.seed)
-    model = SimHandModel(args.backbone, args.weights).to(device, memory_format=torch.channels_last)
+    step, kept = 0, resume(args.out, args, FREE) if not args.steps else None
+    model = SimHandModel(args.backbone, "none" if kept else args.weights)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args)
-    step = 0
-    kept = resume(args.out, args, FREE) if not args.steps else None
     if kept:
         require(kept["data"] == data.digest, f"{args.out}: was trained on other hands or pairs than those in "
                 f"{', '.join(args.hands)}; choose another --out")
@@ -170,14 +176,13 @@ def main():
             draw_views(Path(args.out) / "views.jpg", data, args)
 
     end = min(total, args.steps or total)
-    order = [(s, (part * world + rank) * pieces + piece)
-             for s in range(step, end) for part in range(args.accumulate) for piece in range(pieces)]
+    order = ((s, (part * world + rank) * pieces + piece)
+             for s in range(step, end) for part in range(args.accumulate) for piece in range(pieces))
     loader = iter(torch.utils.data.DataLoader(Views(data, args, micro), batch_size=None, sampler=order,
                                               num_workers=args.workers, pin_memory=device.type == "cuda",
                                               worker_init_fn=start_worker, generator=torch.Generator()))
-    stop, report = [] if args.steps else catch_sigterm(), max(1, min(10, steps_per_epoch // 4))
-    recent, saved = [], time.time()
-    half = since = saved
+    report, recent, saved = max(1, min(10, steps_per_epoch // 4)), [], time.time()
+    since = saved
     pca = None if data.pca is None else data.pca.to(device)
     net.train()
     bar = tqdm(total=end, initial=step, unit="step", disable=rank != 0)
@@ -190,45 +195,45 @@ def main():
         step += 1
         bar.update()
 
-        stopping = bool(stop)
-        due = step % steps_per_epoch == 0 or time.time() - saved > 60 * args.save_minutes
+        stopping, end_of_epoch = bool(stop), step % steps_per_epoch == 0
+        due = end_of_epoch or time.time() - saved > 60 * args.save_minutes
         if world > 1:  # all ranks save and leave the loop at the same step; the hosts agree, no device has to wait
             stopping, due = gather(torch.tensor([[stopping, due]])).any(0).tolist()
-        if step % report == 0 or due or stopping or args.steps and step in (end // 2, end):
+        if step in (end // 2, end) if args.steps else step % report == 0 or due or stopping:
             values = torch.stack(recent).tolist()  # here alone the host waits for the device
             for k, row in enumerate(values, step - len(values) + 1):
-                require(all(map(math.isfinite, row)), f"{args.out}: the loss is not finite at step {k}; the last "
-                        "checkpoint stays; try a smaller --lr or --precision fp32")
+                require(all(map(math.isfinite, row)), f"{args.out}: the loss is not finite at step {k}; checkpoints "
+                        "stay as they are; try a smaller --lr or --precision fp32 in another --out")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"],
                        **dict(zip(VALUES, map(statistics.fmean, zip(*values)))),
                        views_per_s=2 * args.batch_size * len(recent) / (time.time() - since))
             recent, since = [], time.time()
-            half = since if step == end // 2 else half
             rows.append(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s")
             if writes:
                 write_log(args.out, row)
             for key, value in row.items() if board else ():
                 board.add_scalar(key, value, step)
-        if due or stopping:
-            require(all(p.isfinite().all() for p in model.parameters()), f"{args.out}: a weight is not finite after "
-                    f"step {step}; the last checkpoint stays; try a smaller --lr or --precision fp32")
+        if (due or stopping) and not args.steps:
+            require(all(t.isfinite().all() for t in model.state_dict().values()), f"{args.out}: a weight is not finite "
+                    f"after step {step}; checkpoints stay as they are; try a smaller --lr in another --out")
             if writes:
                 save_checkpoint(args.out, dict(args=plain(args), data=data.digest, step=step,
                                                model=model.state_dict(), optimizer=optimizer.state_dict(),
                                                random=torch.get_rng_state()))
+            if writes and (end_of_epoch or stopping):
+                plot_curves(Path(args.out) / "curves.png", rows, [["loss"], ["lr"], VALUES[1:3], VALUES[3:]])
             saved = since = time.time()
-        if writes and (step % steps_per_epoch == 0 or stopping):
-            plot_curves(Path(args.out) / "curves.png", rows, [["loss"], ["lr"], VALUES[1:3], VALUES[3:]])
         if stopping:
             break
     bar.close()
     if args.steps and rank == 0:
-        seconds = (time.time() - half) / (end - end // 2)
+        seconds = 2 * args.batch_size / rows[-1]["views_per_s"]
         memory = torch.cuda.max_memory_reserved() if device.type == "cuda" else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"dry run: {2 * args.batch_size / seconds:.0f} views/s, {seconds:.3f} s a step, {memory / 2 ** 30:.2f} GB"
-              f" of {device.type} memory; the whole run, {total} steps, would take {total * seconds / 3600:.2f} hours")
+              f" of {device.type} memory (loader processes apart); the whole run, {total} steps, would take "
+              f"{total * seconds / 3600:.2f} hours")
     elif writes and step < total:
         print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
     elif writes:
@@ -246,7 +251,7 @@ def open_tensorboard(folder, step):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:  # 2.20 wants a protobuf that mediapipe does not bear
         raise InputError(f"--tensorboard: {error} (pip install 'tensorboard<2.20')")
-    return SummaryWriter(folder, purge_step=step)
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 VALUES = ("loss", "positive_similarity", "negative_similarity", "positive_weight", "pair_weight")
@@ -270,9 +275,12 @@ def add_gradient(net, pieces, pca, rank, world, args, last):
     With one piece its graph is kept; with more, they are embedded twice and BatchNorm's running statistics move in the
     second pass only. last: no part follows, the ranks add up what they have.
     """
+    def adds_up(k):  # before the last piece's backward pass, and forward pass, the ranks keep what they have
+        return contextlib.nullcontext() if world == 1 or last and k == len(pieces) - 1 else net.no_sync()
+
     once = len(pieces) == 1
-    with contextlib.nullcontext() if once else no_gradient(net):
-        embedded = [embed(net, piece, args) for piece in pieces]
+    with adds_up(0) if once else no_gradient(net):
+        embedded = [embed(net if once or world == 1 else net.module, piece, args) for piece in pieces]
     # the whole part's embeddings and keypoints, on every rank: first views of all pairs, second views of all pairs
     z1, z2 = (gather(torch.cat(half)).requires_grad_() for half in zip(*(e.detach().chunk(2) for e in embedded)))
     k1, k2 = (gather(torch.cat(half)) for half in zip(*(piece["weight_keypoints"].chunk(2) for piece in pieces)))
@@ -285,8 +293,7 @@ def add_gradient(net, pieces, pca, rank, world, args, last):
         rows = slice((rank * len(pieces) + k) * n, (rank * len(pieces) + k + 1) * n)
         # DistributedDataParallel averages over ranks
         gradient = torch.cat([z1.grad[rows], z2.grad[rows]]) * (world / args.accumulate)
-        adds_up = world == 1 or last and k == len(pieces) - 1
-        with contextlib.nullcontext() if adds_up else net.no_sync():
+        with adds_up(k):
             (e if once else embed(net, piece, args)).backward(gradient)
     with torch.no_grad():
         ones, positive, views = torch.ones((), device=loss.device), (z1 * z2).sum(1), 2 * len(z1)
@@ -332,7 +339,7 @@ def no_gradient(net):
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
-    with torch.no_grad(), net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext():
+    with torch.no_grad():
         yield
     for norm in norms:
         norm.track_running_stats = True
@@ -409,8 +416,8 @@ def load_data(args):
         hint = "run mine_pairs.py again"
         if (path / "neighbours.npy").exists():
             found = load_array(path / "neighbours.npy", np.int64, (count, None), hint=hint)
-            require(found.shape[1] and found.min() >= -1 and found.max() < count,
-                    f"{path / 'neighbours.npy'}: values must lie in -1..{count - 1} ({hint})")
+            require(found.shape[1] and found.min() >= -1 and found.max() < count, f"{path / 'neighbours.npy'}: "
+                    f"expected one column or more with values in -1..{count - 1} ({hint})")
             require(args.method != "simhand" or args.top_k <= found.shape[1],
                     f"{path / 'neighbours.npy'}: {found.shape[1]} neighbours a hand were mined, --top-k is "
                     f"{args.top_k}; run mine_pairs.py --top-k {args.top_k}")
@@ -418,17 +425,18 @@ def load_data(args):
                     f"neighbour ({hint})")
             rows = np.flatnonzero(found[:, 0] >= 0)
         else:
-            require(args.method != "simhand",
+            require(args.method != "simhand" and not args.pairs,
                     f"{path / 'neighbours.npy'}: missing, expected mined pairs (run mine_pairs.py first)")
             found, rows = None, np.arange(count)
             notes.append(f"{path} was not mined: all its {count} hands are used")
         if args.weight_pca and args.weighting != "none":
             own = load_array(path / "pca.npy", np.float32, (None, 42), hint=hint)[1:]
             require(len(own), f"{path / 'pca.npy'}: holds no component ({hint})")
-            require(pca is None or np.array_equal(pca, own),
-                    f"{path / 'pca.npy'}: differs from that of {pairs[0]}; --weight-pca needs one for all")
-            pca = own
-        for array in (hands.keypoints, found if found is not None else np.empty(0)):
+            if pca is None:
+                pca = own
+            elif not np.array_equal(pca, own):  # distances between hands of two folders need one PCA
+                notes.append(f"--weight-pca: the components in {pairs[0]} serve the hands of {hands.folder} too")
+        for array in (hands.keypoints, hands.offsets, *(a for a in (found, pca) if a is not None)):
             digest = zlib.crc32(np.ascontiguousarray(array), digest)
         neighbours.append(found)
         usable.append(np.stack([np.full(len(rows), number), rows], 1))
@@ -481,19 +489,20 @@ def make_pair(data, i, epoch, args):
 def disturb(image, rng, shares):
     """The augmentations that are off by default, each for the share of all views that its flag says."""
     drop, blur, noise, sobel, cut_out = rng.random(5) < shares
+    sigma, strength, width, x, y = rng.random(5)  # drawn whether needed or not: one flag leaves another's draws alone
     side = len(image)
     if drop:
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if blur:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.1, 2) * side / 128)
+        image = cv2.GaussianBlur(image, (0, 0), (0.1 + 1.9 * sigma) * side / 128)
     if noise:
-        image = (image + rng.normal(0, rng.uniform(0, 25), image.shape)).clip(0, 255).astype(np.uint8)
+        image = (image + rng.normal(0, 25 * strength, image.shape)).clip(0, 255).astype(np.uint8)
     if sobel:
-        x, y = cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1)
-        image = cv2.magnitude(x, y).clip(0, 255).astype(np.uint8)
+        across, along = cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1)
+        image = cv2.magnitude(across, along).clip(0, 255).astype(np.uint8)
     if cut_out:
-        width = round(rng.uniform(0.1, 0.4) * side)
-        x, y = rng.integers(0, side - width + 1, 2)
+        width = round((0.1 + 0.3 * width) * side)
+        x, y = (int(place * (side - width + 1)) for place in (x, y))
         image[y:y + width, x:x + width] = 0
     return image
 
@@ -504,20 +513,20 @@ def start_worker(number):
         signal.signal(name, signal.SIG_IGN)  # the parent decides; it still needs the batches under way
 
 
-def draw_views(path, data, args, pairs=6):
-    """A sheet of pairs as the network sees them, keypoints drawn, with the weight of each as a positive."""
-    chosen = np.random.default_rng(args.seed).choice(len(data.usable), min(pairs, len(data.usable)), replace=False)
+def draw_views(path, data, args, pairs=6, others=250):
+    """A sheet of pairs as the network sees them, keypoints drawn, with each one's weight as a positive among others."""
+    count = min(pairs + others, len(data.usable), args.batch_size // args.accumulate)
+    chosen = np.random.default_rng(args.seed).choice(len(data.usable), count, replace=False)
     halves = list(zip(*(make_pair(data, i, 0, args) for i in chosen)))  # first views, second views
-    text = ["no weight"] * len(chosen)
-    if args.weighting != "none":
-        keypoints = (torch.from_numpy(np.stack([view["weight_keypoints"] for view in half])) for half in halves)
-        pos_weight, _ = weigh(*keypoints, data.pca, args)
-        text = [f"weight {w:.2f}" for w in pos_weight]
-    zoom = max(1, 192 // args.input_size)
-    tiles = [draw_hand(view["image"].repeat(zoom, 0).repeat(zoom, 1), (view["keypoints"] + 0.5) * zoom - 0.5,
-                       text=words) for half, caption in zip(halves, (text, [""] * len(text)))
-             for view, words in zip(half, caption)]
-    save_image(path, sheet(tiles, len(chosen)))
+    keypoints = (torch.from_numpy(np.stack([view["weight_keypoints"] for view in half])) for half in halves)
+    weights = weigh(*keypoints, data.pca, args)[0]
+    zoom, tiles = max(1, 192 // args.input_size), []
+    for half in halves:
+        for k, view in enumerate(half[:pairs]):
+            image, points = np.kron(view["image"], np.ones((zoom, zoom, 1), np.uint8)), view["keypoints"]
+            text = "no weight" if weights is None else f"weight {weights[k]:.2f}"
+            tiles.append(draw_hand(image, (points + 0.5) * zoom - 0.5, text=text if half is halves[0] else ""))
+    save_image(path, sheet(tiles, min(pairs, count)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def refused(script, *arguments):
     """Run a script's main() here (a process would take seconds) on input that it must refuse: status 2 and one line on
     stderr. -> that line."""
     module, errors, argv = importlib.import_module(script.removesuffix(".py")), io.StringIO(), sys.argv
+    handler = signal.getsignal(signal.SIGTERM)
     sys.argv, status = [script, *map(str, arguments)], 0
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
@@ -50,6 +52,7 @@ def refused(script, *arguments):
         status = ended.code
     finally:
         sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
     bar = re.compile(r"\d+/\d+ \[")
     lines = [line for line in errors.getvalue().splitlines() if line.strip() and not bar.search(line)]
     assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: "), errors.getvalue()

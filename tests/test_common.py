@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torchvision
 
 import common
 from common import InputError, apply_view, load_backbone, nt_xent, pair_weights, sample_view, undo_view
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 
 
 def random_hand(rng, side=224):
@@ -412,6 +413,15 @@ def test_a_second_live_run_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ drawing
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_second_sigterm_ends_at_once_but_for_the_one_that_torchrun_passes_on(torchrun):
+    code = ("import os, signal; from common import catch_sigterm; stop = catch_sigterm(); me = os.getpid()\n"
+            "os.kill(me, signal.SIGTERM); assert stop; os.kill(me, signal.SIGTERM); print('goes on')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), **({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {})}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == ((0, "goes on\n") if torchrun else (-signal.SIGTERM, ""))
+
 
 def test_a_drawn_skeleton_passes_through_its_joints_and_leaves_the_picture_alone():
     image = np.zeros((224, 224, 3), np.uint8)
