@@ -590,7 +590,7 @@ def test_bad_input_is_refused_in_one_line(pairs, tmp_path):
     assert "other.pt: not the weights of a resnet18" in line("--batch-size", 8, "--weights", tmp_path / "other.pt")
     assert "nowhere.pt: missing" in line("--batch-size", 8, "--weights", tmp_path / "nowhere.pt")
     for content, word in ((np.zeros((5, 1), np.int64), "expected int64"), (np.load(pairs / "neighbours.npy") + 10 ** 6,
-                                                                            "values must lie in")):
+                                                                            "values in -1")):
         np.save(pairs / "neighbours.npy", content)
         assert "neighbours.npy" in (found := line("--batch-size", 8)) and word in found
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
