@@ -295,7 +295,7 @@ def hands_folder(folder, count):
     return folder / "hands", len(first)
 
 
-def loader(folder, micro=128, batches=40):
+def loader(folder, micro=128):
     """Views of 128 px made by as many processes as there are cores, in the loader of pretrain.py."""
     import torch
     from PIL import Image
@@ -304,6 +304,7 @@ def loader(folder, micro=128, batches=40):
 
     torch.set_num_threads(1)
     processes = len(os.sched_getaffinity(0))
+    batches = 20 * processes
     hands, crops = hands_folder(folder, micro * batches)
     sys.argv = ["pretrain.py", str(hands), "--out", "unused", "--batch-size", str(micro)]
     args = pretrain.parse_args()
