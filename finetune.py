@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
                     load_array, load_backbone, load_checkpoint, load_hands, normalise, open_folder, plain, plot_curves,
-                    print_settings, read_crop, require, resume, run_script, save_array, save_checkpoint, save_image,
-                    sheet, start_log, start_ranks, write_log)
+                    print_settings, read_crop, read_log, refuse_other_arguments, require, resume, run_script,
+                    save_array, save_checkpoint, save_image, sheet, start_log, start_ranks, write_log)
 
+CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # for each rank here
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and 100 px at least).
 CROP = {"freihand": 2.0, "dexycb": 1.75, "assemblyhands": 1.75}
@@ -52,10 +53,11 @@ def parse_args():
                         "(s1, the default), views (s2) or objects (s3)")
     parser.add_argument("--paper-filter", action="store_true", help="DexYCB: only frames with 10 joints or more in the "
                         "picture, the wrist and joint 9 among them, as SiMHand (default: every labelled frame)")
-    parser.add_argument("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego)")
+    parser.add_argument("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego); exo: frames "
+                        "cut from its videos, and the calibration as json like that of ego")
     parser.add_argument("--predict", metavar="FOLDER", help="instead of a data set: what the trained --weights "
-                        "RUN/model.pt says of the pictures in a folder, one right hand filling each, or of a hands "
-                        "folder's crops")
+                        "RUN/model.pt says of the pictures in a folder, each of one right hand that fills about half "
+                        "of the longer side, or of a hands folder's crops")
     # network
     parser.add_argument("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
@@ -79,13 +81,15 @@ def parse_args():
     # machine
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one)")
-    parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))),
-                        help="loader processes of each rank, 0: none (default: one a core, 8 at most)")
+    parser.add_argument("--workers", type=int, default=min(16, CORES),
+                        help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
     parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")
     args = parser.parse_args()
     check_flags(args)
     require(bool(args.predict) != bool(args.dataset and args.root),
             "expected --dataset and --root, or --predict and --weights RUN/model.pt")
+    require(not args.predict or args.weights not in ("imagenet", "none") and "RANK" not in os.environ,
+            "--predict: expected --weights RUN/model.pt, and no torchrun")
     require(args.dataset == "dexycb" or not (args.setup or args.paper_filter), "--setup, --paper-filter: DexYCB only")
     require(args.dataset == "assemblyhands" or not args.modality, "--modality: AssemblyHands only")
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
@@ -121,7 +125,9 @@ def main():
     optimizer = torch.optim.Adam(groups[:1] if args.freeze else groups, fused=True)
     require(not (out / "keypoints.npy").exists(), f"{out}: is a hands folder, choose another --out")
     lock = open_folder(out) if rank == 0 else None  # held until the process ends
-    step, best, digest, kept = 0, math.inf, zlib.crc32(train), resume(out, args, FREE)
+    step, best, digest, kept = 0, math.inf, 0, resume(out, args, FREE)
+    for samples in (train, validation, test):
+        digest = zlib.crc32(samples, digest)
     if kept:
         require(kept["data"] == digest, f"{args.root}: other labels than {out} was trained on; choose another --out")
         model.load_state_dict(kept["model"])
@@ -167,8 +173,9 @@ def main():
         stopping, due = over_ranks(due).tolist()  # all do the same at a step; on the hosts, no device has to wait
         if stopping or due:
             mean = over_ranks(torch.stack(recent).mean()).item() / args.ranks
-            require(math.isfinite(mean), f"{out}: the loss is not finite at step {step}; checkpoint.pt holds the last "
-                    "good state; try a smaller --lr or --precision fp32")
+            finite = math.isfinite(mean) and all(t.isfinite().all() for t in model.state_dict().values())
+            require(finite, f"{out}: the loss or a weight is not finite by step {step}; checkpoints stay as they are; "
+                    "try a smaller --lr or --precision fp32 in another --out")
             row = dict(step=step, epoch=round(step / steps_per_epoch, 3), lr=optimizer.param_groups[0]["lr"], loss=mean,
                        pictures_per_s=args.batch_size * len(recent) / (time.time() - since))
             if end_of_epoch:
@@ -226,11 +233,14 @@ def predict_folder(args):
     else:
         names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES)
         require(names, f"{folder}: holds neither keypoints.npy nor a picture ({', '.join(PICTURES)})")
-        samples = make_set(1, path=[os.fsencode(name) for name in names])
+        samples = make_set(1, path=names)
         sizes = np.array([read_picture(samples, i, source).shape[1::-1] for i in range(len(names))])
         samples.centre, samples.side = (sizes - 1) / 2, sizes.max(1)
     lock = open_folder(out)  # held until the process ends
-    require(not (out / "checkpoint.pt").exists(), f"{out}: holds a fine-tuning run, choose another --out")
+    require(not any((out / name).exists() for name in ("checkpoint.pt", "gt_xyz.npy", "keypoints.npy")),
+            f"{out}: holds a fine-tuning run or hands, choose another --out")
+    if (out / "log.jsonl").exists():
+        refuse_other_arguments(out, read_log(out / "log.jsonl")[0]["args"], args, FREE)
     start_log(out, args)
     print_settings(args, pictures=len(samples))
     args.root = source
@@ -241,11 +251,11 @@ def predict_folder(args):
 # ---------------------------------------------------------------------------------------------- readers
 
 # A set is a record array. path: below the root; index: the official one; group: unique sample, whose versions share
-# it; scene: what validation must not share with training; width: the picture's, 0 where it does not matter; uv: its
-# pixels; xyz: mm in the camera's frame; valid: joints; centre and side: the square test crop, in the picture's pixels.
+# it; scene: what validation must not share with training; camera: DexYCB's; width: the picture's, 0 where it does
+# not matter; uv: its pixels; xyz: mm in the camera's frame; valid: joints; centre and side: the square test crop.
 SAMPLE = np.dtype([("path", "S255"), ("left", "?"), ("index", "<i8"), ("group", "<i8"), ("scene", "<i8"),
-                   ("width", "<i8"), ("uv", "<f8", (21, 2)), ("xyz", "<f8", (21, 3)), ("valid", "?", 21),
-                   ("centre", "<f8", 2), ("side", "<f8")])
+                   ("camera", "<i8"), ("width", "<i8"), ("uv", "<f8", (21, 2)), ("xyz", "<f8", (21, 3)),
+                   ("valid", "?", 21), ("centre", "<f8", 2), ("side", "<f8")])
 CACHE = 1  # to be raised when a reader or the records change: then nothing is taken from an older cache
 SERIALS = ("836212060125", "839512060362", "840412060917", "841412060263", "932122060857", "932122060861",
            "932122061900", "932122062010")
@@ -262,7 +272,10 @@ def split(args):
     right ones: left ones are mirrored, u' = width - 1 - u and x' = -x, and `read_picture` mirrors their pictures."""
     train, validation, test, notes = READERS[args.dataset](args)
     for samples in (train, test) if validation is None else (train, validation, test):
-        require(len(samples), f"{args.root}: a split without a labelled hand: {'; '.join(notes)}")
+        require(posed(samples).any(), f"{args.root}: a split without a labelled wrist and joint 9: {'; '.join(notes)}")
+        lengths = bone(samples.xyz[posed(samples)])
+        require(lengths.min() > 0 and 40 < np.median(lengths) < 140, f"{args.root}: the bone 0-9 has a length of "
+                f"{lengths.min():.3g} mm at least and {np.median(lengths):.3g} mm in the median, expected hands")
         left = samples.left
         samples.xyz[left, :, 0] *= -1
         samples.uv[left, :, 0] = samples.width[left, None] - 1 - samples.uv[left, :, 0]
@@ -291,6 +304,8 @@ def split(args):
 def make_set(crop, **fields):
     """Fields of `SAMPLE` -> record array; the index counts, the crop is a square `crop` times as long as the joints."""
     samples = np.zeros(len(fields["path"]), SAMPLE).view(np.recarray)
+    fields["path"] = list(map(os.fsencode, fields["path"]))
+    require(max(map(len, fields["path"])) <= SAMPLE["path"].itemsize, "a path below the root has more than 255 bytes")
     for name, values in dict(index=np.arange(len(samples)), **fields).items():
         samples[name] = values
     low, high = samples.uv.min(1), samples.uv.max(1)
@@ -319,9 +334,10 @@ def read_freihand(args):
         bad = np.flatnonzero((xyz[..., 2] <= 0).any(1) | (bone(xyz) <= 0))
         require(not len(bad), f"{file}: sample {bad[:1]} lies behind the camera or has no bone 0-9")
         require(np.median(bone(xyz)) < 1, f"{file}: the bone 0-9 has a median above 1, expected metres")
-        pictures = sorted(p.name for p in (root / name / "rgb").glob("*.jpg"))
-        require(len(pictures) == versions * len(xyz),
-                f"{root / name / 'rgb'}: holds {len(pictures)} pictures, expected {versions} x {len(xyz)}")
+        pictures, there = [f"{i:08d}.jpg" for i in range(versions * len(xyz))], set(os.listdir(root / name / "rgb"))
+        lacking = [picture for picture in pictures if picture not in there]
+        require(not lacking, f"{root / name / 'rgb'}: {len(lacking)} pictures are missing, the first {lacking[:1]}; "
+                f"expected {versions} x {len(xyz)}, 00000000.jpg and so on")
         uvw = xyz @ matrix.transpose(0, 2, 1)
         group = np.tile(np.arange(len(xyz)), versions)  # picture i shows sample i % number of samples
         sets.append(make_set(CROP["freihand"], path=[f"{name}/rgb/{p}" for p in pictures], group=group, scene=group,
@@ -336,44 +352,46 @@ def read_dexycb(args):
     for k, found in enumerate(files):
         require(len(found) == 100 or found and args.setup in ("s1", "s2"), f"{args.root}/*-subject-{k + 1:02d}: holds "
                 f"{len(found)} sequences with a meta.yml, expected 100 (or some for s1 and s2, whatever their order)")
-    return cached(args, sum(files, []), lambda: read_sequences(args, files))
-
-
-def read_sequences(args, files):
-    """The meta.yml of each subject's sequences -> [train, val, test], notes."""
-    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
-    cameras = []  # folder, number of frames, and what these share: left, scene, part
-    for subject, place, file in ((s, q, file) for s, found in enumerate(files) for q, file in enumerate(found)):
-        try:
-            meta = yaml.safe_load(file.read_bytes())
-            serials, frames, side = {str(s) for s in meta["serials"]}, int(meta["num_frames"]), meta["mano_sides"][0]
-            require(serials <= {*SERIALS} and frames > 0 and side in ("left", "right"), "a value that none can have")
-        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"{file}: expected DexYCB's serials, num_frames and mano_sides "
-                             f"({' '.join(repr(error).split())})")
-        cameras += [(file.parent / serial, frames, side == "left", 100 * subject + place,
-                     SETUPS[args.setup](subject, place, camera))
-                    for camera, serial in enumerate(SERIALS) if serial in serials]
-    loader = load(cameras, range(len(cameras)), args, collate_fn=read_labels)
-    xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera")))
-    left, scene, part = (np.repeat(values, [c[1] for c in cameras]) for values in list(zip(*cameras))[2:])
-    valid = ((uv > 0) & (uv <= (640, 480))).all(2) & (xyz[..., 0] != -1)
-    every = make_set(CROP["dexycb"], left=left, group=np.arange(len(uv)), scene=scene, width=640, uv=uv, valid=valid,
-                     xyz=xyz * 1000.0, path=[f"{folder.relative_to(args.root)}/color_{k:06d}.jpg"
-                                             for folder, frames, *_ in cameras for k in range(frames)])
-    labelled, clear = (xyz != -1).any((1, 2)), (valid.sum(1) >= 10) & posed(every)
-    sets, count = [], sum(map(len, files))
-    notes = [f"DexYCB {args.setup}: chosen on val, tested on test", f"{count} of 1000 sequences are there"
-             + ("" if count == 1000 else ": the indices of names.txt are not official")]
+    every, notes = cached(args, sum(files, []), lambda: read_sequences(args, files))
+    places, which = np.unique(every.scene * 8 + every.camera, return_inverse=True)  # subject, sequence and camera
+    part = np.array([SETUPS[args.setup](place // 800, place // 8 % 100, place % 8) for place in places])[which]
+    labelled, clear = (every.xyz != -1000).any((1, 2)), (every.valid.sum(1) >= 10) & posed(every)
+    sets, notes = [], [f"DexYCB {args.setup}: chosen on val, tested on test", *notes]
     for number, name in enumerate(("train", "val", "test")):
         mine = part == number
         every.index[mine] = np.arange(mine.sum())  # frames without a label count
         kept = mine & labelled & (clear | (not args.paper_filter))
         sets.append(every[kept])
-        notes.append(f"{name}: {kept.sum()} of {mine.sum()} frames kept, {(kept & ~valid.all(1)).sum()} of them "
-                     f"with joints outside the picture; dropped {(mine & ~labelled).sum()} without a label and "
-                     f"{(mine & labelled & ~kept).sum()} by --paper-filter")
-    return sets, notes
+        notes.append(f"{name}: {kept.sum()} of {mine.sum()} frames kept, {(kept & ~every.valid.all(1)).sum()} of them "
+                     f"with joints outside the picture; dropped {(mine & ~labelled).sum()} without a label"
+                     + f" and {(mine & labelled & ~kept).sum()} by --paper-filter" * args.paper_filter)
+    return *sets, notes
+
+
+def read_sequences(args, files):
+    """The meta.yml of each subject's sequences -> all frames, with or without a label, in the official order; notes."""
+    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
+    cameras = []  # folder, number of frames, and what these share: left, scene, camera
+    for subject, place, file in ((s, q, file) for s, found in enumerate(files) for q, file in enumerate(found)):
+        try:
+            meta = yaml.safe_load(file.read_bytes())
+            serials, frames, side = {str(s) for s in meta["serials"]}, int(meta["num_frames"]), meta["mano_sides"][0]
+            require(serials <= {*SERIALS} and frames > 0 and side in ("left", "right"), "a value that none can have")
+        except (yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            raise InputError(f"{file}: expected DexYCB's serials, num_frames and mano_sides "
+                             f"({' '.join(repr(error).split())[:300]})")
+        cameras += [(file.parent / serial, frames, side == "left", 100 * subject + place, camera)
+                    for camera, serial in enumerate(SERIALS) if serial in serials]
+    loader = load(cameras, range(len(cameras)), args, collate_fn=read_labels)
+    xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera")))
+    left, scene, camera = (np.repeat(values, [c[1] for c in cameras]) for values in list(zip(*cameras))[2:])
+    valid = ((uv > 0) & (uv <= (640, 480))).all(2) & (xyz[..., 0] != -1)
+    every = make_set(CROP["dexycb"], left=left, group=np.arange(len(uv)), scene=scene, camera=camera, width=640, uv=uv,
+                     valid=valid, xyz=xyz * 1000.0, path=[f"{folder.relative_to(args.root)}/color_{k:06d}.jpg"
+                                                          for folder, frames, *_ in cameras for k in range(frames)])
+    count = sum(map(len, files))
+    return [every], [f"{count} of 1000 sequences and {len(cameras)} of 8000 cameras are there"
+                     + ("" if len(cameras) == 8000 else ": the indices of names.txt are not official")]
 
 
 def read_labels(camera):
@@ -440,11 +458,12 @@ def read_annotations(data_file, calib_file, pose_file):
                 uv = (xyz @ matrix.T)[:, :2] / np.maximum(xyz[:, 2:], 1)  # rectified pictures: a pinhole
                 low, high = np.array(box, float).reshape(2, 2)
                 rows.append((f"images/{image['file_name']}", hand == 1, int(annotation["id"]), len(rows),
-                             sequences.setdefault(sequence, len(sequences)), image["width"], uv, xyz, valid,
+                             sequences.setdefault(sequence, len(sequences)), 0, image["width"], uv, xyz, valid,
                              (low + high) / 2, max(CROP["assemblyhands"] * (high - low).max(), 100)))
         samples = np.array(rows, SAMPLE).view(np.recarray)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{data_file}: {at}not in AssemblyHands' layout, or missing in {calib_file.name}: {error!r}")
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{data_file}: {at}not in AssemblyHands' layout, or missing in {calib_file.name} or "
+                         f"{pose_file.name}: {error!r}")
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
     return samples, f"{len(rows)} hands of {len(sequences)} sequences kept; dropped {counts}"
 
@@ -460,15 +479,19 @@ def read_json(file):
 
 
 def cached(args, files, read):
-    """read() -> sets, notes -> the same in one list, kept as .npy files in .cache beside the run: what takes minutes is
-    then loaded in seconds. The folder's name follows from root and flags, and from names, sizes and times of `files`.
+    """read() -> sets, notes -> the same in one list, kept as .npy files beside the run: what takes minutes is
+    then loaded in seconds. The folder's name follows from data set, root, and names, sizes and times of `files`.
     Of several processes the first reads and the others wait for it."""
-    key = repr((CACHE, SAMPLE, os.path.realpath(args.root), args.setup, args.paper_filter, args.modality, [
+    key = repr((CACHE, SAMPLE, args.dataset, args.modality, os.path.realpath(args.root), [
         (str(file.relative_to(args.root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
-    folder = Path(args.out).parent / ".cache" / f"{args.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = Path(args.out).parent / ".simhand-cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that reads {args.root}", flush=True)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
         for left in folder.glob(".*.tmp"):  # of a killed run
             left.unlink()
         if not (folder / "notes.json").exists():
@@ -535,10 +558,13 @@ def read_picture(samples, i, root):
     if not isinstance(root, str):
         return read_crop(root, i)
     path = os.path.join(root, os.fsdecode(samples.path[i]))
-    content = Path(path).read_bytes() if os.path.isfile(path) else b""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: could not be read: {error.strerror}")
     whole = content[:2] != b"\xff\xd8" or b"\xff\xd9" in content  # OpenCV fills what a cut JPEG lacks with grey
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB) if content and whole else None
-    require(image is not None, f"{path}: missing or not a picture that can be read")
+    require(image is not None, f"{path}: truncated, or not a picture that OpenCV reads")
     require(samples.width[i] in (0, image.shape[1]),
             f"{path}: is {image.shape[1]} pixels wide, its labels are for {samples.width[i]}")
     return cv2.flip(image, 1) if samples.left[i] else image

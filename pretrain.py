@@ -99,8 +99,8 @@ def parse_args():
     # machine
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one)")
-    parser.add_argument("--workers", type=int, default=min(8, CORES),
-                        help="loader processes of each rank, 0: none (default: one a core, 8 at most)")
+    parser.add_argument("--workers", type=int, default=min(16, CORES),
+                        help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
     parser.add_argument("--compile", action="store_true", help="compile the network (torch.compile): minutes at the "
                         "start, and then less time a step")
     parser.add_argument("--save-minutes", type=float, default=10, help="checkpoint this often, and after every epoch")

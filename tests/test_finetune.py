@@ -78,9 +78,16 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     file.write_text(text)
     picture = freihand / "training" / "rgb" / "00000005.jpg"
     picture.rename(tmp_path / "kept.jpg")
-    assert "holds 63 pictures, expected 4 x 16" in line()
+    assert "1 pictures are missing, the first ['00000005.jpg']; expected 4 x 16" in line()
+    (tmp_path / "kept.jpg").rename(picture.with_name("00000064.jpg"))  # as many as before, but not the same ones
+    assert "1 pictures are missing, the first ['00000005.jpg']" in line()
     picture.write_text("not a picture")
-    assert "00000005.jpg: missing or not a picture" in line()
+    assert "00000005.jpg: truncated, or not a picture" in line()
+    picture.unlink()
+    picture.symlink_to("/proc/self/mem")
+    assert "00000005.jpg: could not be read: Input/output error" in line()
+    picture.unlink()
+    picture.write_text("not a picture")
     (freihand.with_name("set_eval") / "evaluation_xyz.json").unlink()
     assert "evaluation_xyz.json: missing" in line()
     assert not (tmp_path / "run" / "pred_xyz.npy").exists()
@@ -207,7 +214,7 @@ def test_dexycb_is_read_to_the_letter(dexycb, tmp_path, setup, parts, paper):
     text = " ".join(notes)
     assert f"DexYCB {setup}" in notes[0] and "20 of 1000 sequences" in text
     unlabelled = sum(truth[path] is None for path in official(truth, **parts[2]))
-    assert f"dropped {unlabelled} without a label" in text and "10 of 10" not in text
+    assert f"dropped {unlabelled} without a label" in text and ("--paper-filter" in text) == paper
 
 
 def test_dexycb_setups_against_the_officials_lists():
@@ -269,7 +276,7 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
     assert "subject-04: holds 0 sequences" in line()
     shutil.rmtree(root / SUBJECTS[6])
     assert "subject-04" in line()
-    assert not list((tmp_path / ".cache").glob("*/notes.json"))
+    assert not list((tmp_path / ".simhand-cache").glob("*/notes.json"))
 
 
 def test_what_was_read_is_kept_beside_the_run_and_belongs_to_root_and_setup(tmp_path, capsys):
@@ -289,10 +296,13 @@ def test_what_was_read_is_kept_beside_the_run_and_belongs_to_root_and_setup(tmp_
     assert read(root=tmp_path / "link")[0].tobytes() == first[0].tobytes()  # the same folder by another name
     shutil.copytree(root, tmp_path / "other")
     changed = root / SUBJECTS[0] / "20200709_140000" / "meta.yml"
-    for arguments, other in ((("--setup", "s2"), root), (("--paper-filter",), root), ((), tmp_path / "other")):
-        with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
-            read(*arguments, root=other)
-    file = next((tmp_path / "runs" / ".cache").glob("*/0.npy"))
+    with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
+        read(root=tmp_path / "other")
+    for setup, part in (("s2", lambda path: int(finetune.SERIALS.index(path.split("/")[2]) == 7)),
+                        ("s1", lambda path: int(path.split("/")[0] in SUBJECTS[7:9]))):  # one reading serves all
+        _, _, test, _ = read("--setup", setup)
+        assert len(test) and all(part(path.decode()) for path in test.path)
+    file = next((tmp_path / "runs" / ".simhand-cache").glob("*/0.npy"))
     content = file.read_bytes()
     file.write_bytes(content[:1000])
     with pytest.raises(finetune.InputError, match="delete this folder.*0.npy: truncated"):
@@ -476,7 +486,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
         text = file.read_text()
         for damage in (text[:len(text) // 2], "[]", "{}", "null"):
             file.write_text(damage)
-            assert f"assemblyhands_{part}_" in line()
+            assert file.name in line()
         file.unlink()
         assert f"{file.name}: No such file" in line()
         file.write_text(text)
@@ -487,7 +497,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
         data.write_text(json.dumps({**whole, "annotations": [{**whole["annotations"][0], **change}]}))
         assert f"{data}: annotation" in line()
     data.write_text(json.dumps({**whole, "annotations": [{**a, "joint_valid": None} for a in whole["annotations"]]}))
-    assert "without a labelled hand" in line() and "without labels" in line()
+    assert "without a labelled wrist" in line() and "without labels" in line()
     data.write_text(json.dumps(whole))
     calib = root / "annotations" / "train" / "assemblyhands_train_ego_calib_v1-1.json"
     text = calib.read_text()
@@ -511,7 +521,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
     assert "640 pixels wide, its labels are for 636" in line("--epochs", 1, "--batch-size", 10)
     content = picture.read_bytes()
     picture.write_bytes(content[:len(content) // 2])
-    assert f"{picture.name}: missing or not a picture" in line("--epochs", 1)
+    assert f"{picture.name}: truncated, or not a picture" in line("--epochs", 1)
 
 
 def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
@@ -551,6 +561,22 @@ def test_picture_and_pose_turn_together(rendered):
         expected = np.concatenate([pose[:, :2] @ turn.T, pose[:, 2:]], 1)
         assert np.allclose(made["pose"][row], expected, atol=1e-5)
         assert np.allclose(made["uv"][row], train.uv[i] @ view["matrix"][:, :2].T + view["matrix"][:, 2], atol=1e-3)
+
+
+def test_training_crops_are_jittered_and_colours_stay_near(rendered):
+    """Centre by a tenth of the side, side by a tenth, angle by --rotation; a grey picture stays grey."""
+    args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--rotation", 30)
+    train, _, _, _ = finetune.split(args)
+    views = [finetune.crop_view(train, 0, args, 64, np.random.default_rng(i)) for i in range(400)]
+    angles = np.array([view["angle"] for view in views])
+    sides = np.array([64 / np.linalg.norm(view["matrix"][0, :2]) for view in views]) / train.side[0]
+    centres = np.array([np.linalg.solve(view["matrix"][:, :2], 31.5 - view["matrix"][:, 2]) for view in views])
+    moves = (centres - train.centre[0]) / train.side[0]
+    for values, limit in ((angles, 30), (sides - 1, 0.1), (moves[:, 0], 0.1), (moves[:, 1], 0.1)):
+        assert 0.9 * limit < values.max() <= limit * 1.0001 and -limit * 1.0001 <= values.min() < -0.9 * limit
+    grey = np.full((16, 16, 3), 100, np.uint8)
+    pictures = np.array([finetune.jitter(grey, np.random.default_rng(i)) for i in range(200)], int)
+    assert (np.ptp(pictures, axis=3) == 0).all() and pictures.min() >= 48 and 140 < pictures.max() <= 151
 
 
 def test_test_crops_hold_the_hand_in_their_middle(rendered):
@@ -641,10 +667,19 @@ def test_the_files_of_a_run(straight, rendered):
     assert all(Path(path).is_file() and side == "right" for _, path, side in lines)
     assert all(cv2.imread(str(straight / name)) is not None for name in ("overlay.jpg", "curves.png"))
     log = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
-    assert log[0]["args"]["epochs"] == 2 and sum("validation_mpjpe" in row for row in log) == 2
+    errors = [row["validation_mpjpe"] for row in log if "validation_mpjpe" in row]
+    assert log[0]["args"]["epochs"] == len(errors) == 2
+    assert [row["lr"] for row in log if row.get("epoch") in (1, 2)] == pytest.approx([1e-3, 1e-4])
+    args = parse("--root", rendered / "freihand", "--out", "x", *TINY)
+    args.precision, net = "fp32", finetune.DetNet("resnet18", "none")
+    net.load_state_dict(load_checkpoint(straight / "model.pt")["model"])
+    _, validation, _, _ = finetune.split(args)  # the model that was kept is the best of both epochs
+    pose = finetune.predict(net, validation, args, torch.device("cpu"))[1]
+    assert np.nanmean(finetune.pose_error(pose, validation)) == pytest.approx(min(errors), rel=1e-5)
 
 
-def test_a_killed_run_ends_bit_for_bit_like_a_straight_one(straight, rendered, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_ends_bit_for_bit_like_a_straight_one(straight, rendered, tmp_path, number):
     out = tmp_path / "run"
     arguments = ("--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--epochs", 2,
                  "--save-minutes", 0)
@@ -652,8 +687,8 @@ def test_a_killed_run_ends_bit_for_bit_like_a_straight_one(straight, rendered, t
                                env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "checkpoint-previous.pt").exists() and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, number)
+    assert process.wait() == (0 if number == signal.SIGTERM else -number)
     assert not (out / "pred_xyz.npy").exists()
     run("finetune.py", *arguments)
     assert same(load_checkpoint(out / "model.pt"), load_checkpoint(straight / "model.pt"))
@@ -736,6 +771,8 @@ loss.backward()
 total = finetune.over_ranks(loss.detach().clone()) / world
 if rank == 0:
     torch.save([total, [p.grad for p in model.parameters()], batch["has_pose"].sum()], args.out)
+if world > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -756,8 +793,8 @@ def test_two_ranks_have_the_gradient_of_one_process(rendered, tmp_path):
 
 def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_path):
     out = tmp_path / "run"
-    arguments = ["--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--batch-size", 16,
-                 "--epochs", 1]
+    arguments = ["--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--batch-size", 4,
+                 "--epochs", 1]  # two batches of test pictures: one for each rank
     torchrun("finetune.py", *arguments)
     assert {p.name for p in straight.iterdir()} - {p.name for p in out.iterdir()} == {"checkpoint-previous.pt"}
     args = parse(*arguments[2:])
@@ -811,7 +848,7 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     sheet = cv2.imread(str(out / "overlay.jpg"))
     assert sheet.shape == (3 * 256, 256, 3)
     (folder / "cut.jpg").write_bytes(pictures[0].read_bytes()[:3000])
-    assert "cut.jpg: missing or not a picture" in refused(*command)
+    assert "cut.jpg: truncated, or not a picture" in refused(*command)
     for file in folder.iterdir():
         file.unlink()
     assert "holds neither keypoints.npy nor a picture" in refused(*command)
