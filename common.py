@@ -81,9 +81,8 @@ def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(
 
 
 def apply_view(view, image, keypoints, view_side):
-    """image (H, W, 3) and keypoints (21, 2) of the crop -> the view's (view_side, view_side, 3) and (21, 2).
-    What lies outside the crop is black. The colour factors act in HSV with red and blue exchanged, as published: skin
-    then has a hue of 17-114 (of 180), so that the factor on hue really changes it."""
+    """image (H, W, 3) and keypoints (21, 2) of the crop -> those of the view, black outside the crop. Colour factors act
+    in HSV with red and blue exchanged, as published: skin has a hue of 17-114 then, which a factor really changes."""
     image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR)
     if view["colour"] is not None:
         *factors, add = view["colour"]
@@ -305,6 +304,7 @@ def print_settings(args, **effective):
 def open_folder(folder, rank=0, ranks=1):
     """Make an output folder, lock it (a rank: its share) for this process's life, clear what a killed run left."""
     folder = Path(folder)
+    require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     start, end = (k * 2 ** 40 // ranks for k in (rank, rank + 1))  # another whole run's shares overlap with it
