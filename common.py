@@ -81,7 +81,7 @@ def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(
 
 
 def apply_view(view, image, keypoints, view_side):
-    """image (H, W, 3) and keypoints (21, 2) of the crop -> those of the view, black outside the crop. Colour factors act
+    """image (H, W, 3) and keypoints (21, 2) of the crop -> those of the view, black outside the crop. Colours change
     in HSV with red and blue exchanged, as published: skin has a hue of 17-114 then, which a factor really changes."""
     image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR)
     if view["colour"] is not None:

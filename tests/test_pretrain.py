@@ -465,12 +465,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--weight-on", "neg", "--weight-pca", "--accumulate", 2), ("--method", "peclr")])
-def test_variants_run(mined, tmp_path, flags):
-    run("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, *flags)
+def test_variants_run(mined, tmp_path, flags, monkeypatch):
+    arguments = ("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, *flags)
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    handler = signal.getsignal(signal.SIGTERM)
+    pretrain.main()
+    signal.signal(signal.SIGTERM, handler)
     assert (tmp_path / "run" / "backbone.pt").exists() and (tmp_path / "run" / "views.jpg").exists()
 
 
-def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
+def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path, monkeypatch):
     arguments = (*TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2, "--steps", 6)
     result = run("pretrain.py", mined, "--out", tmp_path / "run", *arguments)
     rate, seconds, memory, steps, hours = map(float, re.search(
@@ -480,7 +484,9 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
     assert 0.2 < memory < 8 and steps == 2 * (len(np.load(mined / "keypoints.npy")) // 20)
     assert not (tmp_path / "run").exists()
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
-    run("pretrain.py", mined, "--out", straight, *arguments[:-1], 2, "--lr", 1)  # beside a run of other arguments
+    command = ("pretrain.py", mined, "--out", straight, *arguments[:-1], 2, "--lr", 1)  # beside a run of other ones
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    pretrain.main()
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
 
 
