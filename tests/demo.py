@@ -1,4 +1,4 @@
-"""The whole of SiMHand on rendered hands, from videos to the table, on two CPU cores in about ten minutes.
+"""The whole of SiMHand on rendered hands, from videos to the table, on two CPU cores in ten to seventeen minutes.
 
 Makes its own data (synthetic.py), then runs the five scripts as a user would, each command printed before it runs. A
 second call goes on where the first one stopped.
