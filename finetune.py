@@ -211,6 +211,7 @@ def main():
         write_predictions(out, test, uv, pose, args)
         print(f"next: python evaluate.py {out}")
     if args.ranks > 1:
+        dist.barrier()  # were a rank to fail while it ends, torchrun would end the one that still writes
         dist.destroy_process_group()
 
 

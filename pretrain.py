@@ -243,6 +243,7 @@ def main():
               f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
               f"--backbone {args.backbone} --out RUN")
     if world > 1:
+        dist.barrier()  # were a rank to fail while it ends, torchrun would end the one that still writes
         dist.destroy_process_group()
 
 

@@ -771,7 +771,8 @@ loss.backward()
 total = finetune.over_ranks(loss.detach().clone()) / world
 if rank == 0:
     torch.save([total, [p.grad for p in model.parameters()], batch["has_pose"].sum()], args.out)
-if world > 1:
+if world > 1:  # leave together: one that lost its peer while it ends may abort
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 """
 

@@ -206,6 +206,9 @@ batch = [views[0, (part * world + rank) * pieces + piece] for part in range(args
 values = pretrain.train_step(net, optimizer, batch, None, rank, world, args)
 if rank == 0:
     torch.save([values, [p.grad for p in model.parameters()]], sys.argv[-1])
+if world > 1:  # leave together: one that lost its peer while it ends may abort
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 '''
 
 
