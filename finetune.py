@@ -192,13 +192,13 @@ def main():
             save()
             bar.set_postfix_str(f"loss {mean:.3f}, validation {best:.1f} mm, {row['pictures_per_s']:.0f} pictures/s")
             saved, recent, since = time.time(), [], time.time()
-            if stopping and step < total:
-                bar.close()
-                if rank == 0:
-                    print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
-                return
+        if stopping:
+            break
     bar.close()
-    if args.head == "knn":
+    if step < total:
+        if rank == 0:
+            print(f"stopped by SIGTERM after step {step} of {total}; the same command goes on")
+    elif args.head == "knn":
         save()  # so that other arguments are refused here too
         uv, pose = nearest(model, train, test, args, device)
     else:
@@ -207,7 +207,7 @@ def main():
             model.load_state_dict(load_checkpoint(out / "model.pt")["model"])
             print(f"chosen at a validation MPJPE of {best:.2f} mm, see {out}/curves.png")
         uv, pose = predict(model, test, args, device, "test" if rank == 0 else "")
-    if rank == 0:
+    if rank == 0 and step == total:
         write_predictions(out, test, uv, pose, args)
         print(f"next: python evaluate.py {out}")
     if args.ranks > 1:

@@ -362,16 +362,14 @@ def step(folder):
         for flags in ((), ("--compile",)) if gpu else ((),):
             command = ("--out", folder / "run", "--backbone", backbone, "--weights", "none", "--input-size", size,
                        "--batch-size", batch, "--micro-batch", micro, "--steps", steps, *flags)
-            code = (f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; "
-                    f"bench.bare_network({backbone!r}, {2 * micro}, {size}, compiled={bool(flags)})")
-            ours, bare = (subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
-                          for words in ((ROOT / "pretrain.py", hands, *command), ("-c", code)))
-            if ours.returncode or bare.returncode:
-                sys.exit((ours.stderr or bare.stderr)[-500:])
+            ours = subprocess.run([sys.executable, *map(str, (ROOT / "pretrain.py", hands, *command))],
+                                  capture_output=True, text=True)
+            if ours.returncode:
+                sys.exit(ours.stderr[-500:])
+            bare = bare_rate(backbone, 2 * micro, size, compiled=bool(flags))
             rate, memory = re.search(r"(\d+) views/s, .*? a step, ([\d.]+ GB)", ours.stdout).groups()
             yield (f"{backbone}, {size} px, {batch} pairs, {micro} at a time{', compiled' * len(flags)}, {where}",
-                   f"{rate} views/s, {memory}", f"{float(bare.stdout):.0f} views/s",
-                   f"{float(rate) / float(bare.stdout):.2f}", "the bare network" + (
+                   f"{rate} views/s, {memory}", f"{bare:.0f} views/s", f"{float(rate) / bare:.2f}", "the bare network" + (
                        "; ours embeds twice: 0.75 at most" if micro < batch else ""))
 
 
@@ -398,55 +396,12 @@ def bare_network(name, images, size, detnet=False, compiled=False, times=10):
     print(times * images / (time.time() - start))
 
 
-# ---------------------------------------------------------------------------------------------- fine-tuning
-
-def tune(folder):
-    """An epoch of finetune.py, its loader included, beside DetNet's forward and backward on tensors that are already on
-    the device. The pictures are rendered, few of them repeated."""
-    import synthetic
-    import torch
-    import finetune
-
-    gpu = torch.cuda.is_available()
-    backbone, size, batch, times = ("resnet50", 128, 128, 40) if gpu else ("resnet18", 64, 16, 2)
-    synthetic.write_freihand(folder / "few", train=50, evaluation=8, seed=0)
-    shutil.copytree(folder / "few", folder / "set")
-    shutil.copytree(folder / "few_eval", folder / "set_eval")
-    for name in ("K", "xyz"):
-        path = folder / "set" / f"training_{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) * times))
-    rgb = folder / "set" / "training" / "rgb"
-    for picture in rgb.iterdir():
-        picture.unlink()
-    for k in range(4 * 50 * times):  # version by version, each of 50 x times samples
-        version, sample = divmod(k, 50 * times)
-        os.link(folder / "few" / "training" / "rgb" / f"{50 * version + sample % 50:08d}.jpg", rgb / f"{k:08d}.jpg")
-    command = ["finetune.py", "--dataset", "freihand", "--root", folder / "set", "--out", folder / "run", "--weights",
-               "none", "--backbone", backbone, "--input-size", size, "--batch-size", batch, "--epochs", 2]
-    script(ROOT / command[0], *command[1:])
-    rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    ours = [row["pictures_per_s"] for row in rows if row.get("epoch") == 2][0]
+def bare_rate(*arguments, **more):
+    """-> what `bare_network` prints, run in a process of its own."""
     code = (f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import bench; "
-            f"bench.bare_network({backbone!r}, {batch}, {size}, detnet=True)")
+            f"bench.bare_network(*{arguments!r}, **{more!r})")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    bare = float(result.stdout) if result.returncode == 0 else sys.exit(result.stderr[-500:])
-    where = f"bf16, {torch.cuda.get_device_name()}" if gpu else "fp32, CPU"
-    yield (f"DetNet on {backbone}, {size} px, batch {batch}, {where}", f"{ours:.0f} pictures/s",
-           f"{bare:.0f} pictures/s", f"{ours / bare:.2f}", "the bare network")
-    sys.argv = list(map(str, command))
-    args = finetune.parse_args()
-    torch.set_num_threads(1)
-    train, *_ = finetune.split(args)
-    steps = len(train) // batch
-    loader = iter(finetune.load(finetune.Pictures(train, args, True), range(10 * steps), args))
-    for _ in range(3 * steps):
-        next(loader)  # made while the processes started
-    start = time.time()
-    for _ in range(6 * steps):
-        next(loader)
-    rate = 6 * steps * batch / (time.time() - start)
-    yield (f"its loader alone, {args.workers} processes, pictures of 224 px", f"{rate:.0f} pictures/s",
-           f"{bare:.0f} pictures/s", f"{rate / bare:.1f}", "the bare network")
+    return float(result.stdout) if result.returncode == 0 else sys.exit(result.stderr[-500:])
 
 
 def loss(folder):
@@ -503,6 +458,54 @@ def measure_loss(pairs, device, reference):
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return map(float, result.stdout.split()) if result.returncode == 0 else sys.exit(result.stderr)
+
+
+# ---------------------------------------------------------------------------------------------- fine-tuning
+
+def tune(folder):
+    """An epoch of finetune.py, its loader included, beside DetNet's forward and backward on tensors that are already on
+    the device. The pictures are rendered, few of them repeated."""
+    import synthetic
+    import torch
+    import finetune
+
+    gpu = torch.cuda.is_available()
+    backbone, size, batch, times = ("resnet50", 128, 128, 40) if gpu else ("resnet18", 64, 16, 2)
+    synthetic.write_freihand(folder / "few", train=50, evaluation=8, seed=0)
+    shutil.copytree(folder / "few", folder / "set")
+    shutil.copytree(folder / "few_eval", folder / "set_eval")
+    for name in ("K", "xyz"):
+        path = folder / "set" / f"training_{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) * times))
+    rgb = folder / "set" / "training" / "rgb"
+    for picture in rgb.iterdir():
+        picture.unlink()
+    for k in range(4 * 50 * times):  # version by version, each of 50 x times samples
+        version, sample = divmod(k, 50 * times)
+        os.link(folder / "few" / "training" / "rgb" / f"{50 * version + sample % 50:08d}.jpg", rgb / f"{k:08d}.jpg")
+    command = ["finetune.py", "--dataset", "freihand", "--root", folder / "set", "--out", folder / "run", "--weights",
+               "none", "--backbone", backbone, "--input-size", size, "--batch-size", batch, "--epochs", 2]
+    script(ROOT / command[0], *command[1:])
+    rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    ours = [row["pictures_per_s"] for row in rows if row.get("epoch") == 2][0]
+    bare = bare_rate(backbone, batch, size, detnet=True)
+    where = f"bf16, {torch.cuda.get_device_name()}" if gpu else "fp32, CPU"
+    yield (f"DetNet on {backbone}, {size} px, batch {batch}, {where}", f"{ours:.0f} pictures/s",
+           f"{bare:.0f} pictures/s", f"{ours / bare:.2f}", "the bare network")
+    sys.argv = list(map(str, command))
+    args = finetune.parse_args()
+    torch.set_num_threads(1)
+    train, *_ = finetune.split(args)
+    steps = len(train) // batch
+    loader = iter(finetune.load(finetune.Pictures(train, args, True), range(10 * steps), args))
+    for _ in range(3 * steps):
+        next(loader)  # made while the processes started
+    start = time.time()
+    for _ in range(6 * steps):
+        next(loader)
+    rate = 6 * steps * batch / (time.time() - start)
+    yield (f"its loader alone, {args.workers} processes, pictures of 224 px", f"{rate:.0f} pictures/s",
+           f"{bare:.0f} pictures/s", f"{rate / bare:.1f}", "the bare network")
 
 
 STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step,
