@@ -137,6 +137,11 @@ def main():
     if rank == 0:
         if not rows:
             write_log(out, {"split": notes[0], "notes": notes[1:]})
+            before = Path(args.weights).parent / "log.jsonl"  # of pre-training: evaluate.py's plots name its settings
+            if Path(args.weights).is_file() and before.exists():
+                first, *more = read_log(before) or [{}]
+                write_log(out, {"pretraining": {"args": first.get("args"), "hands": next(
+                    (row["hands"] for row in more if "hands" in row), None)}})
         print_settings(args, train=len(train), validation=len(validation), test=len(test), steps=total, start=step,
                        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
         print(*notes, sep="\n")

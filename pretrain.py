@@ -161,6 +161,8 @@ def main():
         torch.set_rng_state(kept["random"])
         step = kept["step"]
     rows = start_log(args.out, args, step) if writes else []
+    if writes and not rows:
+        write_log(args.out, {"hands": len(data.usable)})
     board = open_tensorboard(args.out, step) if args.tensorboard and writes else None
     if args.compile:
         model.compile()

@@ -6,6 +6,7 @@
     python tests/bench.py loss         weights, loss and gradient of a batch beside the obvious way
     python tests/bench.py step         pretrain.py beside a bare ResNet: the paper's on a GPU, a small one on a CPU
     python tests/bench.py finetune     finetune.py beside the bare network, and its loader alone
+    python tests/bench.py evaluate     a million samples beside a loop
     python tests/bench.py all
 
 Prints one table, in Markdown. Every figure is wall-clock time, start-up of the processes included, unless it says
@@ -508,8 +509,34 @@ def tune(folder):
            f"{bare:.0f} pictures/s", f"{rate / bare:.1f}", "the bare network")
 
 
-STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step,
-          "finetune": tune}
+# ---------------------------------------------------------------------------------------------- evaluation
+
+def score(folder):
+    """The whole of evaluate.py on a million samples, a tenth of their joints not valid, bootstrap and plots included;
+    beside a loop over 5,000 samples, scaled up, that takes the aligned error alone, as FreiHAND's evaluation does."""
+    from scipy.linalg import orthogonal_procrustes
+
+    rng, shape = np.random.default_rng(0), (1_000_000, 21, 3)
+    truth = rng.normal(0, 40, shape).astype(np.float32) + np.float32([0, 0, 600])
+    truth[:, 9] = truth[:, 0] + np.float32([0, 90, 0])
+    np.save(folder / "gt_xyz.npy", truth)
+    prediction = truth + rng.normal(0, 15, shape).astype(np.float32)
+    np.save(folder / "pred_xyz.npy", prediction)
+    np.save(folder / "valid.npy", rng.uniform(size=shape[:2]) > 0.1)
+    start = time.time()
+    for t, p in zip(truth[:5000].astype(float), prediction[:5000].astype(float)):
+        t, p = t - t.mean(0), p - p.mean(0)
+        rotation, size = orthogonal_procrustes(t, p / np.linalg.norm(p))
+        np.linalg.norm(p / np.linalg.norm(p) @ rotation.T * size - t, axis=1)
+    loop = (time.time() - start) * len(truth) / 5000
+    del truth, prediction
+    seconds, memory = script(ROOT / "evaluate.py", folder)
+    yield ("1,000,000 samples, all metrics, 1,000 resamples", f"{seconds:.0f} s, {memory:.2f} GB", f"{loop:.0f} s",
+           f"{loop / seconds:.1f}", "a loop for PA-MPJPE alone")
+
+
+STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step, "finetune": tune,
+          "evaluate": score}
 
 if __name__ == "__main__":
     main()

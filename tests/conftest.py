@@ -39,23 +39,28 @@ def torchrun(script, *arguments, ranks=2):
     return result
 
 
-def refused(script, *arguments):
-    """Run a script's main() here (a process would take seconds) on input that it must refuse: status 2 and one line on
-    stderr. -> that line."""
-    module, errors, argv = importlib.import_module(script.removesuffix(".py")), io.StringIO(), sys.argv
-    handler = signal.getsignal(signal.SIGTERM)
-    sys.argv, status = [script, *map(str, arguments)], 0
+def run_here(script, *arguments):
+    """Run a script's main() in this process: another would take seconds. -> exit status, stdout, stderr."""
+    module, printed, errors = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
+    argv, handler, status = sys.argv, signal.getsignal(signal.SIGTERM), 0
+    sys.argv = [script, *map(str, arguments)]
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
             common.run_script(module.main)
     except SystemExit as ended:
         status = ended.code
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, handler)
+    return status, printed.getvalue(), errors.getvalue()
+
+
+def refused(script, *arguments):
+    """Run a script on input that it must refuse: status 2 and one line on stderr. -> that line."""
+    status, _, errors = run_here(script, *arguments)
     bar = re.compile(r"\d+/\d+ \[")
-    lines = [line for line in errors.getvalue().splitlines() if line.strip() and not bar.search(line)]
-    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: "), errors.getvalue()
+    lines = [line for line in errors.splitlines() if line.strip() and not bar.search(line)]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: "), errors
     return lines[0]
 
 

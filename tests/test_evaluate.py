@@ -2,14 +2,19 @@
 
 import csv
 import json
+import re
+import statistics
+import zipfile
 
 import cv2
 import numpy as np
 import pytest
 from scipy.linalg import orthogonal_procrustes
+from scipy.stats import bootstrap
 
 import evaluate
-from conftest import refused, run
+from common import InputError
+from conftest import refused, run, run_here
 
 
 def poses(n=40, seed=0):
@@ -17,6 +22,13 @@ def poses(n=40, seed=0):
     truth = rng.normal(0, 40, (n, 21, 3))
     truth[:, 9] = truth[:, 0] + (0, 90, 0)
     return truth + (0, 0, 600), rng
+
+
+def scored(*runs):
+    """What evaluate.py prints of these runs and flags."""
+    status, printed, errors = run_here("evaluate.py", *runs)
+    assert not status, errors
+    return printed
 
 
 def all_valid(truth):
@@ -88,9 +100,11 @@ def test_pck_and_auc_on_known_errors():
     result, curve = evaluate.score(prediction, truth, all_valid(truth))
     assert result["per_joint"][5] == pytest.approx(12.5) and result["mpjpe"] == pytest.approx(12.5 / 21)
     step = np.linspace(0, 50, 100)
-    assert np.array_equal(curve, np.where(step < 25, 1 - 0.5 / 21, 1))
-    shares = evaluate.pck_curve(np.array([0.0, 20.0, 50.0]), np.array([0, 20, 49, 50]))
-    assert shares.tolist() == [1 / 3, 2 / 3, 2 / 3, 1]
+    assert np.allclose(curve, np.where(step < 25, 1 - 0.5 / 21, 1), rtol=1e-12, atol=0)
+    prediction[:, 1:] = truth[:, 1:] + (50, 0, 0)  # an error at a threshold counts
+    result, curve = evaluate.score(prediction, truth, all_valid(truth))
+    assert curve[-2:].tolist() == [1 / 21, 1]
+    assert result["auc_20_50"] == pytest.approx(1 / 21 + 20 / 21 * 0.5 / 14)
     ramp = np.linspace(0, 1, 15)
     assert evaluate.area_under(ramp, np.linspace(20, 50, 15)) == pytest.approx(0.5)
 
@@ -135,26 +149,218 @@ KEYS = ("samples", "abs_mpjpe", "abs_auc_0_50", "mpjpe", "auc_0_50", "auc_20_50"
         "scaled_auc_20_50", "pa_mpjpe", "pa_auc_0_50", "per_joint")
 
 
+def test_intervals_against_scipys_bootstrap():
+    truth, rng = poses(150)
+    prediction, valid = truth + rng.normal(0, 15, truth.shape), rng.uniform(size=truth.shape[:2]) > 0.25
+    prediction[::7] += rng.normal(0, 40, prediction[::7].shape)  # a skewed distribution
+    result, _ = evaluate.score(prediction, truth, valid, 4000)
+    again, _ = evaluate.score(prediction, truth, valid, 4000)
+    assert result == again
+    errors = np.linalg.norm(prediction - prediction[:, :1] - truth + truth[:, :1], axis=2)
+    errors[~(valid & valid[:, :1])] = np.nan
+    steps = np.linspace(20, 50, 15)
+
+    def auc(rows):
+        known = ~np.isnan(errors[rows])
+        return np.trapz([np.mean([np.mean(errors[rows][k, j] <= step) for j, k in enumerate(known.T)])
+                         for step in steps], steps) / 30
+
+    for key, statistic, tolerance in (("mpjpe", lambda rows: np.nanmean(errors[rows], 0).mean(), 0.06),
+                                      ("auc_20_50", auc, 0.1)):
+        draws = 4000 if key == "mpjpe" else 600
+        wanted = bootstrap((np.arange(150),), statistic, method="percentile", n_resamples=draws, vectorized=False,
+                           random_state=1).confidence_interval
+        low, high = result["intervals"][key]
+        assert low < result[key] < high
+        assert [low, high] == pytest.approx(list(wanted), abs=tolerance * (wanted.high - wanted.low))
+    assert set(result["intervals"]) == {key for key in result if "mpjpe" in key or "auc" in key}
+
+
+def test_intervals_of_many_samples_against_the_normal_approximation():
+    """More samples than the bootstrap draws one by one: it draws groups of them, the last ones smaller."""
+    rng, size = np.random.default_rng(0), 2 * evaluate.GROUPS + 20_000
+    truth = rng.normal(0, 40, (size, 21, 3)).astype(np.float32)
+    prediction = truth + rng.normal(0, 15, truth.shape).astype(np.float32) * rng.uniform(0, 2, (size, 1, 1))
+    result, _ = evaluate.score(prediction, truth, all_valid(truth), 400)
+    each = np.linalg.norm(prediction - truth, axis=2).mean(1)
+    low, high = result["intervals"]["abs_mpjpe"]
+    assert high - low == pytest.approx(2 * 1.96 * each.std() / size ** 0.5, rel=0.2)
+    assert (low + high) / 2 == pytest.approx(each.mean(), rel=1e-3) == result["abs_mpjpe"]
+
+
 def test_runs_are_compared_in_one_table(tmp_path):
     truth, rng = poses()
     noise = rng.normal(0, 10, truth.shape)
     first = save_run(tmp_path / "first", truth + noise, truth)
     second = save_run(tmp_path / "second", truth + 0.5 * noise, truth, all_valid(truth))
-    printed = run("evaluate.py", first, second, "--out", tmp_path / "all").stdout
+    out = tmp_path / "all"
+    printed = run("evaluate.py", first, second, "--out", out).stdout
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (first, second)]
     assert all(set(KEYS) <= set(m) and len(m["per_joint"]) == 21 for m in metrics)
     assert metrics[1]["mpjpe"] == pytest.approx(metrics[0]["mpjpe"] / 2, rel=1e-4)
-    table = (tmp_path / "all" / "table.md").read_text()
-    assert table in printed and "AUC 0-50" in table and "+50.0 %" in table
-    assert f"**{metrics[1]['mpjpe']:.2f}**" in table and f"| {metrics[0]['mpjpe']:.2f} |" in table
-    rows = list(csv.reader((tmp_path / "all" / "table.csv").open()))
-    assert [row[0] for row in rows] == ["run", "first", "second"] and rows[2][2] == f"{metrics[1]['mpjpe']:.2f}"
-    assert cv2.imread(str(tmp_path / "all" / "pck.png")) is not None
-    assert "abs. MPJPE" in run("evaluate.py", first, "--absolute").stdout
+    table = (out / "table.md").read_text()
+    assert table in printed and "AUC 0-50" in table and "| +50.0 |" in table and "over first" in table
+    low, high = metrics[1]["intervals"]["mpjpe"]
+    assert f"**{metrics[1]['mpjpe']:.2f}** ({low:.2f}-{high:.2f})" in table
+    assert f"| {metrics[0]['mpjpe']:.2f} (" in table
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [row["run"] for row in rows] == ["first", "second"] and rows[1]["MPJPE"] == f"{metrics[1]['mpjpe']:.2f}"
+    assert rows[1]["MPJPE low"] == f"{low:.2f}" and rows[1]["gain, %"] == "+50.0"
+    for name in ("pck", "joints"):
+        assert cv2.imread(str(out / f"{name}.png")) is not None
+        assert (out / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
+    assert not (out / "labels.png").exists() and not (out / "pool.png").exists()
+    table = scored(first, second, "--absolute", "--baseline", "second", "--out", out)
+    assert "abs. MPJPE" in table and "over second" in table and "| -100.0 |" in table
+    assert "--baseline third: no such row, expected one of first, second" in refused(
+        "evaluate.py", first, second, "--baseline", "third", "--out", out)
+    scored(first)  # of a single run, all goes beside its predictions
+    assert (first / "table.md").exists() and (first / "joints.pdf").exists() and not (second / "table.md").exists()
 
 
-def test_names_tell_runs_apart():
-    assert evaluate.run_names(["a/x", "b/x"]) == ["a/x", "b/x"] and evaluate.run_names(["a/x", "b/y"]) == ["x", "y"]
+def write_log(folder, pretraining=None, hands=None, **args):
+    rows = [{"command": "", "args": args}]
+    rows += [{"pretraining": {"args": pretraining, "hands": hands}}] * bool(pretraining)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def columns_of(latex):
+    """The cells of each line of a LaTeX table's body; a \\multicolumn counts as often as it is wide."""
+    lines = [line.split("\\\\")[0] for line in latex.splitlines() if "\\\\" in line]
+    cells = [re.split(r"(?<!\\)&", line) for line in lines]
+    return [sum(int(m[1]) if (m := re.search(r"multicolumn\{(\d+)", cell)) else 1 for cell in line) for line in cells]
+
+
+def test_columns_are_grouped_by_data_set(tmp_path):
+    truth, rng = poses()
+    noise, runs = rng.normal(0, 10, truth.shape), []
+    freihand, dexycb = dict(dataset="freihand"), dict(dataset="dexycb", setup="s1")
+    for name, scale, args in (("freihand-a_b", 1, freihand), ("dexycb-simhand", 0.5, dexycb),
+                              ("freihand-simhand", 0.8, freihand), ("dexycb-a_b", 0.4, {})):
+        runs.append(write_log(save_run(tmp_path / name, truth + scale * noise, truth), **args))
+    runs[3].joinpath("log.jsonl").unlink()  # of another's method: the name alone tells its data set
+    assert [run["data"] for run in evaluate.name_runs(runs, False)] == ["FreiHAND", "DexYCB s1", "FreiHAND", "DexYCB"]
+    write_log(runs[3], dataset="dexycb", setup="s1")
+    scored(*runs, "--baseline", "a_b", "--out", tmp_path / "out")
+    latex = (tmp_path / "out" / "table.tex").read_text()
+    assert len(set(columns_of(latex))) == 1 and len(columns_of(latex)) == 4 and "a\\_b" in latex
+    assert latex.count("{") == latex.count("}") and latex.count("\\textbf") == 14  # a best one a column and data set
+    first, second = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    assert (first["run"], second["run"]) == ("a_b", "simhand")
+    assert second["FreiHAND gain, %"] == "+20.0" and second["DexYCB s1 gain, %"] == "-25.0"
+    assert first["DexYCB s1 gain, %"] == "+0.0"
+    text = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert text[0].count("|") == text[2].count("|") == text[3].count("|") and text[3].startswith("| simhand |")
+
+
+def test_seeds_share_a_row(tmp_path):
+    truth, rng = poses()
+    runs = [save_run(tmp_path / f"{name}-seed{k}", truth + scale * rng.normal(0, 10, truth.shape), truth)
+            for name, scale in (("peclr", 1), ("simhand", 0.7)) for k in range(3)]
+    table = scored(*runs, "--seeds", "--out", tmp_path / "out")
+    errors = [json.loads((folder / "metrics.json").read_text())["mpjpe"] for folder in runs]
+    assert f"{statistics.mean(errors[:3]):.2f} ± {statistics.stdev(errors[:3]):.2f}" in table
+    assert f"**{statistics.mean(errors[3:]):.2f}** ± {statistics.stdev(errors[3:]):.2f}" in table
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [row["runs"] for row in rows] == ["3", "3"]
+    assert rows[0]["MPJPE deviation"] == f"{statistics.stdev(errors[:3]):.2f}"
+    assert rows[1]["gain, %"] == f"{100 * (1 - statistics.mean(errors[3:]) / statistics.mean(errors[:3])):+.1f}"
+    scored(runs[0], "--seeds", "--out", tmp_path / "one")
+    assert next(csv.DictReader((tmp_path / "one" / "table.csv").open()))["MPJPE deviation"] == ""  # of one there is none
+    plain = save_run(tmp_path / "plain", truth, truth)
+    assert "expects a seed in each name" in refused("evaluate.py", *runs, plain, "--seeds", "--out", tmp_path / "out")
+
+
+def test_plots_against_label_fraction_and_size_of_pretraining(tmp_path):
+    truth, rng = poses()
+    noise, runs = rng.normal(0, 10, truth.shape), []
+    for method in ("peclr", "simhand"):
+        for fraction in (0.1, 1.0):
+            for pool in (100, 1000):
+                name, scale = f"{method}-{fraction}-{pool}", rng.uniform(0.5, 2)
+                before = dict(method=method, hands=["data/hands"], pairs=[f"data/{pool}"], out=name)
+                folder = save_run(tmp_path / name, truth + scale * noise, truth)
+                runs.append(write_log(folder, before, pool, dataset="freihand", label_fraction=fraction,
+                                      weights=f"runs/{name}/backbone.pt"))
+    runs.append(write_log(save_run(tmp_path / "nothing", truth + 3 * noise, truth), dataset="freihand",
+                          label_fraction=1.0, weights="none"))
+    scored(*runs, "--out", tmp_path / "out")
+    for name in ("labels", "pool"):
+        assert cv2.imread(str(tmp_path / "out" / f"{name}.png")) is not None
+    loaded = evaluate.name_runs(runs, False)
+    for each in loaded:
+        each["metrics"] = json.loads((each["folder"] / "metrics.json").read_text())
+    error = {each["name"]: each["metrics"]["mpjpe"] for each in loaded}
+    axis, = evaluate.plot_against(loaded, "pool", "hands").axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    for method in ("peclr", "simhand"):
+        assert lines[method] == [[pool, pytest.approx(np.mean([error[f"{method}-{f}-{pool}"] for f in (0.1, 1.0)]))]
+                                 for pool in (100, 1000)]
+    assert lines["none"][0][1] == pytest.approx(error["nothing"])  # a level: it has no pre-training
+    axis, = evaluate.plot_against(loaded, "label_fraction", "labels").axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert lines["simhand, data/100"] == [[f, pytest.approx(error[f"simhand-{f}-100"])] for f in (0.1, 1.0)]
+    assert evaluate.plot_against(loaded[:2], "label_fraction", "labels") is None  # the same in both
+
+
+def test_names_tell_runs_apart(tmp_path):
+    def rows(*paths, seeds=False):
+        return [run["row"] for run in evaluate.name_runs([tmp_path / path for path in paths], seeds)]
+
+    assert rows("a/x", "b/x") == ["a/x", "b/x"] and rows("a/x", "b/y") == ["x", "y"]
+    assert rows("x-freihand-1", "freihand_x", "y/freihand") == ["x-1", "x", "y"]
+    assert rows("a/freihand", "b/freihand", "a/dexycb") == ["a", "b", "a"]
+    assert rows("simhand/seed0", "simhand/seed1", "seed0-x", seeds=True) == ["simhand", "simhand", "x"]
+    assert rows("freihand-x", "x-freihand") == ["freihand-x", "x-freihand"]  # one row would hide one of them
+    with pytest.raises(InputError, match="twice"):
+        rows("x", "y/../x")
+
+
+def official_scores(keypoints, truth):
+    """FreiHAND's and DexYCB's protocols on full arrays, in the unit given: mean and area, absolute, relative to the
+    wrist, and aligned; from their descriptions."""
+    aligned = np.stack([freihand_align(t, p) for t, p in zip(truth, keypoints)])
+    for p, t in ((keypoints, truth), (keypoints - keypoints[:, :1], truth - truth[:, :1]), (aligned, truth)):
+        errors, steps = np.sqrt(((p - t) ** 2).sum(2)), np.linspace(0, 50, 100)
+        pck = [[(errors[:, j] <= step).mean() for step in steps] for j in range(21)]
+        yield errors.mean(0).mean(), np.mean([np.trapz(curve, steps) / np.trapz(np.ones(100), steps) for curve in pck])
+
+
+def test_submissions_score_as_we_do(tmp_path):
+    """The files, read back and scored by the benchmarks' protocols, give the numbers of metrics.json."""
+    truth, rng = poses(30)
+    order = rng.permutation(30)
+    left = rng.uniform(size=30) < 0.5
+    folder = save_run(tmp_path / "run", truth + rng.normal(0, 12, truth.shape), truth)
+    (folder / "names.txt").write_text("".join(f"{i}\tsome where/{i}.jpg\tright\n" for i in order))
+    assert "3960" in scored(folder, "--submission", "freihand")
+    xyz, vertices = json.loads(zipfile.ZipFile(folder / "pred.zip").read("pred.json"))
+    assert np.shape(xyz) == (30, 21, 3) and np.shape(vertices) == (30, 778, 3) and not np.any(vertices)
+    official_truth = np.empty_like(truth)
+    official_truth[order] = truth.astype(np.float32)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    wanted = [(metrics[f"{kind}mpjpe"], metrics[f"{kind}auc_0_50"]) for kind in ("abs_", "", "pa_")]
+    assert list(official_scores(np.array(xyz) * 1000, official_truth)) == [pytest.approx(w, rel=1e-6) for w in wanted]
+
+    sides = np.where(left, "left", "right")
+    (folder / "names.txt").write_text("".join(f"{3 * i}\tx\t{side}\n" for i, side in zip(order, sides)))
+    assert "has no gaps" in refused("evaluate.py", folder, "--submission", "freihand")
+    scored(folder, "--submission", "dexycb")
+    rows = np.array([line.split(",") for line in (folder / "dexycb.txt").read_text().splitlines()], float)
+    assert rows.shape == (30, 64) and rows[:, 0].tolist() == list(range(0, 90, 3))
+    seen = truth.astype(np.float32).astype(float) * np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
+    official_truth[order] = seen
+    scores = official_scores(rows[:, 1:].reshape(30, 21, 3), official_truth)
+    assert list(scores) == [pytest.approx(w, rel=1e-6) for w in wanted]
+
+    for text, words in (("0\tx\tright\n" * 30, "an index occurs twice"), ("0\tx\n", "index, tab, picture"),
+                        ("a\tx\tleft\n", "index, tab, picture"), ("0\tx\tup\n", "left or right"),
+                        ("0\tx\tleft\n", "pred_xyz.npy")):
+        (folder / "names.txt").write_text(text)
+        assert words in refused("evaluate.py", folder, "--submission", "dexycb")
+    (folder / "names.txt").unlink()
+    assert "names.txt: missing" in refused("evaluate.py", folder, "--submission", "dexycb")
 
 
 def test_bad_input_is_refused_in_one_line(tmp_path):
@@ -168,8 +374,12 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     assert "pred_xyz.npy" in refused("evaluate.py", save_run(tmp_path / "short", truth[:-1], truth))
     nan = truth.copy()
     nan[3, 4] = np.nan
-    line = refused("evaluate.py", save_run(tmp_path / "nan", nan, truth))
-    assert "pred_xyz.npy: valid joints must be finite, those of 1 samples are not: 3" in line
+    lost = save_run(tmp_path / "nan", nan, truth)
+    line = refused("evaluate.py", lost)
+    assert "pred_xyz.npy: valid joints must be finite, those of 1 samples are not: 3 (--allow-missing" in line
+    table = scored(lost, "--allow-missing")
+    assert "1 of 40 samples left out" in table and "| nan | 39 | 0.00 " in table
+    assert json.loads((lost / "metrics.json").read_text())["samples_missing"] == 1
     assert "valid.npy" in refused("evaluate.py", save_run(tmp_path / "mask", truth, truth, all_valid(truth)[:, :20]))
     assert "gt_xyz.npy: valid joints must be finite, those of 1 samples are not: 3" in refused(
         "evaluate.py", save_run(tmp_path / "truth", truth, nan, all_valid(truth)))
@@ -179,4 +389,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
 
 def test_metres_are_noticed(tmp_path):
     truth, _ = poses()
-    assert "are these mm?" in run("evaluate.py", save_run(tmp_path / "m", truth / 1000, truth / 1000)).stdout
+    warnings = scored(save_run(tmp_path / "m", truth / 1000, truth))
+    assert warnings.count("not metres?") == 1 and "pred_xyz.npy: warning: the bone 0-9 has a median of 0.09" in warnings
+    assert scored(save_run(tmp_path / "b", truth / 1000, truth / 1000)).count("not metres?") == 2
+    assert "warning" not in scored(save_run(tmp_path / "mm", truth, truth))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import finetune
 from common import load_checkpoint
 from conftest import ENVIRONMENT, ROOT, refused, run, torchrun
@@ -723,7 +724,12 @@ def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_pa
     arguments = ["--root", rendered / "freihand", "--out", tmp_path / "run",
                  *(a if a != "none" else tmp_path / "backbone.pt" for a in TINY), "--head", "knn",
                  "--label-fraction", 0.5]
+    before = [{"command": "", "args": {"method": "peclr", "hands": ["a", "b"], "weighting": "none"}}, {"hands": 60}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     run("finetune.py", "--dataset", "freihand", *arguments)
+    settings = evaluate.read_settings(tmp_path / "run")  # what its plots go by
+    assert settings["data"] == "FreiHAND" and settings["label_fraction"] == 0.5 and settings["head"] == "knn"
+    assert settings["method"] == "peclr" and settings["hands"] == "a+b" and settings["pool"] == 60
     args = parse(*arguments)
     train, validation, test, _ = finetune.split(args)
     assert len(train) == 4 * 8 and not len(validation)  # all chosen labels

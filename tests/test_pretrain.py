@@ -363,7 +363,8 @@ def test_a_run_writes_what_it_should(straight, mined):
     log = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
     steps = 2 * (len(np.load(mined / "keypoints.npy")) // 20)
     assert log[0]["args"]["batch_size"] == 20 and log[-1]["step"] == steps and log[-1]["epoch"] == 2
-    assert all(np.isfinite(row["loss"]) and 0 < row["pair_weight"] < 1 for row in log[1:])
+    assert log[1] == {"hands": (np.load(mined / "neighbours.npy")[:, 0] >= 0).sum()}
+    assert all(np.isfinite(row["loss"]) and 0 < row["pair_weight"] < 1 for row in log[2:])
     assert all(cv2.imread(str(straight / name)) is not None for name in ("curves.png", "views.jpg"))
     assert (straight / "checkpoint-previous.pt").exists()
 

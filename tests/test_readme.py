@@ -1,5 +1,7 @@
 """The README cannot drift: its commands parse, its files exist, and the CI runs what it says."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,8 +13,9 @@ from conftest import ENVIRONMENT, ROOT
 
 SCRIPTS = ("extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate")
 README = (ROOT / "README.md").read_text()
-BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
-COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun) .*\b\w+\.py", line)]
+BLOCKS = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", README, re.S))
+COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun) .*\b\w+\.py", line)
+            and not re.search(r"\$|\\$", line)]  # those with variables are tested below
 
 
 def test_every_stage_has_a_command():
@@ -26,6 +29,40 @@ def test_commands_parse(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", words[script:])
     module = __import__(words[script].removesuffix(".py"))
     assert vars(module.parse_args())
+
+
+def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch):
+    """The blocks are run by bash with a `python` that only notes its arguments; the scripts' own parsers read them."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README.split("\n## The paper\n")[1].split("\n## ")[0], re.S))
+    note = (f"#!{sys.executable}\nimport json, sys\n"
+            f"open({str(tmp_path / 'noted')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n")
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(note)
+        (tmp_path / name).chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/home/me"}
+    subprocess.run(["bash", "-euc", blocks], check=True, cwd=tmp_path, env=environment)
+    hands, mined, backbones, tuned, scored = set(), {}, {}, set(), []
+    for words in map(json.loads, (tmp_path / "noted").read_text().splitlines()):
+        monkeypatch.setattr(sys, "argv", words)
+        args = __import__(words[0].removesuffix(".py")).parse_args()
+        if words[0] == "extract_hands.py":
+            hands.add(args.out)
+        elif words[0] == "mine_pairs.py":
+            assert args.hands in hands
+            mined[args.out or args.hands] = args.hands, args.top_k
+        elif words[0] == "pretrain.py":
+            assert [mined[folder][0] for folder in args.pairs or args.hands] == args.hands, words
+            assert args.top_k <= mined[args.hands[0]][1] and args.out not in backbones
+            backbones[args.out] = args.backbone
+        elif words[0] == "finetune.py":
+            assert args.weights == "imagenet" or backbones[os.path.dirname(args.weights)] == args.backbone, words
+            assert args.out not in tuned
+            tuned.add(args.out)
+        else:
+            scored.append(args.out)
+            assert set(args.runs) <= tuned, set(args.runs) - tuned
+            assert not args.baseline or any(run.endswith(f"-{args.baseline}") for run in args.runs)
+    assert len(backbones) == 3 + 12 + 21 + 4 + 2 + 2 and len(scored) == 9 == len(set(scored))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -51,7 +88,7 @@ def test_ci_runs_the_second_command_exactly():
 def test_files_named_in_the_readme_are_written_by_a_script():
     code = "".join(path.read_text() for path in ROOT.glob("*.py"))
     for name in set(re.findall(r"`([a-z_-]+\.(?:npy|pt|txt|jpg|png|jsonl|json|md|csv))`", README)):
-        assert name in code or name.removesuffix(".npy") in code, name
+        assert name in code or name.removesuffix(".npy") in code or f'"{name.removesuffix(".png")}":' in code, name
 
 
 def test_every_import_is_named_in_requirements():
