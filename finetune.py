@@ -540,7 +540,8 @@ class Pictures(torch.utils.data.Dataset):
         for i in rows[self.rank * share:(self.rank + 1) * share]:
             rng = np.random.default_rng((args.seed, epoch, i)) if self.augment else None
             view = crop_view(samples, i, args, args.input_size, rng)
-            image, uv = apply_view(view, read_picture(samples, i, args.root), samples.uv[i], args.input_size)
+            image, view, uv = shrink(read_picture(samples, i, args.root), view, samples.uv[i])
+            image, uv = apply_view(view, image, uv, args.input_size)
             pose = scaled_pose(samples.xyz[i])
             if self.augment:
                 cos, sin = math.cos(math.radians(view["angle"])), math.sin(math.radians(view["angle"]))
@@ -587,6 +588,20 @@ def crop_view(samples, i, args, side, rng=None):
     turn = np.array([[cos, sin], [-sin, cos]]) * side / max(extent, 1e-3)
     matrix = np.concatenate([turn, ((side - 1) / 2 - turn @ centre)[:, None]], 1)
     return dict(matrix=matrix, angle=angle, colour=None)
+
+
+def shrink(image, view, uv):
+    """Where a pixel of the view covers several of the picture, as of a large photo: their means first, since a view
+    only samples. -> smaller picture, the view and the joints in it."""
+    height, width = image.shape[:2]
+    times = int(1 / np.linalg.norm(view["matrix"][0, :2]))
+    if times < 2:
+        return image, view, uv
+    image = cv2.resize(image, (math.ceil(width / times), math.ceil(height / times)), interpolation=cv2.INTER_AREA)
+    scale = np.array([image.shape[1] / width, image.shape[0] / height])
+    back = view["matrix"] @ np.array([[1 / scale[0], 0, 0.5 / scale[0] - 0.5],
+                                      [0, 1 / scale[1], 0.5 / scale[1] - 0.5], [0, 0, 1]])
+    return image, view | {"matrix": back}, (uv + 0.5) * scale - 0.5
 
 
 def jitter(image, rng):
@@ -789,8 +804,9 @@ def draw_overlay(path, samples, pred_uv, true_uv, error, args, columns=8):
     middle = (len(order) - columns) // 2
     tiles = []
     for i in [*order[:columns], *order[middle:middle + columns], *order[-columns:]]:
-        matrix = crop_view(samples, i, args, 256)["matrix"]
-        image, words = cv2.warpAffine(read_picture(samples, i, args.root), matrix, (256, 256)), ""
+        view, words = crop_view(samples, i, args, 256), ""
+        image, view, uv = shrink(read_picture(samples, i, args.root), view, samples.uv[i])
+        image, _ = apply_view(view, image, uv, 256)
         if error is not None:
             words = f"{error[i]:.1f} mm"
             image = draw_hand(image, (true_uv[i] + 0.5) * 256 / args.input_size - 0.5, (255, 255, 255))

@@ -66,6 +66,8 @@ def parse_args():
     parser.add_argument("--shift-unit", choices=("side", "hand"), default="side",
                         help="side: undo a view's shift as a share of the view's side (paper); hand: as a share of the "
                         "hand's own extent, which undoes it exactly for a projection that is the keypoints")
+    parser.add_argument("--equivariance", choices=("both", "rotation", "shift", "none"),
+                        help="what of a view is undone on the projection before the loss (default: both; simclr: none)")
     # network
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
     parser.add_argument("--weights", default="imagenet", help="start from imagenet, none, or a file")
@@ -112,6 +114,7 @@ def parse_args():
     args.hands = [os.path.normpath(folder) for folder in args.hands]
     args.pairs = args.pairs and [os.path.normpath(folder) for folder in args.pairs]
     simclr = args.method == "simclr"
+    args.equivariance = args.equivariance or ("none" if simclr else "both")
     args.rotation = args.rotation if args.rotation is not None else 0.0 if simclr else 45.0
     args.crop_margin = args.crop_margin or ([1.25, 1.25] if simclr else [0.9, 1.5])
     args.warmup_epochs = args.warmup_epochs if args.warmup_epochs is not None else args.epochs // 10
@@ -331,8 +334,10 @@ def embed(net, piece, args):
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         z = net(images)
     z = F.normalize(z.float(), dim=1)
-    if args.method != "simclr":
-        z = F.normalize(undo_view(z.unflatten(1, (-1, 2)), piece["angle"][:, 0], piece["shift"]).flatten(1), dim=1)
+    if args.equivariance != "none":
+        angle = piece["angle"][:, 0] * (args.equivariance != "shift")
+        shift = piece["shift"] * (args.equivariance != "rotation")
+        z = F.normalize(undo_view(z.unflatten(1, (-1, 2)), angle, shift).flatten(1), dim=1)
     return z
 
 

@@ -584,11 +584,14 @@ def place_hand(person, angles, view, spot, length, camera, size, light, left=Fal
     return make_hand(person, angles, matrix, centre, distance, camera, light, left)
 
 
-def blend(background, hands, pictures, covers, rng, blur, noise):
-    """The hands over the background, the far ones first, through a lens and a sensor -> uint8 BGR."""
+def blend(background, hands, pictures, covers, rng, blur, noise, front=()):
+    """The hands over the background, the far ones first, then what is in front of them, pairs of picture and cover,
+    through a lens and a sensor -> uint8 BGR."""
     picture = background.astype(np.float32)
     for i in sorted(range(len(hands)), key=lambda i: -hands[i]["offset"][2]):
         picture += (pictures[i] - picture) * covers[i][..., None]
+    for thing, cover in front:
+        picture += (thing - picture) * cover[..., None]
     picture = cv2.GaussianBlur(picture, (0, 0), blur) + rng.normal(0, noise, picture.shape)
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
@@ -638,8 +641,24 @@ def pose_at(keys, time):
     return (a if held < 0.5 else b)["pose"], angles, a["view"] + way * change, spot, length
 
 
-def write_videos(folder, videos=24, seconds=10, fps=5, size=(320, 240), seed=0, device=None):
+def draw_object(rng, keypoints, time, width, height):
+    """A box or a disc that goes round in front of a hand, drawn anew from the same rng each time -> picture, cover."""
+    half = np.ptp(keypoints, axis=0).max() * rng.uniform(0.08, 0.22, 2)
+    phase, speed, turn = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.15, 0.5, 2), rng.uniform(0, 180)
+    way = np.sin(phase + 2 * np.pi * speed * time) * 0.45
+    centre = (keypoints.min(0) + keypoints.max(0)) / 2 + way * np.ptp(keypoints, axis=0)
+    cover, texture = np.zeros((height, width), np.uint8), backdrop(rng, width, height)
+    if rng.random() < 0.5:
+        corners = cv2.boxPoints((tuple(map(float, centre)), tuple(map(float, 2 * half)), turn))
+        cv2.fillPoly(cover, [np.round(corners * 8).astype(int)], 255, cv2.LINE_AA, 3)
+    else:
+        cv2.ellipse(cover, (tuple(map(float, centre)), tuple(map(float, 2 * half)), turn), 255, -1, cv2.LINE_AA)
+    return texture * rng.uniform(0.5, 1.2), cover / np.float32(255)
+
+
+def write_videos(folder, videos=24, seconds=10, fps=5, size=(320, 240), seed=0, device=None, objects=0.0):
     """Videos of one person each, NAME.mp4, and the truth, NAME.npy: one row (TRUTH) for each hand of each frame.
+    objects: share of the videos in which something moves in front of the hands.
 
     keypoints are pixels of the picture (centres at integers), xyz mm in the camera frame, pose an index into NAMES."""
     folder = Path(folder)
@@ -649,7 +668,8 @@ def write_videos(folder, videos=24, seconds=10, fps=5, size=(320, 240), seed=0, 
         if target.exists() and truth.exists():
             continue
         rng = np.random.default_rng((seed, 3, v))
-        frames, rows = draw_video(video, rng, round(seconds * fps), fps, size, seed, device)
+        hidden = np.random.default_rng((seed, 6, v)).random() < objects
+        frames, rows = draw_video(video, rng, round(seconds * fps), fps, size, seed, device, v if hidden else None)
         partial = folder / f".{video['name']}.partial.mp4"
         writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
         if not writer.isOpened():
@@ -663,8 +683,8 @@ def write_videos(folder, videos=24, seconds=10, fps=5, size=(320, 240), seed=0, 
         os.replace(partial, target)
 
 
-def draw_video(video, rng, count, fps, size, seed, device):
-    """-> count frames, truth."""
+def draw_video(video, rng, count, fps, size, seed, device, thing=None):
+    """-> count frames, truth. thing: number of an object in front of the hands, None for none."""
     width, height = size
     person, light = make_person(seed, video["person"]), make_light(rng)
     focal = rng.uniform(0.9, 1.5) * width
@@ -694,8 +714,10 @@ def draw_video(video, rng, count, fps, size, seed, device):
         x, y = (drift[0] + (drift[1] - drift[0]) * frame / count).tolist()
         move = np.array([(1, 0, -x), (0, 1, -y)])
         mine = [i for i, owner in enumerate(owners) if owner == frame]
+        front = [draw_object(np.random.default_rng((seed, 7, thing)), rows[i][3], frame / fps, width, height)
+                 for i in mine if thing is not None]
         frames.append(blend(cv2.warpAffine(room, move, size), [hands[i] for i in mine], [pictures[i] for i in mine],
-                            [covers[i] for i in mine], rng, blur, noise))
+                            [covers[i] for i in mine], rng, blur, noise, front))
     return frames, np.array(rows, TRUTH)
 
 
@@ -856,6 +878,7 @@ def parse_args():
     videos.add_argument("--videos", type=int, default=24, help="how many")
     videos.add_argument("--seconds", type=float, default=10, help="length of each")
     videos.add_argument("--fps", type=float, default=5, help="frames a second")
+    videos.add_argument("--objects", type=float, default=0, help="share of the videos with objects in front of hands")
     freihand = tasks.add_parser("freihand", help="a labelled set in FreiHAND's layout")
     freihand.add_argument("out")
     freihand.add_argument("--train", type=int, default=300, help="training hands, four pictures each")
@@ -873,7 +896,8 @@ def parse_args():
 def main():
     args = parse_args()
     if args.task == "videos":
-        write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed, device=args.device)
+        write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed, device=args.device,
+                     objects=args.objects)
     elif args.task == "freihand":
         write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device)
     elif args.task == "sheet":

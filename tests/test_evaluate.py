@@ -267,7 +267,8 @@ def test_seeds_share_a_row(tmp_path):
     assert rows[0]["MPJPE deviation"] == f"{statistics.stdev(errors[:3]):.2f}"
     assert rows[1]["gain, %"] == f"{100 * (1 - statistics.mean(errors[3:]) / statistics.mean(errors[:3])):+.1f}"
     scored(runs[0], "--seeds", "--out", tmp_path / "one")
-    assert next(csv.DictReader((tmp_path / "one" / "table.csv").open()))["MPJPE deviation"] == ""  # of one there is none
+    only, = csv.DictReader((tmp_path / "one" / "table.csv").open())
+    assert only["MPJPE deviation"] == ""  # of one there is none
     plain = save_run(tmp_path / "plain", truth, truth)
     assert "expects a seed in each name" in refused("evaluate.py", *runs, plain, "--seeds", "--out", tmp_path / "out")
 

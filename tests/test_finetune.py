@@ -696,6 +696,49 @@ def test_a_killed_run_ends_bit_for_bit_like_a_straight_one(straight, rendered, t
     assert (out / "pred_xyz.npy").read_bytes() == (straight / "pred_xyz.npy").read_bytes()
 
 
+@pytest.mark.parametrize("size, angle", [((1501, 2003), 30), ((1501, 2003), 0), ((150, 200), 30)])
+def test_large_pictures_are_averaged_not_sampled(size, angle):
+    """A checkerboard of single pixels becomes grey, and dots stay where the joints are; a small picture is untouched."""
+    rng, (height, width) = np.random.default_rng(0), size
+    uv = rng.uniform(0.35, 0.65, (21, 2)) * (width, height)
+    y, x = np.mgrid[:height, :width]
+    board = (255 * ((x + y) % 2)).astype(np.uint8)
+    centre, scale = (width / 2, height / 2), 64 / (0.6 * height)
+    turn = cv2.getRotationMatrix2D(centre, angle, scale)
+    turn[:, 2] += 31.5 - np.array(centre)
+    view = dict(matrix=turn, angle=angle, colour=None)
+    image, found, _ = finetune.shrink(np.repeat(board[..., None], 3, 2), view, uv)
+    large = scale < 0.5
+    assert large == (image.shape[0] < height) and (not large or np.abs(image.astype(int) - 127).max() < 12)
+    for joint in uv[::5]:
+        spot = np.exp(-((x - joint[0]) ** 2 + (y - joint[1]) ** 2) * (scale / 1.5) ** 2 / 2)
+        dot = np.repeat((250 * spot).astype(np.uint8)[..., None], 3, 2)
+        picture, inner, moved = finetune.shrink(dot, view, uv)
+        shown, seen = finetune.apply_view(inner, picture, moved, 64)
+        rows, columns = np.mgrid[:64, :64]
+        weight = shown[..., 0] / shown[..., 0].sum()
+        place = (columns * weight).sum(), (rows * weight).sum()
+        assert np.allclose(seen, uv @ turn[:, :2].T + turn[:, 2], atol=1e-3)
+        assert np.allclose(place, turn[:, :2] @ joint + turn[:, 2], atol=0.15)
+
+
+def test_the_overlay_shows_the_best_the_median_and_the_worst(tmp_path):
+    """Pictures whose grey is their number: the sheet's rows are those of the errors' order."""
+    names = [f"{k}.png" for k in range(30)]
+    for k, name in enumerate(names):
+        cv2.imwrite(str(tmp_path / name), np.full((64, 64, 3), 8 * k, np.uint8))
+    uv = np.full((30, 21, 2), 30.0) + np.linspace(0, 4, 21)[:, None]
+    samples = finetune.make_set(4, path=names, uv=uv)
+    error = np.random.default_rng(0).permutation(30).astype(float)
+    error[4] = np.nan  # cannot be scored: not shown
+    args = parse("--root", tmp_path, "--out", "x", *TINY)
+    finetune.draw_overlay(tmp_path / "overlay.png", samples, uv / 2, uv / 2, error, args, columns=4)
+    sheet = cv2.imread(str(tmp_path / "overlay.png"))
+    corners = sheet[250::256, 250::256, 0][:3, :4].ravel() / 8
+    order = np.argsort(error)[:29]
+    assert corners.tolist() == [*order[:4], *order[12:16], *order[-4:]]
+
+
 def test_frozen_weights_do_not_move(straight, rendered, tmp_path):
     start = {k[9:]: v for k, v in load_checkpoint(straight / "model.pt")["model"].items() if k.startswith("backbone.")}
     torch.save(start, tmp_path / "backbone.pt")

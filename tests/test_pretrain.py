@@ -74,12 +74,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(setting, mined, meth
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
 
 
-@pytest.mark.parametrize("method", ["simhand", "simclr"])
-def test_the_whole_step_equals_autograd_through_everything(setting, mined, method):
+@pytest.mark.parametrize("method, equivariance", [("simhand", None), ("simhand", "rotation"), ("peclr", "shift"),
+                                                  ("peclr", "none"), ("simclr", None)])
+def test_the_whole_step_equals_autograd_through_everything(setting, mined, method, equivariance):
     """One piece: the gradient must be that of the loss written straight on the network's output, from the pictures on:
     torchvision's normalisation, the view undone except by simclr, the temperature asked for."""
     _, _, net = setting
-    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--method", method, "--temperature", 0.2)
+    flags = ("--equivariance", equivariance) if equivariance else ()
+    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--method", method, "--temperature", 0.2, *flags)
     args.precision, data = "fp32", pretrain.load_data(args)
     (batch,) = small_batch(args, data, 1, 12)
     optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
@@ -90,8 +92,12 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
     images = batch["image"].permute(0, 3, 1, 2) / 255
     images = torchvision.transforms.functional.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     z = torch.nn.functional.normalize(net(images), dim=1)
-    if method == "simhand":
-        z = undo_view(z.reshape(-1, 64, 2), batch["angle"].flatten(), batch["shift"]).reshape(-1, 128)
+    if method != "simclr" and equivariance != "none":
+        angle, shift = batch["angle"].flatten(), batch["shift"]
+        assert angle.abs().min() > 0 and shift.abs().min() > 0
+        angle, shift = (torch.zeros_like(angle), shift) if equivariance == "shift" else (angle, shift)
+        shift = torch.zeros_like(shift) if equivariance == "rotation" else shift
+        z = undo_view(z.reshape(-1, 64, 2), angle, shift).reshape(-1, 128)
         z = z / z.norm(dim=1, keepdim=True)
     loss = nt_xent(*z.chunk(2), *pair_weights(*batch["weight_keypoints"].chunk(2)), temperature=0.2)
     loss.backward()

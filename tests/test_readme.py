@@ -6,9 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import study
 from conftest import ENVIRONMENT, ROOT
 
 SCRIPTS = ("extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate")
@@ -63,6 +65,35 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
             assert set(args.runs) <= tuned, set(args.runs) - tuned
             assert not args.baseline or any(run.endswith(f"-{args.baseline}") for run in args.runs)
     assert len(backbones) == 3 + 12 + 21 + 4 + 2 + 2 and len(scored) == 9 == len(set(scored))
+
+
+@pytest.mark.parametrize("size", study.SIZES)
+def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypatch):
+    """Each of its commands parses; runs of one experiment differ in nothing but what it compares."""
+    def parse(command):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        return vars(__import__(sys.argv[0].removesuffix(".py")).parse_args())
+
+    settings, made, size = {}, set(), study.SIZES[size]
+    for seed in size["seeds"]:
+        for method in study.METHODS | study.ABLATIONS:
+            for name, done, command in study.lane(tmp_path, size, method, seed):
+                args = parse(command)
+                assert args.pop("seed") == seed and args.pop("out") == str(done.parent) and done not in made
+                made.add(done)
+                weights = args.pop("weights") if command[0] == "finetune.py" else None
+                assert weights in (None, "none") or Path(weights) in made
+                settings.setdefault(name.split(f"-{method}")[0], []).append(args)
+    compared = {"method", "pairs", "weighting", "equivariance", "shift_unit", "top_k", "rotation", "crop_margin"}
+    for stage, every in settings.items():
+        differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
+        assert differing == (compared if stage == "pretrain" else set()), stage
+    assert len(settings["pretrain"]) == 3 * 12 and len(settings["tuned-0.1"]) == 3 * 6
+    for _, command in study.comparisons(tmp_path, size):
+        assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command)["runs"])
+    for _, _, command in study.preparation(tmp_path, size):
+        if command[0] != "tests/synthetic.py":
+            parse(command)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,211 @@
+"""Does mining similar hands help, and when? A controlled study on rendered hands, where everything is known.
+
+Renders videos (many persons, backgrounds and lights, things in front of the hands) as the pool, and labelled sets of
+other persons; finds the pool's hands with MediaPipe; pre-trains with each method, all else equal, pictures seen
+included; probes each backbone by nearest neighbours, fine-tunes the main methods on a share of the labels; 3 seeds.
+Every stage is a command of the five scripts, logged below OUT/logs; a second call goes on where the first
+stopped. Ends with OUT/study.md: what the mined pairs are, and a table for each experiment.
+
+    python tests/study.py                               # CPU size, for two cores
+    python tests/study.py --size gpu --prepare          # render, extract and mine alone, say on another machine
+    python tests/study.py --size gpu --out study-gpu
+"""
+
+import argparse
+import concurrent.futures
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# crop, input: px; train, test: labelled hands; shares: of the labels, for fine-tuning; probes: likewise, for knn
+SIZES = {
+    "cpu": dict(videos=80, seconds=8, crop=112, backbone="resnet18", input=64, train=400, test=300, batch=64, epochs=6,
+                tune_batch=8, tune_epochs=32, shares=(0.1,), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2)),
+    "gpu": dict(videos=260, seconds=8, crop=128, backbone="resnet50", input=128, train=1000, test=500, batch=512,
+                epochs=40, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0),
+                seeds=(0, 1, 2))}
+METHODS = {"none": None,  # flags of pretrain.py; the pairs are mined ones unless they say otherwise
+           "simclr": ("--method", "simclr", "--weighting", "none"),
+           "peclr": ("--method", "peclr", "--weighting", "none"),
+           "simhand-unweighted": ("--weighting", "none"),
+           "simhand": (),
+           "simhand-temporal": ("--pairs", "temporal")}
+ABLATIONS = {"simhand-nonlinear": ("--weighting", "nonlinear"),
+             "simhand-rotation": ("--equivariance", "rotation"),
+             "simhand-shift": ("--equivariance", "shift"),
+             "simhand-neither": ("--equivariance", "none"),
+             "simhand-shift-hand": ("--shift-unit", "hand"),
+             "simhand-top5": ("--top-k", "5"),
+             "simhand-same-video": ("--pairs", "same-video")}
+MINED = {"mined": ("--top-k", "5"), "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", "5")}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="study", help="folder for everything (default: study)")
+    parser.add_argument("--size", choices=sorted(SIZES), default="cpu")
+    parser.add_argument("--prepare", action="store_true", help="stop before pre-training")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    out, size, start = Path(args.out), SIZES[args.size], time.time()
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0))
+    jobs = cores if args.size == "cpu" else 1
+    for name, done, command in preparation(out, size):
+        run(out, name, done, command, cores)
+    equal_pairs(out)
+    if args.prepare:
+        return
+    lanes = [lane(out, size, method, seed) for seed in size["seeds"] for method in METHODS | ABLATIONS]
+    stop = threading.Event()
+
+    def follow(lane):
+        for name, done, command in lane:
+            if not stop.is_set():
+                try:
+                    run(out, name, done, command, cores // jobs)
+                except BaseException:
+                    stop.set()
+                    raise
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(follow, lane) for lane in lanes]:
+            future.result()
+    text = pair_report(out)
+    for title, command in comparisons(out, size):
+        printed = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        if printed.returncode:
+            sys.exit(printed.stderr)
+        text += f"\n### {title}\n\n" + (Path(command[-1]) / "table.md").read_text()
+    (out / "study.md").write_text(text)
+    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {out}/study.md")
+
+
+def run(out, name, done, command, threads):
+    """Run a command unless its last file is there; its output goes to a log, one line of it is said."""
+    if done.exists():
+        return
+    start, log = time.time(), out / "logs" / f"{name}.log"
+    with open(log, "a") as file:
+        file.write(shlex.join(["python", *map(str, command)]) + "\n")
+        file.flush()
+        status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+    if status:
+        sys.exit(f"study.py: {name} ended with status {status}, see {log}; the same command goes on where this stopped")
+    print(f"{name}: {time.time() - start:.0f} s", flush=True)
+
+
+def preparation(out, size):
+    """-> name, last file, command of the stages before pre-training."""
+    out = out.absolute()
+    yield "videos", out / "videos" / f"person{size['videos'] // 2 - 1:03d}_clip2.mp4", (
+        "tests/synthetic.py", "videos", out / "videos", "--videos", size["videos"], "--seconds", size["seconds"],
+        "--fps", 5, "--objects", 0.5, "--seed", 0)
+    yield "labels", out / "labels_eval" / "evaluation_xyz.json", (
+        "tests/synthetic.py", "freihand", out / "labels", "--train", size["train"], "--evaluation", size["test"],
+        "--seed", 1)  # another seed: other persons and backgrounds
+    yield "hands", out / "hands" / "hands.jpg", (
+        "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 5, "--size", size["crop"])
+    for name, flags in MINED.items():
+        yield f"mine-{name}", out / "mined" / name / "pairs.jpg", (
+            "mine_pairs.py", out / "hands", "--out", out / "mined" / name, *flags)
+
+
+def equal_pairs(out):
+    """OUT/pairs/NAME: the mined neighbours of those hands alone that have one of each kind: all methods see the same
+    pictures equally often."""
+    found = {name: np.load(out / "mined" / name / "neighbours.npy") for name in MINED}
+    usable = np.all([neighbours[:, 0] >= 0 for neighbours in found.values()], 0)
+    for name, neighbours in found.items():
+        (out / "pairs" / name).mkdir(parents=True, exist_ok=True)
+        np.save(out / "pairs" / name / "neighbours.npy", np.where(usable[:, None], neighbours, -1))
+
+
+def lane(out, size, method, seed):
+    """-> name, last file, command of one method's stages, for one seed: pre-training, probes, fine-tuning."""
+    out, flags = out.absolute(), (METHODS | ABLATIONS)[method]
+    small = ("--backbone", size["backbone"], "--input-size", size["input"], "--seed", seed, "--precision", "bf16")
+    weights = "none"
+    if flags is not None:
+        flags = list(flags) if "--pairs" in flags else ["--pairs", "mined", *flags]
+        flags[flags.index("--pairs") + 1] = out / "pairs" / flags[flags.index("--pairs") + 1]
+        folder = out / "pretrained" / f"{method}-seed{seed}"
+        weights = folder / "backbone.pt"
+        yield f"pretrain-{method}-seed{seed}", weights, (
+            "pretrain.py", out / "hands", *flags, "--out", folder, "--weights", "none", "--batch-size", size["batch"],
+            "--epochs", size["epochs"], *small)
+    for head, shares, more in (("knn", size["probes"], ("--head", "knn")),
+                               ("tuned", size["shares"] if method in METHODS else (),
+                                ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"]))):
+        for share in shares:
+            folder = out / f"{head}-{share}" / f"{method}-seed{seed}"
+            yield f"{head}-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
+                "finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights", weights,
+                "--label-fraction", share, "--out", folder, *more, *small)
+
+
+def comparisons(out, size):
+    """-> title, command of evaluate.py, whose last word is the folder that it writes to."""
+    out = out.absolute()
+    for head, title, shares in (("tuned", "Fine-tuned on {:.0%} of the labels", size["shares"]), (
+            "knn", "Nearest neighbour among {:.0%} of the labels, frozen backbone", size["probes"])):
+        for share in shares:
+            runs = [out / f"{head}-{share}" / f"{method}-seed{seed}" for method in METHODS for seed in size["seeds"]]
+            yield title.format(share), ("evaluate.py", *runs, "--seeds", "--baseline", "peclr", "--out",
+                                        out / "tables" / f"{head}-{share}")
+    runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method in ("simhand", "simhand-unweighted", *ABLATIONS)
+            for seed in size["seeds"]]
+    yield "Ablations, nearest neighbour among all labels", (
+        "evaluate.py", *runs, "--seeds", "--baseline", "simhand", "--out", out / "tables" / "ablations")
+
+
+def pair_report(out):
+    """What the pairs are, by the renderer's truth -> Markdown. Of each pair: distance of the keypoints in crops, of the
+    poses in space, relative to the wrist and after Procrustes, and whether the pose goes by the same name."""
+    import evaluate
+    from common import load_hands
+
+    hands, lines = load_hands(out / "hands"), []
+    truth = {name: np.load((out / "videos" / name).with_suffix(".npy")) for name in hands.videos}
+    rows = []
+    for hand in hands.hands:
+        mine = truth[hands.videos[hand["video"]]]
+        mine = mine[mine["frame"] == hand["frame"]]
+        low, high = mine["keypoints"].min(1), mine["keypoints"].max(1)
+        centre = (hand["box"][:2] + hand["box"][2:]) / 2
+        rows.append(mine[np.linalg.norm((low + high) / 2 - centre, axis=1).argmin()])
+    rows = np.array(rows)
+    xyz, usable = rows["xyz"].copy(), None
+    xyz[rows["left"], :, 0] *= -1
+    rng = np.random.default_rng(0)
+    for name in (*MINED, "at random"):
+        if name in MINED:
+            other = np.load(out / "pairs" / name / "neighbours.npy")[:, 0]
+            usable = np.flatnonzero(other >= 0)
+            other = other[usable]
+        else:
+            other = rng.integers(len(rows), size=len(usable))
+        apart = np.linalg.norm(hands.keypoints[usable] - hands.keypoints[other], axis=2).mean(1) / hands.side
+        distances = evaluate.distances(xyz[other], xyz[usable], np.ones((len(usable), 21), bool))
+        same = np.mean(rows["pose"][usable] == rows["pose"][other])
+        lines.append(f"| {name} | {len(usable)} | {100 * np.mean(apart):.1f} | {distances[''].mean():.1f} | "
+                     f"{distances['pa_'].mean():.1f} | {100 * same:.0f} % |")
+    return ("### What the pairs are\n\n| pairs | hands | keypoints apart, % of the crop | apart in space, mm | after "
+            "Procrustes, mm | same pose |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
