@@ -39,7 +39,7 @@ def torchrun(script, *arguments, ranks=2):
     return result
 
 
-def run_here(script, *arguments):
+def run_main(script, *arguments):
     """Run a script's main() in this process: another would take seconds. -> exit status, stdout, stderr."""
     module, printed, errors = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
     argv, handler, status = sys.argv, signal.getsignal(signal.SIGTERM), 0
@@ -55,9 +55,16 @@ def run_here(script, *arguments):
     return status, printed.getvalue(), errors.getvalue()
 
 
+def run_here(script, *arguments):
+    """Run a script in this process. -> what it prints."""
+    status, printed, errors = run_main(script, *arguments)
+    assert not status, f"{script} ended with {status}\n{printed}\n{errors}"
+    return printed
+
+
 def refused(script, *arguments):
     """Run a script on input that it must refuse: status 2 and one line on stderr. -> that line."""
-    status, _, errors = run_here(script, *arguments)
+    status, _, errors = run_main(script, *arguments)
     bar = re.compile(r"\d+/\d+ \[")
     lines = [line for line in errors.splitlines() if line.strip() and not bar.search(line)]
     assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: "), errors

@@ -24,13 +24,6 @@ def poses(n=40, seed=0):
     return truth + (0, 0, 600), rng
 
 
-def scored(*runs):
-    """What evaluate.py prints of these runs and flags."""
-    status, printed, errors = run_here("evaluate.py", *runs)
-    assert not status, errors
-    return printed
-
-
 def all_valid(truth):
     return np.ones(truth.shape[:2], bool)
 
@@ -210,11 +203,11 @@ def test_runs_are_compared_in_one_table(tmp_path):
         assert cv2.imread(str(out / f"{name}.png")) is not None
         assert (out / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
     assert not (out / "labels.png").exists() and not (out / "pool.png").exists()
-    table = scored(first, second, "--absolute", "--baseline", "second", "--out", out)
+    table = run_here("evaluate.py", first, second, "--absolute", "--baseline", "second", "--out", out)
     assert "abs. MPJPE" in table and "over second" in table and "| -100.0 |" in table
     assert "--baseline third: no such row, expected one of first, second" in refused(
         "evaluate.py", first, second, "--baseline", "third", "--out", out)
-    scored(first)  # of a single run, all goes beside its predictions
+    run_here("evaluate.py", first)  # of a single run, all goes beside its predictions
     assert (first / "table.md").exists() and (first / "joints.pdf").exists() and not (second / "table.md").exists()
 
 
@@ -242,7 +235,7 @@ def test_columns_are_grouped_by_data_set(tmp_path):
     runs[3].joinpath("log.jsonl").unlink()  # of another's method: the name alone tells its data set
     assert [run["data"] for run in evaluate.name_runs(runs, False)] == ["FreiHAND", "DexYCB s1", "FreiHAND", "DexYCB"]
     write_log(runs[3], dataset="dexycb", setup="s1")
-    scored(*runs, "--baseline", "a_b", "--out", tmp_path / "out")
+    run_here("evaluate.py", *runs, "--baseline", "a_b", "--out", tmp_path / "out")
     latex = (tmp_path / "out" / "table.tex").read_text()
     assert len(set(columns_of(latex))) == 1 and len(columns_of(latex)) == 4 and "a\\_b" in latex
     assert latex.count("{") == latex.count("}") and latex.count("\\textbf") == 14  # a best one a column and data set
@@ -258,7 +251,7 @@ def test_seeds_share_a_row(tmp_path):
     truth, rng = poses()
     runs = [save_run(tmp_path / f"{name}-seed{k}", truth + scale * rng.normal(0, 10, truth.shape), truth)
             for name, scale in (("peclr", 1), ("simhand", 0.7)) for k in range(3)]
-    table = scored(*runs, "--seeds", "--out", tmp_path / "out")
+    table = run_here("evaluate.py", *runs, "--seeds", "--out", tmp_path / "out")
     errors = [json.loads((folder / "metrics.json").read_text())["mpjpe"] for folder in runs]
     assert f"{statistics.mean(errors[:3]):.2f} ± {statistics.stdev(errors[:3]):.2f}" in table
     assert f"**{statistics.mean(errors[3:]):.2f}** ± {statistics.stdev(errors[3:]):.2f}" in table
@@ -266,7 +259,7 @@ def test_seeds_share_a_row(tmp_path):
     assert [row["runs"] for row in rows] == ["3", "3"]
     assert rows[0]["MPJPE deviation"] == f"{statistics.stdev(errors[:3]):.2f}"
     assert rows[1]["gain, %"] == f"{100 * (1 - statistics.mean(errors[3:]) / statistics.mean(errors[:3])):+.1f}"
-    scored(runs[0], "--seeds", "--out", tmp_path / "one")
+    run_here("evaluate.py", runs[0], "--seeds", "--out", tmp_path / "one")
     only, = csv.DictReader((tmp_path / "one" / "table.csv").open())
     assert only["MPJPE deviation"] == ""  # of one there is none
     plain = save_run(tmp_path / "plain", truth, truth)
@@ -286,7 +279,7 @@ def test_plots_against_label_fraction_and_size_of_pretraining(tmp_path):
                                       weights=f"runs/{name}/backbone.pt"))
     runs.append(write_log(save_run(tmp_path / "nothing", truth + 3 * noise, truth), dataset="freihand",
                           label_fraction=1.0, weights="none"))
-    scored(*runs, "--out", tmp_path / "out")
+    run_here("evaluate.py", *runs, "--out", tmp_path / "out")
     for name in ("labels", "pool"):
         assert cv2.imread(str(tmp_path / "out" / f"{name}.png")) is not None
     loaded = evaluate.name_runs(runs, False)
@@ -335,7 +328,7 @@ def test_submissions_score_as_we_do(tmp_path):
     left = rng.uniform(size=30) < 0.5
     folder = save_run(tmp_path / "run", truth + rng.normal(0, 12, truth.shape), truth)
     (folder / "names.txt").write_text("".join(f"{i}\tsome where/{i}.jpg\tright\n" for i in order))
-    assert "3960" in scored(folder, "--submission", "freihand")
+    assert "3960" in run_here("evaluate.py", folder, "--submission", "freihand")
     xyz, vertices = json.loads(zipfile.ZipFile(folder / "pred.zip").read("pred.json"))
     assert np.shape(xyz) == (30, 21, 3) and np.shape(vertices) == (30, 778, 3) and not np.any(vertices)
     official_truth = np.empty_like(truth)
@@ -347,7 +340,7 @@ def test_submissions_score_as_we_do(tmp_path):
     sides = np.where(left, "left", "right")
     (folder / "names.txt").write_text("".join(f"{3 * i}\tx\t{side}\n" for i, side in zip(order, sides)))
     assert "has no gaps" in refused("evaluate.py", folder, "--submission", "freihand")
-    scored(folder, "--submission", "dexycb")
+    run_here("evaluate.py", folder, "--submission", "dexycb")
     rows = np.array([line.split(",") for line in (folder / "dexycb.txt").read_text().splitlines()], float)
     assert rows.shape == (30, 64) and rows[:, 0].tolist() == list(range(0, 90, 3))
     seen = truth.astype(np.float32).astype(float) * np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
@@ -378,7 +371,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     lost = save_run(tmp_path / "nan", nan, truth)
     line = refused("evaluate.py", lost)
     assert "pred_xyz.npy: valid joints must be finite, those of 1 samples are not: 3 (--allow-missing" in line
-    table = scored(lost, "--allow-missing")
+    table = run_here("evaluate.py", lost, "--allow-missing")
     assert "1 of 40 samples left out" in table and "| nan | 39 | 0.00 " in table
     assert json.loads((lost / "metrics.json").read_text())["samples_missing"] == 1
     assert "valid.npy" in refused("evaluate.py", save_run(tmp_path / "mask", truth, truth, all_valid(truth)[:, :20]))
@@ -390,7 +383,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
 
 def test_metres_are_noticed(tmp_path):
     truth, _ = poses()
-    warnings = scored(save_run(tmp_path / "m", truth / 1000, truth))
+    warnings = run_here("evaluate.py", save_run(tmp_path / "m", truth / 1000, truth))
     assert warnings.count("not metres?") == 1 and "pred_xyz.npy: warning: the bone 0-9 has a median of 0.09" in warnings
-    assert scored(save_run(tmp_path / "b", truth / 1000, truth / 1000)).count("not metres?") == 2
-    assert "warning" not in scored(save_run(tmp_path / "mm", truth, truth))
+    assert run_here("evaluate.py", save_run(tmp_path / "b", truth / 1000, truth / 1000)).count("not metres?") == 2
+    assert "warning" not in run_here("evaluate.py", save_run(tmp_path / "mm", truth, truth))

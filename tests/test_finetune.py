@@ -18,7 +18,7 @@ import torch
 import evaluate
 import finetune
 from common import load_checkpoint
-from conftest import ENVIRONMENT, ROOT, refused, run, torchrun
+from conftest import ENVIRONMENT, ROOT, refused, run, run_here, torchrun
 from test_pretrain import same
 
 TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--workers", "0", "--batch-size", "10")
@@ -341,8 +341,8 @@ def test_a_dot_at_a_joint_is_found_there_by_the_network_and_the_known_answer_com
     """Mirrored left hands, hands across the border and hands outside: the picture, gt_uv and gt_xyz of a real run."""
     root, truth = dexycb
     out = tmp_path / "run"
-    run("finetune.py", "--dataset", "dexycb", "--root", root, "--out", out, *TINY, "--epochs", 1,
-        "--label-fraction", 0.1)
+    run_here("finetune.py", "--dataset", "dexycb", "--root", root, "--out", out, *TINY, "--epochs", 1,
+             "--label-fraction", 0.1)
     paths = [path for path in official(truth, subjects=(7, 8)) if truth[path]]
     xyz, uv, valid = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "gt_uv", "valid"))
     lines = [line.split("\t") for line in (out / "names.txt").read_text().splitlines()]
@@ -528,7 +528,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
 def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
     root, kept = assembly
     out = tmp_path / "run"
-    run("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY, "--epochs", 1)
+    run_here("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY, "--epochs", 1)
     xyz, uv, valid = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "gt_uv", "valid"))
     for k, (_, side, _, expected, _, seen, _) in enumerate(kept["val"]):
         assert np.abs(xyz[k] - expected * (-1 if side == "left" else 1, 1, 1)).max() < 1e-3
@@ -698,7 +698,7 @@ def test_a_killed_run_ends_bit_for_bit_like_a_straight_one(straight, rendered, t
 
 @pytest.mark.parametrize("size, angle", [((1501, 2003), 30), ((1501, 2003), 0), ((150, 200), 30)])
 def test_large_pictures_are_averaged_not_sampled(size, angle):
-    """A checkerboard of single pixels becomes grey, and dots stay where the joints are; a small picture is untouched."""
+    """A checkerboard of single pixels becomes grey, dots stay where the joints are; a small picture is untouched."""
     rng, (height, width) = np.random.default_rng(0), size
     uv = rng.uniform(0.35, 0.65, (21, 2)) * (width, height)
     y, x = np.mgrid[:height, :width]
@@ -743,8 +743,8 @@ def test_frozen_weights_do_not_move(straight, rendered, tmp_path):
     start = {k[9:]: v for k, v in load_checkpoint(straight / "model.pt")["model"].items() if k.startswith("backbone.")}
     torch.save(start, tmp_path / "backbone.pt")
     arguments = [a if a != "none" else tmp_path / "backbone.pt" for a in TINY]
-    run("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", tmp_path / "run", *arguments,
-        "--epochs", 1, "--freeze")
+    run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", tmp_path / "run",
+             *arguments, "--epochs", 1, "--freeze")
     end = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
     assert all(torch.equal(end["backbone." + k], v) for k, v in start.items())  # BatchNorm's statistics too
 
@@ -754,8 +754,8 @@ def test_the_backbone_has_a_learning_rate_of_its_own(straight, rendered, tmp_pat
     state = load_checkpoint(straight / "model.pt")["model"]
     torch.save({k[9:]: v for k, v in state.items() if k.startswith("backbone.")}, tmp_path / "backbone.pt")
     arguments = [a if a != "none" else tmp_path / "backbone.pt" for a in TINY]
-    run("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", tmp_path / "run", *arguments,
-        "--epochs", 1, "--backbone-lr", 0)
+    run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", tmp_path / "run",
+             *arguments, "--epochs", 1, "--backbone-lr", 0)
     end = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
     for k in (k for k in state if not k.endswith("num_batches_tracked")):
         assert torch.equal(end[k], state[k]) == (k.startswith("backbone.") and "running" not in k), k
@@ -769,7 +769,7 @@ def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_pa
                  "--label-fraction", 0.5]
     before = [{"command": "", "args": {"method": "peclr", "hands": ["a", "b"], "weighting": "none"}}, {"hands": 60}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
-    run("finetune.py", "--dataset", "freihand", *arguments)
+    run_here("finetune.py", "--dataset", "freihand", *arguments)
     settings = evaluate.read_settings(tmp_path / "run")  # what its plots go by
     assert settings["data"] == "FreiHAND" and settings["label_fraction"] == 0.5 and settings["head"] == "knn"
     assert settings["method"] == "peclr" and settings["hands"] == "a+b" and settings["pool"] == 60
@@ -796,9 +796,9 @@ def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_pa
         neighbours.add(n)
     assert len(neighbours) > 2
     assert cv2.imread(str(tmp_path / "run" / "overlay.jpg")) is not None
-    run("evaluate.py", tmp_path / "run")
+    run_here("evaluate.py", tmp_path / "run")
     before = (tmp_path / "run" / "pred_xyz.npy").read_bytes()
-    run("finetune.py", "--dataset", "freihand", *arguments, "--batch-size", 10)
+    run_here("finetune.py", "--dataset", "freihand", *arguments, "--batch-size", 10)
     assert (tmp_path / "run" / "pred_xyz.npy").read_bytes() == before
     assert "--label-fraction was 0.5, is 1.0" in refused("finetune.py", "--dataset", "freihand", *arguments[:-2])
 
