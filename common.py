@@ -185,7 +185,7 @@ def atomic(path):
             raise InputError(f"{path}: could not be written: {cause.strerror or cause}")
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.exists() and temporary.unlink()  # on a read-only disk unlink fails even if nothing is there
 
 
 def save_array(path, array):

@@ -15,14 +15,18 @@ import argparse
 import csv
 import io
 import json
+import math
+import os
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from common import PARENTS, atomic, load_array, print_settings, read_log, require, run_script
+from common import PARENTS, InputError, atomic, load_array, print_settings, read_log, require, run_script
 
 HINT = "finetune.py writes it; any method's predictions will do"
 THRESHOLDS = {"auc_0_50": np.linspace(0, 50, 100), "auc_20_50": np.linspace(20, 50, 15)}  # mm
@@ -57,39 +61,41 @@ def main():
     out = Path(args.out or (args.runs[0] if len(args.runs) == 1 else "."))
     require(not out.is_file(), f"{out}: is a file, expected a folder to write to")
     print_settings(args)
-    for run in args.runs:  # all of them first: a wrong folder costs no minutes
-        load_run(Path(run), args.allow_missing)
-        if args.submission:
-            official(Path(run))
     runs = name_runs(args.runs, args.seeds)
+    for run in runs:  # all of them first: a wrong folder costs no minutes
+        load_run(run["folder"], args.allow_missing)
+        if args.submission:
+            official(run["folder"], args.submission, run["settings"])
     baseline = args.baseline or runs[0]["row"]
     require(any(run["row"] == baseline for run in runs),
             f"--baseline {baseline}: no such row, expected one of {', '.join(dict.fromkeys(r['row'] for r in runs))}")
+    out.mkdir(parents=True, exist_ok=True)
     for run in runs:
         prediction, truth, valid, missing, warnings = load_run(run["folder"], args.allow_missing)
-        print(*warnings, sep="\n", end="\n" * bool(warnings))
         run["metrics"], run["curve"] = score(prediction, truth, valid, RESAMPLES)
-        run["metrics"]["samples_missing"] = missing
+        run["metrics"]["samples_missing"], run["truth"] = missing, zlib.crc32(truth)
+        without = run["metrics"]["samples_without_wrist"]
+        warnings += [f"{run['folder']}: {without} of {len(valid)} samples have no valid wrist"] * bool(without)
+        warnings += [f"{run['folder']}: warning: other true poses than {first['folder']}; scores do not compare"
+                     for first in [next(r for r in runs if r["data"] == run["data"])] if run["truth"] != first["truth"]]
+        print(*warnings, sep="\n", end="\n" * bool(warnings))
         write_text(run["folder"] / "metrics.json", json.dumps(run["metrics"], indent=1) + "\n")
         if args.submission:
-            SUBMISSIONS[args.submission](run["folder"])
-    out.mkdir(parents=True, exist_ok=True)
-    columns = COLUMNS | (ABSOLUTE if args.absolute else {})
-    tables = make_tables(runs, columns, baseline, args.seeds)
+            SUBMISSIONS[args.submission](run["folder"], *official(run["folder"], args.submission, run["settings"]))
+    tables = make_tables(runs, COLUMNS | (ABSOLUTE if args.absolute else {}), baseline, args.seeds)
     print(tables["table.md"])
     for name, text in tables.items():
         write_text(out / name, text)
     plots = {"pck": plot_pck(runs), "joints": plot_joints(runs),
              "labels": plot_against(runs, "label_fraction", "share of the labels"),
              "pool": plot_against(runs, "pool", "hands in pre-training")}
-    wrote = [*tables]
-    for name, figure in plots.items():
-        for kind in ("png", "pdf") if figure else ():
-            with atomic(out / f"{name}.{kind}") as file:
-                figure.savefig(file, format=kind, dpi=110)
-            wrote.append(f"{name}.{kind}")
+    for path, figure in ((out / f"{name}.{kind}", figure) for name, figure in plots.items() for kind in ("png", "pdf")):
+        path.unlink(missing_ok=True)  # of other runs
+        if figure:
+            with atomic(path) as file:
+                figure.savefig(file, format=path.suffix[1:], dpi=110, bbox_inches="tight")
     print(f"wrote metrics.json beside the predictions of {len(runs)} run{'s' * (len(runs) > 1)}; into {out}: "
-          + ", ".join(wrote))
+          + ", ".join([*tables, *(f"{name}.png and .pdf" for name, figure in plots.items() if figure)]))
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -100,35 +106,37 @@ def load_run(folder, allow_missing=False):
     require(folder.is_dir(), f"{folder}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
     truth = load_array(folder / "gt_xyz.npy", np.float32, (None, 21, 3), hint=HINT, finite=False)
     prediction = load_array(folder / "pred_xyz.npy", np.float32, (len(truth), 21, 3), hint=HINT, finite=False)
-    valid, warnings, missing = np.ones(truth.shape[:2], bool), [], 0
+    valid, warnings = np.ones(truth.shape[:2], bool), []
     if (folder / "valid.npy").exists():
         valid = load_array(folder / "valid.npy", bool, truth.shape[:2], hint=HINT)
+    bad = {name: (valid & ~np.isfinite(array).all(2)).any(1) for name, array in (
+        ("gt_xyz.npy", truth), ("pred_xyz.npy", prediction))}
+    missing = bad.pop("pred_xyz.npy").sum() if allow_missing else 0
+    for name, rows in bad.items():
+        require(not rows.any(), f"{folder / name}: valid joints must be finite, those of {rows.sum()} samples are not: "
+                f"{', '.join(map(str, np.flatnonzero(rows)[:5]))}" + ", ..." * int(rows.sum() > 5)
+                + " (--allow-missing leaves them out)" * (name == "pred_xyz.npy"))
+    if missing:
+        warnings.append(f"{folder}: warning: {missing} of {len(valid)} samples left out, their predictions are not "
+                        "finite; other runs are scored on more")
+        kept = (~valid | np.isfinite(prediction).all(2)).all(1)
+        prediction, truth, valid = prediction[kept], truth[kept], valid[kept]
+    require(valid.any(), f"{folder}: holds no sample with a valid joint{' and a finite prediction' * allow_missing}")
     for name, array in (("gt_xyz.npy", truth), ("pred_xyz.npy", prediction)):
-        bad = np.flatnonzero((valid & ~np.isfinite(array).all(2)).any(1))
-        if len(bad) and array is prediction and allow_missing:
-            valid[bad], missing = False, len(bad)
-            warnings.append(f"{folder}: warning: {missing} of {len(valid)} samples left out, their predictions are not "
-                            "finite; other runs are scored on more")
-            continue
-        require(not len(bad), f"{folder / name}: valid joints must be finite, those of {len(bad)} samples are not: "
-                f"{', '.join(map(str, bad[:5]))}" + (", ..." if len(bad) > 5 else "")
-                + (" (--allow-missing leaves them out)" if array is prediction else ""))
-    require(valid.any(), f"{folder / 'valid.npy'}: no joint is valid, nothing can be scored")
-    both = valid[:, 0] & valid[:, 9]
-    for name, array in (("gt_xyz.npy", truth), ("pred_xyz.npy", prediction)):
-        array[~valid] = 0
+        array[~valid], both = 0, valid[:, 0] & valid[:, 9]
         middle = np.median(np.linalg.norm(array[both, 9] - array[both, 0], axis=1)) if both.any() else 90
         if not 40 <= middle <= 140:
             warnings.append(f"{folder / name}: warning: the bone 0-9 has a median of {middle:.3g}, expected 40 to 140: "
                             "are these mm" + (", not metres?" if middle < 1 else "?"))
-    return prediction, truth, valid, missing, warnings
+    return prediction, truth, valid, int(missing), warnings
 
 
 def name_runs(folders, seeds):
     """-> a dict for each run: folder; name, the shortest tail of its path that tells it from the others; data, the
     data set's name or ""; row in the table; settings, as far as its log tells."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    require(len(set(parts)) == len(parts), "the same run is given twice")
+    real, parts = [Path(folder).resolve() for folder in folders], [Path(os.path.abspath(f)).parts for f in folders]
+    twice = [str(folder) for folder, path in zip(folders, real) if real.count(path) > 1]
+    require(not twice, f"the same run is given twice: {', '.join(twice)}")
     tail = next(k for k in range(1, 100) if len({p[-k:] for p in parts}) == len(parts))
     runs = []
     for folder, part in zip(folders, parts):
@@ -151,16 +159,21 @@ def read_settings(folder):
     """What the log of a fine-tuning run says of it -> dict, empty where there is no such log."""
     if not (folder / "log.jsonl").exists():
         return {}
-    rows = read_log(folder / "log.jsonl")
-    args = rows[0].get("args", {}) if rows else {}
-    before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
-    settings = dict(before.get("args") or {})  # of pre-training: method, weighting ...
-    settings |= {key: "+".join(map(str, settings[key])) for key in ("hands", "pairs") if settings.get(key)}
-    settings |= {key: args[key] for key in ("label_fraction", "backbone", "head", "freeze") if key in args}
-    settings["pool"] = before.get("hands")
-    settings.setdefault("method", Path(str(args.get("weights", ""))).stem)
-    words = [DATASETS.get(args.get("dataset"), ""), args.get("setup") or "", args.get("modality") or ""]
-    return settings | {"data": " ".join(word for word in words if word)}
+    rows = read_log(folder / "log.jsonl") or [{}]
+    try:
+        args = rows[0].get("args") or {}
+        before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
+        settings = {"method": Path(str(args.get("weights", ""))).stem} | dict(before.get("args") or {})
+        settings |= {key: "+".join(map(str, settings[key])) for key in ("hands", "pairs") if settings.get(key)}
+        settings |= {key: args.get(key) for key in ("label_fraction", "backbone", "head", "freeze", "paper_filter")}
+        settings |= {"pool": before.get("hands"), "dataset": args.get("dataset")}
+        words = [DATASETS.get(args.get("dataset"), ""), args.get("setup"), args.get("modality")]
+        settings["data"] = " ".join(word for word in words if word)
+        numbers = [settings[key] for key in ("label_fraction", "pool") if settings[key] is not None]
+        require(all(0 < value < math.inf for value in numbers), "")
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{folder / 'log.jsonl'}: expected the log of finetune.py, or none")
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -198,8 +211,8 @@ def score(prediction, truth, valid, resamples=0):
             result["per_joint"] = [number(v) for v in values["mpjpe"].sum(0) / np.where(n, n, np.nan)]
     if resamples:
         drawn = bootstrap(tables, resamples)
-        result["intervals"] = {key: [number(v) for v in np.percentile(column, (2.5, 97.5))]
-                               for key, column in zip(keys, drawn)}
+        result["intervals"] = {key: [None, None] if result[key] is None else  # a draw may miss the few that count
+                               np.nanpercentile(column, (2.5, 97.5)).tolist() for key, column in zip(keys, drawn)}
     return result, curve
 
 
@@ -271,41 +284,46 @@ def align(prediction, truth, valid):
 
 # ---------------------------------------------------------------------------------------------- tables
 
-def make_tables(runs, columns, baseline, seeds):
-    """-> {file: text}: a row for each name, columns grouped by data set, the gain in MPJPE over the baseline's in
-    percent, best in bold; behind each value its 95 % interval, or over seeds the standard deviation."""
-    rows, groups = (list(dict.fromkeys(run[key] for run in runs)) for key in ("row", "data"))
-    several = len(rows) > 1
-    heads = ["samples", *["runs"] * seeds, *columns.values(), *["gain, %"] * several]
-    found = {}  # row, data set, column -> value, and its interval's ends or its deviation
-    for run in runs:
+def fill_cells(runs, rows, groups, columns, baseline, seeds):
+    """-> for each row a list of cells, data set by data set: text; texts of what stands behind it, the ends of its 95 %
+    interval or the deviation over seeds; whether it is the best of its column."""
+    found, lines = {}, []  # row, data set, column -> value and what stands behind it
+    for row, group in {(run["row"], run["data"]) for run in runs}:
+        mine = [run["metrics"] for run in runs if (run["row"], run["data"]) == (row, group)]
         for key in columns:
-            mine = [r["metrics"] for r in runs if (r["row"], r["data"]) == (run["row"], run["data"])]
             values = [m[key] for m in mine if m[key] is not None]
             if values:
                 behind = mine[0]["intervals"][key] if not seeds else [np.std(values, ddof=1)] if values[1:] else []
-                found[run["row"], run["data"], key] = np.mean(values), *behind
-    lines = []  # for each row its cells: text, texts of what stands behind it, whether it is the best of its column
+                found[row, group, key] = np.mean(values), *behind
     for row in rows:
         cells = []
         for group in groups:
             mine = [run["metrics"] for run in runs if (run["row"], run["data"]) == (row, group)]
-            counts = {str(m["samples"] - m["samples_missing"]) for m in mine}
-            cells += [("/".join(sorted(counts)), (), False), *[(str(len(mine)), (), False)] * seeds]
+            cells += [("/".join(sorted({str(m["samples"]) for m in mine})), (), False)]
+            cells += [(str(len(mine)), (), False)] * seeds
             for key in columns:
                 best = (min if "mpjpe" in key else max)(
                     (found[r, group, key][0] for r in rows if (r, group, key) in found), default=None)
-                value, *behind = (f"{v:.{2 if 'mpjpe' in key else 3}f}" for v in found.get((row, group, key), [np.nan]))
-                cells.append((value.replace("nan", ""), behind, several and (row, group, key) in found
-                              and found[row, group, key][0] == best))
+                value, *behind = found.get((row, group, key), [None])
+                text, *behind = ("" if v is None else f"{v:.{2 if 'mpjpe' in key else 3}f}" for v in (value, *behind))
+                cells.append((text, behind, len(rows) > 1 and value is not None and value == best))
             ours, theirs = (found.get((r, group, "mpjpe"), [0])[0] for r in (row, baseline))
-            cells += [(f"{100 * (1 - ours / theirs):+.1f}" if ours and theirs else "", (), False)] * several
+            gain = f"{100 * (1 - ours / theirs):+.1f}" if ours and theirs else ""
+            cells += [(gain, (), False)] * (len(rows) > 1)
         lines.append(cells)
+    return lines
 
-    titles = [f"{group} {head}".strip() for group in groups for head in heads]
+
+def make_tables(runs, columns, baseline, seeds):
+    """-> {file: text}: a row for each name, columns grouped by data set, the gain in MPJPE over the baseline's in
+    percent, best in bold; behind each value its 95 % interval, or over seeds the standard deviation."""
+    rows, groups = (list(dict.fromkeys(run[key] for run in runs)) for key in ("row", "data"))
+    lines = fill_cells(runs, rows, groups, columns, baseline, seeds)
+    heads = ["samples", *["runs"] * seeds, *columns.values(), *["gain, %"] * (len(rows) > 1)]
+    titles = [f"{group} {head}".strip() if groups[1:] else head for group in groups for head in heads]
     markdown = [["run", *titles], ["---"] * (1 + len(titles))]
     latex = [" & ".join(["run", *map(escape, heads * len(groups))]) + " \\\\ \\midrule"]
-    if any(groups):
+    if groups[1:]:
         spans = (f"\\multicolumn{{{len(heads)}}}{{c}}{{{escape(group)}}}" for group in groups)
         latex.insert(0, " & ".join(["", *spans]) + " \\\\")
     ends = ("deviation",) if seeds else ("low", "high")
@@ -320,12 +338,13 @@ def make_tables(runs, columns, baseline, seeds):
         latex.append(" & ".join([escape(row), *typeset]) + " \\\\")
         table.append([row, *(t for (text, behind, _), of in zip(cells, metrics)
                              for t in (text, *(list(behind) + [""] * len(ends))[:len(ends) * of]))])
-    legend = LEGEND + ("± standard deviation over the seeds." if seeds else
-                       f"in brackets 95 % of {RESAMPLES} bootstrap resamples of the samples.")
+    legend = f"{groups[0]}. " * bool(groups[0] and not groups[1:]) + LEGEND + (
+        "± standard deviation over the seeds." if seeds else
+        f"in brackets 95 % of {RESAMPLES} bootstrap resamples of the samples.")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
     return {"table.md": "\n".join("| " + " | ".join(line) + " |" for line in markdown) + f"\n\n{legend}"
-            + f" Gain: in MPJPE, over {baseline}." * several + "\n", "table.csv": text.getvalue(),
+            + f" Gain: in MPJPE, over {baseline}." * (len(rows) > 1) + "\n", "table.csv": text.getvalue(),
             "table.tex": "\n".join([f"% {legend} Needs \\usepackage{{booktabs}}.",
                                     f"\\begin{{tabular}}{{l{'r' * len(titles)}}} \\toprule", *latex,
                                     "\\bottomrule \\end{tabular}", ""])}
@@ -333,8 +352,7 @@ def make_tables(runs, columns, baseline, seeds):
 
 def escape(text):
     """Text as LaTeX prints it."""
-    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+    return re.sub(r"[&%$#_{}]|([\\~^])", lambda m: f"\\symbol{{{ord(m[0])}}}" if m[1] else "\\" + m[0], text)
 
 
 def write_text(path, text):
@@ -351,24 +369,33 @@ OPEN_HAND = np.array([(0, 0), (-.45, .2), (-.85, .5), (-1.15, .85), (-1.4, 1.2),
 
 
 def panels(runs, width, height):
-    """-> figure, and for each data set its axis and runs."""
+    """-> figure, and for each data set its axis and runs. Names below it: there may be many, and long ones."""
     groups = list(dict.fromkeys(run["data"] for run in runs))
-    figure = Figure(figsize=(width * len(groups), height), layout="tight")
+    figure = Figure(figsize=(width * len(groups), height))
     for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         axis.set_title(group)
         yield figure, axis, [run for run in runs if run["data"] == group]
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
+
+
+def by_row(runs, mine):
+    """-> name, colour and runs of each row that has some among `mine`; rows keep their colours."""
+    rows = list(dict.fromkeys(run["row"] for run in runs))
+    colours = colormaps["tab10" if len(rows) <= 10 else "tab20"].colors
+    for k, row in enumerate(rows):
+        if any(run["row"] == row for run in mine):  # a dollar would start a formula
+            yield row.replace("$", "\\$"), colours[k % len(colours)], [run for run in mine if run["row"] == row]
 
 
 def plot_pck(runs):
     for figure, axis, mine in panels(runs, 6, 4):
-        for row in dict.fromkeys(run["row"] for run in mine):
-            curve = np.mean([run["curve"] for run in mine if run["row"] == row], 0)
-            area = area_under(curve, THRESHOLDS["auc_0_50"])
-            axis.plot(THRESHOLDS["auc_0_50"], curve, label=f"{row}  (AUC 0-50 {area:.3f})")
-        axis.set(xlabel="threshold on the wrist-aligned error, mm", ylabel="share of joints (PCK)")
-        axis.set(xlim=(0, 50), ylim=(0, 1))
+        for name, colour, same in by_row(runs, mine):
+            curve = np.mean([run["curve"] for run in same], 0)
+            area = f"AUC 0-50 {area_under(curve, THRESHOLDS['auc_0_50']):.3f}"
+            axis.plot(THRESHOLDS["auc_0_50"], curve, color=colour,
+                      label=f"{name}  ({'no valid wrist' if np.isnan(curve).any() else area})")
+        axis.set(xlabel="threshold, mm, wrist-aligned", ylabel="share of joints (PCK)", xlim=(0, 50), ylim=(0, 1))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
     return figure
 
 
@@ -377,64 +404,64 @@ def plot_joints(runs):
     for figure, axis, mine in panels(runs, 6.5, 6.5):
         for joint, parent in enumerate(PARENTS):
             axis.plot(*OPEN_HAND[[parent, joint]].T, color="0.8", linewidth=7, solid_capstyle="round", zorder=0)
-        rows = list(dict.fromkeys(run["row"] for run in mine))
-        errors = np.array([np.mean([[np.nan if e is None else e for e in run["metrics"]["per_joint"]]
-                                    for run in mine if run["row"] == row], 0) for row in rows])
-        top, width = np.nanmax(errors, initial=1e-9), 0.2 / max(len(rows), 2)
-        for k, (row, error) in enumerate(zip(rows, errors)):
-            x = OPEN_HAND[:, 0] + (k - (len(rows) - 1) / 2) * width
-            axis.bar(x, error * 0.25 / top, width * 0.9, OPEN_HAND[:, 1], label=row, color=f"C{k % 10}")
-            if len(rows) <= 2:
-                for place, y, value in zip(x, OPEN_HAND[:, 1] + error * 0.25 / top + 0.01, error):
-                    axis.text(place, y, f"{value:.0f}", fontsize=5.5, ha="center", va="bottom")
+        bars = [(name, colour, np.array([run["metrics"]["per_joint"] for run in same], float).mean(0))
+                for name, colour, same in by_row(runs, mine)]
+        top, width = np.nan_to_num([error for *_, error in bars]).max(initial=1e-9), 0.2 / max(len(bars), 2)
+        for k, (name, colour, error) in enumerate(bars):
+            x = OPEN_HAND[:, 0] + (k - (len(bars) - 1) / 2) * width
+            drawn = axis.bar(x, error * 0.25 / top, width * 0.9, OPEN_HAND[:, 1], label=name, color=colour)
+            if len(bars) <= 2:
+                axis.bar_label(drawn, [f"{value:.0f}" for value in error], fontsize=5.5)
         axis.bar(1.15, 0.25, 0.03, 0, color="0.3")
         axis.text(1.12, 0.12, f"{top:.0f} mm", ha="right", va="center")
-        axis.set(xlim=(-1.9, 1.4), aspect="equal")
-        axis.axis("off")
-        axis.legend(fontsize=8, loc="upper left", title="wrist-aligned error of each joint", title_fontsize=8)
+        axis.set(xlim=(-1.9, 1.4), aspect="equal", xlabel="wrist-aligned error of each joint", xticks=(), yticks=())
     return figure
 
 
 def plot_against(runs, key, label):
     """MPJPE against a setting, a line for each kind of run through the mean of its runs; None unless the setting takes
     several values on a data set. Runs that have none are drawn as a level."""
-    def differs(mine):
-        return len({run["settings"].get(key) for run in mine} - {None}) > 1
-
-    runs = [run for _, _, mine in panels(runs, 1, 1) for run in mine if differs(mine)]
+    values = {(run["data"], run["settings"].get(key)) for run in runs if run["settings"].get(key) is not None}
+    runs = [run for run in runs if sum(data == run["data"] for data, _ in values) > 1
+            and run["metrics"]["mpjpe"] is not None]
     for figure, axis, mine in panels(runs, 5, 4) if runs else ():
-        kinds = kinds_of(mine, but="pairs" if key == "pool" else None)
+        kinds = kinds_of(mine, but=("label_fraction",) if key == "label_fraction" else ("pairs",))
         for k, kind in enumerate(dict.fromkeys(kinds)):
-            points = [(run["settings"].get(key), run["metrics"]["mpjpe"]) for run, of in zip(mine, kinds) if of == kind
-                      and run["metrics"]["mpjpe"] is not None]
-            x, y = (np.array(column) for column in zip(*points)) if points else ((), ())
-            if any(value is None for value in x):
-                axis.axhline(np.mean(y), linestyle="--", color=f"C{k % 10}", label=kind)
-            elif points:
-                axis.plot(x, y, "o", color=f"C{k % 10}", markersize=4)
-                steps = np.unique(x)
-                axis.plot(steps, [y[x == step].mean() for step in steps], color=f"C{k % 10}", label=kind)
+            points, means = [(run["settings"].get(key), run["metrics"]["mpjpe"])
+                             for run, of in zip(mine, kinds) if of == kind], {}
+            for x, y in sorted(points, key=lambda point: point[0] or 0):
+                means.setdefault(x, []).append(y)
+            if None in means:
+                axis.axhline(np.mean(means.pop(None)), linestyle="--", color=f"C{k % 10}", label=kind)
+            if means:
+                axis.plot(*zip(*(point for point in points if point[0])), "o", color=f"C{k % 10}", markersize=4)
+                axis.plot(list(means), list(map(np.mean, means.values())), color=f"C{k % 10}", label=kind)
         axis.set(xscale="log", xlabel=label, ylabel="MPJPE, mm, wrist-aligned")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
+        axis.minorticks_off()
+        ticks = sorted({run["settings"].get(key) for run in mine} - {None})
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
+        axis.grid(alpha=0.3)
     return figure if runs else None
 
 
 def kinds_of(runs, but):
     """-> what tells each run from the others: the settings, of those that can make a line in a plot, that differ."""
     keys = [key for key in ("method", "weighting", "weight_on", "weight_keypoints", "top_k", "hands", "pairs",
-                            "backbone", "head", "freeze")
-            if key != but and len({run["settings"].get(key) for run in runs} - {None}) > 1]
-    return [", ".join(str(value) if isinstance(value, str) else f"{key} {value}" for key in keys
+                            "backbone", "head", "freeze", "label_fraction")
+            if key not in but and len({run["settings"].get(key) for run in runs} - {None}) > 1]
+    return [", ".join(str(value) if key == "method" else f"{key} {value}" for key in keys
                       if (value := run["settings"].get(key)) is not None) or "runs" for run in runs]
 
 
 # ---------------------------------------------------------------------------------------------- submissions
 
-def official(folder):
+def official(folder, benchmark, settings):
     """-> official indices (T,) in their order, predictions (T, 21, 3) as the camera sees them: left hands, which
     pred_xyz.npy mirrors, are left again."""
     path, hint = folder / "names.txt", "expected a line a sample: index, tab, picture, tab, left or right"
+    require(settings.get("dataset") in (None, benchmark) and not settings.get("paper_filter"),
+            f"{folder}: --submission {benchmark}: was tested on {settings.get('dataset')}"
+            + " with --paper-filter, which leaves samples out" * bool(settings.get("paper_filter")))
     require(path.is_file(), f"{path}: missing, {hint}")
     try:
         rows = [line.split(b"\t") for line in path.read_bytes().splitlines()]
@@ -443,17 +470,17 @@ def official(folder):
         rows = []
     require(rows and all(len(row) == 3 and row[2] in (b"left", b"right") for row in rows), f"{path}: {hint}")
     require(len(np.unique(index)) == len(index), f"{path}: an index occurs twice")
-    xyz = load_array(folder / "pred_xyz.npy", np.float32, (len(rows), 21, 3), hint=f"as many as {path} has lines")
+    require(benchmark != "freihand" or np.array_equal(np.sort(index), np.arange(len(index))),
+            f"{path}: FreiHAND's list has no gaps, expected the indices 0 to {len(index) - 1}")
+    xyz = load_array(folder / "pred_xyz.npy", np.float32, (len(rows), 21, 3), hint="one for each line of names.txt; "
+                     "a benchmark wants them all")
     xyz[left, :, 0] *= -1
     order = np.argsort(index)
     return index[order], xyz[order]
 
 
-def write_freihand(folder):
+def write_freihand(folder, index, xyz):
     """pred.zip with pred.json: [keypoints (T, 21, 3), vertices (T, 778, 3)] in metres; there is no mesh, so zeros."""
-    index, xyz = official(folder)
-    require(np.array_equal(index, np.arange(len(index))), f"{folder / 'names.txt'}: FreiHAND's list has no gaps, "
-            f"expected the indices 0 to {len(index) - 1}")
     none = json.dumps([[0] * 3] * 778)
     text = f"[{json.dumps((xyz.astype(np.float64) / 1000).tolist())}, [{', '.join([none] * len(xyz))}]]"
     with atomic(folder / "pred.zip") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -462,9 +489,8 @@ def write_freihand(folder):
         "" if len(xyz) == 3960 else ": FreiHAND's evaluation has 3960, its server will refuse this"))
 
 
-def write_dexycb(folder):
+def write_dexycb(folder, index, xyz):
     """dexycb.txt, a line a sample: index and 63 coordinates in mm, as DexYCB's toolkit reads it."""
-    index, xyz = official(folder)
     lines = (",".join([str(i), *(f"{v:.6f}" for v in pose)]) for i, pose in zip(index, xyz.reshape(-1, 63)))
     write_text(folder / "dexycb.txt", "\n".join(lines) + "\n")
     print(f"wrote {folder}/dexycb.txt, {len(xyz)} samples")

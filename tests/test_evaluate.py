@@ -105,7 +105,7 @@ def test_pck_and_auc_on_known_errors():
 def test_every_metric_against_a_slow_loop():
     truth, rng = poses(12)
     prediction, valid = truth + rng.normal(0, 15, truth.shape), rng.uniform(size=truth.shape[:2]) > 0.25
-    result, _ = evaluate.score(prediction, truth, valid)
+    result, curve = evaluate.score(prediction, truth, valid)
     errors = {"abs_": [[] for _ in range(21)], "": [[] for _ in range(21)], "scaled_": [[] for _ in range(21)],
               "pa_": [[] for _ in range(21)]}
     for p, t, v in zip(prediction, truth, valid):
@@ -124,8 +124,36 @@ def test_every_metric_against_a_slow_loop():
             if prefix + name in result:
                 pck = [np.mean([np.mean(np.array(e) <= s) for e in lists]) for s in steps]
                 assert result[prefix + name] == pytest.approx(np.trapz(pck, steps) / (steps[-1] - steps[0]), rel=1e-6)
+    steps = np.linspace(0, 50, 100)
+    assert np.allclose(curve, [np.mean([np.mean(np.array(e) <= s) for e in errors[""]]) for s in steps], atol=1e-12)
     assert result["samples_without_wrist"] == (~valid[:, 0]).sum()
     assert result["samples_without_bone"] == (~(valid[:, 0] & valid[:, 9])).sum()
+
+
+def test_two_joints_are_not_aligned():
+    """A similarity fits any two points, and would score them 0."""
+    truth, rng = poses(6)
+    prediction, valid = truth + rng.normal(0, 15, truth.shape), all_valid(truth)
+    whole, _ = evaluate.score(prediction[1:], truth[1:], valid[1:])
+    valid[0, 2:] = False
+    result, _ = evaluate.score(prediction, truth, valid)
+    assert result["samples_without_procrustes"] == 1 and result["pa_mpjpe"] == pytest.approx(whole["pa_mpjpe"])
+
+
+def test_a_few_samples_with_a_wrist_still_have_intervals(tmp_path):
+    """Some draws hold none of them."""
+    truth, rng = poses()
+    valid = all_valid(truth)
+    valid[3:, 0] = False
+    run = save_run(tmp_path / "run", truth + rng.normal(0, 10, truth.shape), truth, valid)
+    printed = run_here("evaluate.py", run)
+    assert "37 of 40 samples have no valid wrist" in printed
+    low, high = json.loads((run / "metrics.json").read_text())["intervals"]["mpjpe"]
+    assert 0 < low < high
+    valid[:, 0] = False
+    run_here("evaluate.py", save_run(tmp_path / "none", truth, truth, valid), "--out", tmp_path / "out")
+    row, = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    assert row["MPJPE"] == row["MPJPE low"] == "" and row["PA-MPJPE"] == "0.00"
 
 
 def test_invalid_joints_change_nothing():
@@ -174,11 +202,15 @@ def test_intervals_of_many_samples_against_the_normal_approximation():
     rng, size = np.random.default_rng(0), 2 * evaluate.GROUPS + 20_000
     truth = rng.normal(0, 40, (size, 21, 3)).astype(np.float32)
     prediction = truth + rng.normal(0, 15, truth.shape).astype(np.float32) * rng.uniform(0, 2, (size, 1, 1))
+    prediction[-20_000:] += np.float32([0, 0, 300])  # the last ones weigh in
     result, _ = evaluate.score(prediction, truth, all_valid(truth), 400)
     each = np.linalg.norm(prediction - truth, axis=2).mean(1)
+    groups = evaluate.sum_groups(each[:, None] * np.ones(21), np.random.default_rng(0).permutation(size))
+    assert groups.shape == (evaluate.GROUPS, 21) and groups.sum(0) == pytest.approx(each.sum() * np.ones(21))
     low, high = result["intervals"]["abs_mpjpe"]
     assert high - low == pytest.approx(2 * 1.96 * each.std() / size ** 0.5, rel=0.2)
-    assert (low + high) / 2 == pytest.approx(each.mean(), rel=1e-3) == result["abs_mpjpe"]
+    assert (low + high) / 2 == pytest.approx(each.mean(), rel=5e-3)
+    assert result["abs_mpjpe"] == pytest.approx(each.mean(), rel=1e-6)
 
 
 def test_runs_are_compared_in_one_table(tmp_path):
@@ -195,6 +227,7 @@ def test_runs_are_compared_in_one_table(tmp_path):
     assert table in printed and "AUC 0-50" in table and "| +50.0 |" in table and "over first" in table
     low, high = metrics[1]["intervals"]["mpjpe"]
     assert f"**{metrics[1]['mpjpe']:.2f}** ({low:.2f}-{high:.2f})" in table
+    assert f"**{metrics[1]['auc_0_50']:.3f}** (" in table and metrics[1]["auc_0_50"] > metrics[0]["auc_0_50"]
     assert f"| {metrics[0]['mpjpe']:.2f} (" in table
     rows = list(csv.DictReader((out / "table.csv").open()))
     assert [row["run"] for row in rows] == ["first", "second"] and rows[1]["MPJPE"] == f"{metrics[1]['mpjpe']:.2f}"
@@ -205,6 +238,8 @@ def test_runs_are_compared_in_one_table(tmp_path):
     assert not (out / "labels.png").exists() and not (out / "pool.png").exists()
     table = run_here("evaluate.py", first, second, "--absolute", "--baseline", "second", "--out", out)
     assert "abs. MPJPE" in table and "over second" in table and "| -100.0 |" in table
+    heads = table.split("| run |")[1].splitlines()[0].split("|")
+    assert all(re.search(r" \d+-\d+ $", head) for head in heads if "AUC" in head) and "AUC" in heads[2]
     assert "--baseline third: no such row, expected one of first, second" in refused(
         "evaluate.py", first, second, "--baseline", "third", "--out", out)
     run_here("evaluate.py", first)  # of a single run, all goes beside its predictions
@@ -289,12 +324,20 @@ def test_plots_against_label_fraction_and_size_of_pretraining(tmp_path):
     axis, = evaluate.plot_against(loaded, "pool", "hands").axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     for method in ("peclr", "simhand"):
-        assert lines[method] == [[pool, pytest.approx(np.mean([error[f"{method}-{f}-{pool}"] for f in (0.1, 1.0)]))]
-                                 for pool in (100, 1000)]
-    assert lines["none"][0][1] == pytest.approx(error["nothing"])  # a level: it has no pre-training
+        for fraction in (0.1, 1.0):
+            assert lines[f"{method}, label_fraction {fraction}"] == [
+                [pool, pytest.approx(error[f"{method}-{fraction}-{pool}"])] for pool in (100, 1000)]
+    assert lines["none, label_fraction 1.0"][0][1] == pytest.approx(error["nothing"])  # a level: no pre-training
+    twin = loaded[0] | {"metrics": {"mpjpe": 100.0}}  # as of another seed: points apart, the line through the mean
+    theirs = loaded[0] | {"metrics": {"mpjpe": 50.0}, "settings": {}}  # without a log: a level
+    axis, = evaluate.plot_against([*loaded[:2], twin, theirs], "pool", "hands").axes
+    lines = [line.get_xydata().tolist() for line in axis.lines]
+    mean = (error["peclr-0.1-100"] + 100) / 2
+    assert [line[0][1] for line in lines if len(line) == 2 and line[0][0] == 0] == [50.0]
+    assert [[100, pytest.approx(mean)], [1000, pytest.approx(error["peclr-0.1-1000"])]] in lines
     axis, = evaluate.plot_against(loaded, "label_fraction", "labels").axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
-    assert lines["simhand, data/100"] == [[f, pytest.approx(error[f"simhand-{f}-100"])] for f in (0.1, 1.0)]
+    assert lines["simhand, pairs data/100"] == [[f, pytest.approx(error[f"simhand-{f}-100"])] for f in (0.1, 1.0)]
     assert evaluate.plot_against(loaded[:2], "label_fraction", "labels") is None  # the same in both
 
 
@@ -305,6 +348,7 @@ def test_names_tell_runs_apart(tmp_path):
     assert rows("a/x", "b/x") == ["a/x", "b/x"] and rows("a/x", "b/y") == ["x", "y"]
     assert rows("x-freihand-1", "freihand_x", "y/freihand") == ["x-1", "x", "y"]
     assert rows("a/freihand", "b/freihand", "a/dexycb") == ["a", "b", "a"]
+    assert rows("x-seed1", "x-seed10", "x-seed2", seeds=True) == ["x", "x", "x"]
     assert rows("simhand/seed0", "simhand/seed1", "seed0-x", seeds=True) == ["simhand", "simhand", "x"]
     assert rows("freihand-x", "x-freihand") == ["freihand-x", "x-freihand"]  # one row would hide one of them
     with pytest.raises(InputError, match="twice"):
@@ -340,6 +384,11 @@ def test_submissions_score_as_we_do(tmp_path):
     sides = np.where(left, "left", "right")
     (folder / "names.txt").write_text("".join(f"{3 * i}\tx\t{side}\n" for i, side in zip(order, sides)))
     assert "has no gaps" in refused("evaluate.py", folder, "--submission", "freihand")
+    write_log(folder, dataset="dexycb", paper_filter=True)
+    assert "leaves samples out" in refused("evaluate.py", folder, "--submission", "dexycb")
+    write_log(folder, dataset="assemblyhands")
+    assert "was tested on assemblyhands" in refused("evaluate.py", folder, "--submission", "dexycb")
+    write_log(folder, dataset="dexycb", paper_filter=False)
     run_here("evaluate.py", folder, "--submission", "dexycb")
     rows = np.array([line.split(",") for line in (folder / "dexycb.txt").read_text().splitlines()], float)
     assert rows.shape == (30, 64) and rows[:, 0].tolist() == list(range(0, 90, 3))
@@ -373,12 +422,27 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     assert "pred_xyz.npy: valid joints must be finite, those of 1 samples are not: 3 (--allow-missing" in line
     table = run_here("evaluate.py", lost, "--allow-missing")
     assert "1 of 40 samples left out" in table and "| nan | 39 | 0.00 " in table
+    every = save_run(tmp_path / "every", np.full_like(truth, np.inf), truth)
+    assert "every: holds no sample with a valid joint and a finite" in refused("evaluate.py", every, "--allow-missing")
+    none = save_run(tmp_path / "empty arrays", truth[:0], truth[:0])
+    assert "empty arrays: holds no sample with a valid joint" in refused("evaluate.py", none)
     assert json.loads((lost / "metrics.json").read_text())["samples_missing"] == 1
     assert "valid.npy" in refused("evaluate.py", save_run(tmp_path / "mask", truth, truth, all_valid(truth)[:, :20]))
     assert "gt_xyz.npy: valid joints must be finite, those of 1 samples are not: 3" in refused(
         "evaluate.py", save_run(tmp_path / "truth", truth, nan, all_valid(truth)))
     none = save_run(tmp_path / "none", truth, truth, ~all_valid(truth))
-    assert "no joint is valid" in refused("evaluate.py", none)
+    assert "none: holds no sample with a valid joint" in refused("evaluate.py", none)
+    (tmp_path / "linked").symlink_to(good)
+    assert "the same run is given twice: " in refused("evaluate.py", good, tmp_path / "linked")
+    for row in ({"args": [1]}, {"pretraining": "x"}, {"pretraining": {"args": {"hands": 7}}}, {"args": {"setup": 3}},
+                {"args": {"label_fraction": "0.3"}}, {"args": {"dataset": ["freihand"]}}, {"args": "abc"}):
+        (good / "log.jsonl").write_text(json.dumps(row) + "\n")
+        assert "log.jsonl: expected the log of finetune.py, or none" in refused("evaluate.py", good)
+    for text in ("", "{}\n", '{"args": null}\n'):
+        (good / "log.jsonl").write_text(text)
+        assert "other true poses" not in run_here("evaluate.py", good)
+    other = save_run(tmp_path / "other", truth, truth + 1)
+    assert "warning: other true poses than" in run_here("evaluate.py", good, other, "--out", tmp_path / "out")
 
 
 def test_metres_are_noticed(tmp_path):
@@ -386,4 +450,5 @@ def test_metres_are_noticed(tmp_path):
     warnings = run_here("evaluate.py", save_run(tmp_path / "m", truth / 1000, truth))
     assert warnings.count("not metres?") == 1 and "pred_xyz.npy: warning: the bone 0-9 has a median of 0.09" in warnings
     assert run_here("evaluate.py", save_run(tmp_path / "b", truth / 1000, truth / 1000)).count("not metres?") == 2
+    assert run_here("evaluate.py", save_run(tmp_path / "cm", truth / 10, truth / 10)).count("are these mm?") == 2
     assert "warning" not in run_here("evaluate.py", save_run(tmp_path / "mm", truth, truth))

@@ -35,7 +35,8 @@ def test_commands_parse(command, monkeypatch):
 
 def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch):
     """The blocks are run by bash with a `python` that only notes its arguments; the scripts' own parsers read them."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README.split("\n## The paper\n")[1].split("\n## ")[0], re.S))
+    section = README.split("\n## The paper\n")[1].split("\n## ")[0]
+    blocks = "\npython next\n".join(re.findall(r"```bash\n(.*?)```", section, re.S))
     note = (f"#!{sys.executable}\nimport json, sys\n"
             f"open({str(tmp_path / 'noted')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n")
     for name in ("python", "torchrun"):
@@ -43,8 +44,11 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
         (tmp_path / name).chmod(0o755)
     environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/home/me"}
     subprocess.run(["bash", "-euc", blocks], check=True, cwd=tmp_path, env=environment)
-    hands, mined, backbones, tuned, scored = set(), {}, {}, set(), []
-    for words in map(json.loads, (tmp_path / "noted").read_text().splitlines()):
+    hands, mined, backbones, tuned, scored, counts = set(), {}, {}, set(), [], []
+    for words in [*map(json.loads, (tmp_path / "noted").read_text().splitlines()), ["next"]]:
+        if words == ["next"]:  # what each experiment needs stands in the table above them
+            counts.append((len(backbones) - sum(c[0] for c in counts), len(tuned) - sum(c[1] for c in counts)))
+            continue
         monkeypatch.setattr(sys, "argv", words)
         args = __import__(words[0].removesuffix(".py")).parse_args()
         if words[0] == "extract_hands.py":
@@ -64,7 +68,9 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
             scored.append(args.out)
             assert set(args.runs) <= tuned, set(args.runs) - tuned
             assert not args.baseline or any(run.endswith(f"-{args.baseline}") for run in args.runs)
-    assert len(backbones) == 3 + 12 + 21 + 4 + 2 + 2 and len(scored) == 9 == len(set(scored))
+    table = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", section, re.M)
+    assert counts == [(0, 0), *((int(a), int(b)) for a, b in table)] and len(counts) == 8
+    assert len(scored) == len(set(scored))
 
 
 @pytest.mark.parametrize("size", study.SIZES)
