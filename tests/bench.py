@@ -44,7 +44,7 @@ def main():
     model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "opencv-python", "mediapipe")]
     print(f"{len(os.sched_getaffinity(0))} cores of {model[0] if model else platform.machine()}, "
-          f"Python {platform.python_version()}, {', '.join(versions)}\n", flush=True)
+          f"Python {platform.python_version()}, {', '.join(versions)}; one run\n", flush=True)
     print("| stage | what | ours | reference | ratio | the reference is |\n|---|---|---|---|---|---|")
     for name in STAGES if stage == "all" else [stage]:
         with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ def main():
           + f"  together {sum(times.values()):.0f}")
     print("pictures: " + "  ".join(str(out / name) for name in (
         "hands/hands.jpg", "hands/pairs.jpg", "hands/distances.png", "simhand/views.jpg", "simhand/curves.png",
-        "finetuned-simhand/overlay.jpg", "pck.png")))
+        "finetuned-simhand/overlay.jpg", "pck.png", "joints.png")))
     print((out / "table.md").read_text())
 
 
