@@ -11,7 +11,7 @@ import torch
 
 import mine_pairs
 from common import HANDS_DTYPE
-from conftest import TINY, refused, run, torchrun
+from conftest import TINY, refused, run, run_here, torchrun
 
 
 def brute_force(embeddings, video, k):
@@ -101,7 +101,7 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
     rows = {}
     for limit in (60, 100):
         out = tmp_path / str(limit)
-        run("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--out", out)
+        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--out", out)
         neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
         assert neighbours.shape == (len(np.load(hands / "keypoints.npy")), 1)
         rows[limit] = chosen = np.flatnonzero(neighbours[:, 0] >= 0)
@@ -115,8 +115,8 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
     assert set(rows[60]) < set(rows[100]) and np.diff(rows[60]).max() > 1
     assert "fewer than --limit" in refused("mine_pairs.py", hands, "--limit", 10**6)
     assert "--limit 10: 10 hands" in refused("mine_pairs.py", hands, "--limit", 10)
-    printed = run("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run", "--batch-size", 20,
-                  "--epochs", 1, "--warmup-epochs", 0, *TINY).stdout
+    printed = run_here("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run", "--batch-size", 20,
+                       "--epochs", 1, "--warmup-epochs", 0, *TINY)
     assert re.search(r"\b60\b", printed)  # exactly the rows that have a neighbour
 
 
@@ -144,7 +144,7 @@ def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame()
 
 
 def test_temporal_pairs_of_a_folder(hands, tmp_path):
-    run("mine_pairs.py", hands, "--temporal")
+    run_here("mine_pairs.py", hands, "--temporal")
     rows, neighbours = np.load(hands / "hands.npy"), np.load(hands / "neighbours.npy")[:, 0]
     paired = neighbours >= 0
     assert 0.5 < paired.mean() < 1
@@ -205,11 +205,11 @@ def test_a_crop_that_cannot_be_drawn_does_not_cost_the_search(hands):
 
 def test_a_second_mining_gives_the_same_bytes_and_out_leaves_the_folder_alone(mined, hands, tmp_path):
     before = sorted(p.name for p in hands.iterdir())
-    run("mine_pairs.py", hands, "--top-k", 3, "--out", tmp_path / "elsewhere")
+    run_here("mine_pairs.py", hands, "--top-k", 3, "--out", tmp_path / "elsewhere")
     assert sorted(p.name for p in hands.iterdir()) == before
     for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
-    assert "is replaced" in run("mine_pairs.py", hands, "--out", tmp_path / "elsewhere").stdout
+    assert "is replaced" in run_here("mine_pairs.py", hands, "--out", tmp_path / "elsewhere")
     assert np.load(tmp_path / "elsewhere" / "neighbours.npy").shape[1] == 1
 
 
@@ -277,6 +277,6 @@ def test_same_video_allows_the_own_video(hands):
     rows = np.load(hands / "hands.npy")
     rows["video"] = 0
     np.save(hands / "hands.npy", rows)
-    run("mine_pairs.py", hands, "--same-video")
+    run_here("mine_pairs.py", hands, "--same-video")
     neighbours = np.load(hands / "neighbours.npy")[:, 0]
     assert (neighbours >= 0).all() and (neighbours != np.arange(len(rows))).all()

@@ -21,7 +21,7 @@ import torchvision
 
 import pretrain
 from common import BACKBONES, load_array, load_checkpoint, nt_xent, pair_weights, undo_view
-from conftest import ENVIRONMENT, ROOT, TINY, refused, run, torchrun
+from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
 
 
 def parse(*arguments):
@@ -421,7 +421,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(st
 
 def test_a_finished_run_given_again_changes_nothing(straight, mined, tmp_path):
     out = Path(shutil.copytree(straight, tmp_path / "run"))
-    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    run_here("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
     assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
     line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 3, "--lr", 1)
     for words in ("--epochs was 2, is 3", "--lr was 0.0032, is 1.0", "--micro-batch was 10, is 20"):
@@ -434,7 +434,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(straight, mined,
     content["args"]["weights"] = str(tmp_path / "gone.pt")
     torch.save(content, out / "checkpoint.pt")
     arguments = [tmp_path / "gone.pt" if a == "none" else a for a in TINY]
-    run("pretrain.py", mined, "--out", out, *arguments, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    run_here("pretrain.py", mined, "--out", out, *arguments, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
     assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
 
 
