@@ -591,17 +591,16 @@ def crop_view(samples, i, args, side, rng=None):
 
 
 def shrink(image, view, uv):
-    """Where a pixel of the view covers several of the picture, as of a large photo: their means first, since a view
-    only samples. -> smaller picture, the view and the joints in it."""
+    """Where a pixel of the view covers several of the picture, as of a large photo: the means of squares of so many
+    pixels first, since a view only samples. -> smaller picture, the view and the joints in it."""
     height, width = image.shape[:2]
     times = int(1 / np.linalg.norm(view["matrix"][0, :2]))
     if times < 2:
         return image, view, uv
-    image = cv2.resize(image, (math.ceil(width / times), math.ceil(height / times)), interpolation=cv2.INTER_AREA)
-    scale = np.array([image.shape[1] / width, image.shape[0] / height])
-    back = view["matrix"] @ np.array([[1 / scale[0], 0, 0.5 / scale[0] - 0.5],
-                                      [0, 1 / scale[1], 0.5 / scale[1] - 0.5], [0, 0, 1]])
-    return image, view | {"matrix": back}, (uv + 0.5) * scale - 0.5
+    image = cv2.copyMakeBorder(image, 0, -height % times, 0, -width % times, cv2.BORDER_CONSTANT)
+    image = cv2.resize(image, None, fx=1 / times, fy=1 / times, interpolation=cv2.INTER_AREA)
+    back = view["matrix"] @ np.array([[times, 0, (times - 1) / 2], [0, times, (times - 1) / 2], [0, 0, 1]])
+    return image, view | {"matrix": back}, (uv + 0.5) / times - 0.5
 
 
 def jitter(image, rng):
