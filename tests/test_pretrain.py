@@ -529,7 +529,8 @@ def test_sigterm_at_one_rank_stops_all_and_the_same_command_goes_on(mined, tmp_p
     """As in preemption: status 0, and the end is bit for bit that of a run without a stop."""
     def command(out):
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                ROOT / "pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 2]
+                ROOT / "pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 1,
+                "--save-minutes", 0]
 
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     torchrun("pretrain.py", *command(tmp_path / "straight")[6:])
