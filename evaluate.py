@@ -375,7 +375,7 @@ def panels(runs, width, height):
     for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
         axis.set_title(group)
         yield figure, axis, [run for run in runs if run["data"] == group]
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.8 / height))
 
 
 def by_row(runs, mine):
