@@ -862,6 +862,14 @@ def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_pat
     assert "--ranks was 2, is 1" in refused("finetune.py", *arguments)
 
 
+def block_means(image, times):
+    """The means of squares of times x times pixels, black beyond the border."""
+    rows, columns = (-(-n // times) for n in image.shape[:2])
+    whole = np.zeros((rows * times, columns * times, 3))
+    whole[:image.shape[0], :image.shape[1]] = image
+    return np.rint(whole.reshape(rows, times, columns, times, 3).mean((1, 3))).astype(np.uint8)
+
+
 def test_a_users_own_pictures(rendered, straight, tmp_path):
     folder, out = tmp_path / "mine", tmp_path / "predicted"
     folder.mkdir()
@@ -885,11 +893,8 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     for k in range(3):
         image = cv2.cvtColor(cv2.imread(str(folder / f"händ {k}.PNG")), cv2.COLOR_BGR2RGB)
         rows, columns = 224 - image.shape[0], 224 - image.shape[1]  # black to both sides, up to a square
-        whole = np.zeros((224, 224, 3))
-        whole[:image.shape[0], :image.shape[1]] = image
-        means = np.rint(whole.reshape(32, 7, 32, 7, 3).mean((1, 3))).astype(np.uint8)  # 224 -> 32 pixels
-        matrix = np.array([[1, 0, columns / 2 / 7], [0, 1, rows / 2 / 7]])
-        made = torch.from_numpy(cv2.warpAffine(means, matrix, (32, 32)))[None]
+        matrix = np.array([[1, 0, columns / 2 / 7], [0, 1, rows / 2 / 7]])  # 224 -> 32 pixels
+        made = torch.from_numpy(cv2.warpAffine(block_means(image, 7), matrix, (32, 32)))[None]
         with torch.no_grad():
             heat, _, location = net(finetune.normalise(made))
         for j in range(21):
@@ -928,8 +933,11 @@ def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
     for i in (0, int(np.flatnonzero(rows["left"])[0])):  # a crop shows a right hand already
         low, high = opened.keypoints[i].min(0), opened.keypoints[i].max(0)
         scale = 32 / (2.0 * (high - low).max())
-        matrix = np.concatenate([np.eye(2) * scale, (15.5 - scale * (low + high) / 2)[:, None]], 1)
-        made = cv2.warpAffine(finetune.read_crop(opened, i), matrix, (32, 32))
+        times = int(1 / scale)
+        assert times > 1
+        move = 15.5 - scale * (low + high) / 2 + scale * (times - 1) / 2
+        matrix = np.concatenate([np.eye(2) * scale * times, move[:, None]], 1)
+        made = cv2.warpAffine(block_means(finetune.read_crop(opened, i), times), matrix, (32, 32))
         with torch.no_grad():
             heat = net(finetune.normalise(torch.from_numpy(made)[None]))[0][0]
         found = [np.unravel_index(heat[j].numpy().argmax(), (8, 8)) for j in range(21)]
