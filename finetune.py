@@ -137,11 +137,9 @@ def main():
     if rank == 0:
         if not rows:
             write_log(out, {"split": notes[0], "notes": notes[1:]})
-            before = Path(args.weights).parent / "log.jsonl"  # of pre-training: evaluate.py's plots name its settings
+            before = Path(args.weights).parent / "log.jsonl"
             if Path(args.weights).is_file() and before.exists():
-                first, *more = read_log(before) or [{}]
-                write_log(out, {"pretraining": {"args": first.get("args"), "hands": next(
-                    (row["hands"] for row in more if "hands" in row), None)}})
+                note_pretraining(out, before)
         print_settings(args, train=len(train), validation=len(validation), test=len(test), steps=total, start=step,
                        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
         print(*notes, sep="\n")
@@ -218,6 +216,17 @@ def main():
     if args.ranks > 1:
         dist.barrier()  # were a rank to fail while it ends, torchrun would end the one that still writes
         dist.destroy_process_group()
+
+
+def note_pretraining(out, path):
+    """From the log beside the weights, for plots of evaluate.py: how they were pre-trained, and on how many hands."""
+    try:
+        first, *rows = read_log(path)
+    except ValueError as error:  # another program's log, or an empty one
+        print(f"{path}: not of pretrain.py, so plots will not name the pre-training ({error})")
+        return
+    hands = next((row["hands"] for row in rows if "hands" in row), None)
+    write_log(out, {"pretraining": {"args": first.get("args"), "hands": hands}})
 
 
 def predict_folder(args):

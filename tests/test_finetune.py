@@ -774,6 +774,10 @@ def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_pa
     settings = evaluate.read_settings(tmp_path / "run")  # what its plots go by
     assert settings["data"] == "FreiHAND" and settings["label_fraction"] == 0.5 and settings["head"] == "knn"
     assert settings["method"] == "peclr" and settings["hands"] == "a+b" and settings["pool"] == 60
+    (tmp_path / "log.jsonl").write_text("another program's\n")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    printed = run_here("finetune.py", "--dataset", "freihand", *arguments)
+    assert "not of pretrain.py" in printed and evaluate.read_settings(tmp_path / "run")["pool"] is None
     args = parse(*arguments)
     train, validation, test, _ = finetune.split(args)
     assert len(train) == 4 * 8 and not len(validation)  # all chosen labels
