@@ -76,8 +76,9 @@ def main():
         run["metrics"]["samples_missing"], run["truth"] = missing, zlib.crc32(truth)
         without = run["metrics"]["samples_without_wrist"]
         warnings += [f"{run['folder']}: {without} of {len(valid)} samples have no valid wrist"] * bool(without)
-        warnings += [f"{run['folder']}: warning: other true poses than {first['folder']}; scores do not compare"
-                     for first in [next(r for r in runs if r["data"] == run["data"])] if run["truth"] != first["truth"]]
+        first = next(r for r in runs if r["data"] == run["data"])
+        if run["truth"] != first["truth"]:
+            warnings.append(f"{run['folder']}: warning: other true poses than {first['folder']}; scores do not compare")
         print(*warnings, sep="\n", end="\n" * bool(warnings))
         write_text(run["folder"] / "metrics.json", json.dumps(run["metrics"], indent=1) + "\n")
         if args.submission:
@@ -111,24 +112,24 @@ def load_run(folder, allow_missing=False):
         valid = load_array(folder / "valid.npy", bool, truth.shape[:2], hint=HINT)
     bad = {name: (valid & ~np.isfinite(array).all(2)).any(1) for name, array in (
         ("gt_xyz.npy", truth), ("pred_xyz.npy", prediction))}
-    missing = bad.pop("pred_xyz.npy").sum() if allow_missing else 0
+    missing = bad.pop("pred_xyz.npy") if allow_missing else np.zeros(len(valid), bool)
     for name, rows in bad.items():
         require(not rows.any(), f"{folder / name}: valid joints must be finite, those of {rows.sum()} samples are not: "
                 f"{', '.join(map(str, np.flatnonzero(rows)[:5]))}" + ", ..." * int(rows.sum() > 5)
                 + " (--allow-missing leaves them out)" * (name == "pred_xyz.npy"))
-    if missing:
-        warnings.append(f"{folder}: warning: {missing} of {len(valid)} samples left out, their predictions are not "
-                        "finite; other runs are scored on more")
-        kept = (~valid | np.isfinite(prediction).all(2)).all(1)
-        prediction, truth, valid = prediction[kept], truth[kept], valid[kept]
+    if missing.any():
+        warnings.append(f"{folder}: warning: {missing.sum()} of {len(valid)} samples left out, their predictions are "
+                        "not finite; other runs are scored on more")
+        prediction, truth, valid = prediction[~missing], truth[~missing], valid[~missing]
     require(valid.any(), f"{folder}: holds no sample with a valid joint{' and a finite prediction' * allow_missing}")
+    both = valid[:, 0] & valid[:, 9]
     for name, array in (("gt_xyz.npy", truth), ("pred_xyz.npy", prediction)):
-        array[~valid], both = 0, valid[:, 0] & valid[:, 9]
+        array[~valid] = 0
         middle = np.median(np.linalg.norm(array[both, 9] - array[both, 0], axis=1)) if both.any() else 90
         if not 40 <= middle <= 140:
             warnings.append(f"{folder / name}: warning: the bone 0-9 has a median of {middle:.3g}, expected 40 to 140: "
                             "are these mm" + (", not metres?" if middle < 1 else "?"))
-    return prediction, truth, valid, int(missing), warnings
+    return prediction, truth, valid, int(missing.sum()), warnings
 
 
 def name_runs(folders, seeds):
@@ -170,7 +171,8 @@ def read_settings(folder):
         words = [DATASETS.get(args.get("dataset"), ""), args.get("setup"), args.get("modality")]
         settings["data"] = " ".join(word for word in words if word)
         numbers = [settings[key] for key in ("label_fraction", "pool") if settings[key] is not None]
-        require(all(0 < value < math.inf for value in numbers), "")
+        if not all(0 < value < math.inf for value in numbers):
+            raise ValueError
     except (AttributeError, TypeError, ValueError):
         raise InputError(f"{folder / 'log.jsonl'}: expected the log of finetune.py, or none")
     return settings
@@ -206,7 +208,8 @@ def score(prediction, truth, valid, resamples=0):
         for name, value in values.items():
             result[prefix + name] = number(mean_over_joints(value.sum(0), n))
             keys.append(prefix + name)
-        tables.append([sum_groups(table, order) for table in ([counts, *values.values()] if resamples else ())])
+        if resamples:
+            tables.append([sum_groups(table, order) for table in (counts, *values.values())])
         if prefix == "":
             result["per_joint"] = [number(v) for v in values["mpjpe"].sum(0) / np.where(n, n, np.nan)]
     if resamples:
@@ -287,26 +290,27 @@ def align(prediction, truth, valid):
 def fill_cells(runs, rows, groups, columns, baseline, seeds):
     """-> for each row a list of cells, data set by data set: text; texts of what stands behind it, the ends of its 95 %
     interval or the deviation over seeds; whether it is the best of its column."""
-    found, lines = {}, []  # row, data set, column -> value and what stands behind it
-    for row, group in {(run["row"], run["data"]) for run in runs}:
-        mine = [run["metrics"] for run in runs if (run["row"], run["data"]) == (row, group)]
+    scores, found, best, lines = {}, {}, {}, []
+    for run in runs:
+        scores.setdefault((run["row"], run["data"]), []).append(run["metrics"])
+    for (row, group), mine in scores.items():
         for key in columns:
             values = [m[key] for m in mine if m[key] is not None]
             if values:
                 behind = mine[0]["intervals"][key] if not seeds else [np.std(values, ddof=1)] if values[1:] else []
-                found[row, group, key] = np.mean(values), *behind
+                value, better = np.mean(values), min if "mpjpe" in key else max
+                found[row, group, key] = value, *behind
+                best[group, key] = better(value, best.get((group, key), value))
     for row in rows:
         cells = []
         for group in groups:
-            mine = [run["metrics"] for run in runs if (run["row"], run["data"]) == (row, group)]
+            mine = scores.get((row, group), [])
             cells += [("/".join(sorted({str(m["samples"]) for m in mine})), (), False)]
             cells += [(str(len(mine)), (), False)] * seeds
             for key in columns:
-                best = (min if "mpjpe" in key else max)(
-                    (found[r, group, key][0] for r in rows if (r, group, key) in found), default=None)
                 value, *behind = found.get((row, group, key), [None])
                 text, *behind = ("" if v is None else f"{v:.{2 if 'mpjpe' in key else 3}f}" for v in (value, *behind))
-                cells.append((text, behind, len(rows) > 1 and value is not None and value == best))
+                cells.append((text, behind, len(rows) > 1 and value is not None and value == best[group, key]))
             ours, theirs = (found.get((r, group, "mpjpe"), [0])[0] for r in (row, baseline))
             gain = f"{100 * (1 - ours / theirs):+.1f}" if ours and theirs else ""
             cells += [(gain, (), False)] * (len(rows) > 1)

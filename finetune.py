@@ -549,8 +549,7 @@ class Pictures(torch.utils.data.Dataset):
         for i in rows[self.rank * share:(self.rank + 1) * share]:
             rng = np.random.default_rng((args.seed, epoch, i)) if self.augment else None
             view = crop_view(samples, i, args, args.input_size, rng)
-            image, view, uv = shrink(read_picture(samples, i, args.root), view, samples.uv[i])
-            image, uv = apply_view(view, image, uv, args.input_size)
+            image, uv = cut(samples, i, args.root, view, args.input_size)
             pose = scaled_pose(samples.xyz[i])
             if self.augment:
                 cos, sin = math.cos(math.radians(view["angle"])), math.sin(math.radians(view["angle"]))
@@ -597,6 +596,12 @@ def crop_view(samples, i, args, side, rng=None):
     turn = np.array([[cos, sin], [-sin, cos]]) * side / max(extent, 1e-3)
     matrix = np.concatenate([turn, ((side - 1) / 2 - turn @ centre)[:, None]], 1)
     return dict(matrix=matrix, angle=angle, colour=None)
+
+
+def cut(samples, i, root, view, side):
+    """-> the view of sample i's picture, RGB uint8 (side, side, 3), and its joints there (21, 2)."""
+    image, view, uv = shrink(read_picture(samples, i, root), view, samples.uv[i])
+    return apply_view(view, image, uv, side)
 
 
 def shrink(image, view, uv):
@@ -812,9 +817,7 @@ def draw_overlay(path, samples, pred_uv, true_uv, error, args, columns=8):
     middle = (len(order) - columns) // 2
     tiles = []
     for i in [*order[:columns], *order[middle:middle + columns], *order[-columns:]]:
-        view, words = crop_view(samples, i, args, 256), ""
-        image, view, uv = shrink(read_picture(samples, i, args.root), view, samples.uv[i])
-        image, _ = apply_view(view, image, uv, 256)
+        (image, _), words = cut(samples, i, args.root, crop_view(samples, i, args, 256), 256), ""
         if error is not None:
             words = f"{error[i]:.1f} mm"
             image = draw_hand(image, (true_uv[i] + 0.5) * 256 / args.input_size - 0.5, (255, 255, 255))

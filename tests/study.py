@@ -3,7 +3,7 @@
 Renders videos (many persons, backgrounds and lights, things in front of the hands) as the pool, and labelled sets of
 other persons; finds the pool's hands with MediaPipe; pre-trains with each method, all else equal, pictures seen
 included; probes each backbone by nearest neighbours, fine-tunes the main methods on a share of the labels; 3 seeds.
-Every stage is a command of the five scripts, logged below OUT/logs; a second call goes on where the first
+Every stage is a command, logged below OUT/logs; a second call goes on where the first
 stopped. Ends with OUT/study.md: what the mined pairs are, and a table for each experiment.
 
     python tests/study.py                               # CPU size, for two cores
@@ -36,19 +36,19 @@ SIZES = {
     "gpu": dict(videos=260, seconds=8, crop=128, backbone="resnet50", input=128, train=1000, test=500, batch=512,
                 epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0),
                 probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2))}
-METHODS = {"none": None,  # flags of pretrain.py; the pairs are mined ones unless they say otherwise
-           "simclr": ("--method", "simclr", "--weighting", "none"),
-           "peclr": ("--method", "peclr", "--weighting", "none"),
-           "simhand-unweighted": ("--weighting", "none"),
-           "simhand": (),
-           "simhand-temporal": ("--pairs", "temporal")}
-ABLATIONS = {"simhand-nonlinear": ("--weighting", "nonlinear"),
-             "simhand-rotation": ("--equivariance", "rotation"),
-             "simhand-shift": ("--equivariance", "shift"),
-             "simhand-neither": ("--equivariance", "none"),
-             "simhand-shift-hand": ("--shift-unit", "hand"),
-             "simhand-top5": ("--top-k", "5"),
-             "simhand-same-video": ("--pairs", "same-video")}
+METHODS = {"none": (),  # no pre-training; else the pairs, of MINED, and flags of pretrain.py
+           "simclr": ("mined", "--method", "simclr", "--weighting", "none"),
+           "peclr": ("mined", "--method", "peclr", "--weighting", "none"),
+           "simhand-unweighted": ("mined", "--weighting", "none"),
+           "simhand": ("mined",),
+           "simhand-temporal": ("temporal",)}
+ABLATIONS = {"simhand-nonlinear": ("mined", "--weighting", "nonlinear"),
+             "simhand-rotation": ("mined", "--equivariance", "rotation"),
+             "simhand-shift": ("mined", "--equivariance", "shift"),
+             "simhand-neither": ("mined", "--equivariance", "none"),
+             "simhand-shift-hand": ("mined", "--shift-unit", "hand"),
+             "simhand-top5": ("mined", "--top-k", "5"),
+             "simhand-same-video": ("same-video",)}
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"  # elsewhere bf16 is slower
 MINED = {"mined": ("--top-k", "5"), "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", "5")}
@@ -141,17 +141,17 @@ def equal_pairs(out):
 
 def lane(out, size, method, seed):
     """-> name, last file, command of one method's stages, for one seed: pre-training, probes, fine-tuning."""
-    out, flags = out.absolute(), (METHODS | ABLATIONS)[method]
+    out, pretraining = out.absolute(), (METHODS | ABLATIONS)[method]
     small = ("--backbone", size["backbone"], "--input-size", size["input"], "--seed", seed, "--precision", PRECISION)
     weights = "none"
-    if flags is not None:
-        flags = list(flags) if "--pairs" in flags else ["--pairs", "mined", *flags]
-        flags[flags.index("--pairs") + 1] = out / "pairs" / flags[flags.index("--pairs") + 1]
+    if pretraining:
+        pairs, *flags = pretraining
         folder = out / "pretrained" / f"{method}-seed{seed}"
         weights = folder / "backbone.pt"
         yield f"pretrain-{method}-seed{seed}", weights, (
-            "pretrain.py", out / "hands", *flags, "--out", folder, "--weights", "none", "--batch-size", size["batch"],
-            "--epochs", size["epochs"], "--warmup-epochs", size["warmup"], *small)
+            "pretrain.py", out / "hands", "--pairs", out / "pairs" / pairs, *flags, "--out", folder, "--weights",
+            "none", "--batch-size", size["batch"], "--epochs", size["epochs"], "--warmup-epochs", size["warmup"],
+            *small)
     for head, shares, more in (("knn", size["probes"] if method in METHODS else size["probes"][-1:], ("--head", "knn")),
                                ("tuned", size["shares"] if method in METHODS else (),
                                 ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"]))):

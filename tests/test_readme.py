@@ -20,6 +20,12 @@ COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun)
             and not re.search(r"\$|\\$", line)]  # those with variables are tested below
 
 
+def parse(words, monkeypatch):
+    """A script's name and arguments -> what its own parser makes of them."""
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    return __import__(sys.argv[0].removesuffix(".py")).parse_args()
+
+
 def test_every_stage_has_a_command():
     assert {name for name in SCRIPTS for command in COMMANDS if f"{name}.py" in command} == set(SCRIPTS)
 
@@ -28,9 +34,7 @@ def test_every_stage_has_a_command():
 def test_commands_parse(command, monkeypatch):
     words = shlex.split(command)
     script = next(k for k, word in enumerate(words) if word.endswith(".py"))
-    monkeypatch.setattr(sys, "argv", words[script:])
-    module = __import__(words[script].removesuffix(".py"))
-    assert vars(module.parse_args())
+    assert vars(parse(words[script:], monkeypatch))
 
 
 def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch):
@@ -49,8 +53,7 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
         if words == ["next"]:  # what each experiment needs stands in the table above them
             counts.append((len(backbones) - sum(c[0] for c in counts), len(tuned) - sum(c[1] for c in counts)))
             continue
-        monkeypatch.setattr(sys, "argv", words)
-        args = __import__(words[0].removesuffix(".py")).parse_args()
+        args = parse(words, monkeypatch)
         if words[0] == "extract_hands.py":
             hands.add(args.out)
         elif words[0] == "mine_pairs.py":
@@ -76,15 +79,11 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
 @pytest.mark.parametrize("size", study.SIZES)
 def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypatch):
     """Each of its commands parses; runs of one experiment differ in nothing but what it compares."""
-    def parse(command):
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        return vars(__import__(sys.argv[0].removesuffix(".py")).parse_args())
-
     settings, made, size = {}, set(), study.SIZES[size]
     for seed in size["seeds"]:
         for method in study.METHODS | study.ABLATIONS:
             for name, done, command in study.lane(tmp_path, size, method, seed):
-                args = parse(command)
+                args = vars(parse(command, monkeypatch))
                 assert args.pop("seed") == seed and args.pop("out") == str(done.parent) and done not in made
                 made.add(done)
                 weights = args.pop("weights") if command[0] == "finetune.py" else None
@@ -96,10 +95,10 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
         assert differing == (compared if stage == "pretrain" else set()), stage
     assert len(settings["pretrain"]) == 3 * 12 and len(settings["tuned-0.1"]) == 3 * 6
     for _, command in study.comparisons(tmp_path, size):
-        assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command)["runs"])
+        assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
     for _, _, command in study.preparation(tmp_path, size):
         if command[0] != "tests/synthetic.py":
-            parse(command)
+            parse(command, monkeypatch)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
