@@ -61,7 +61,7 @@ def load_backbone(name, path):
 
 
 # views: one affine matrix and one colour table per view ---------------------------------------------------------------
-def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 224, colour=True):
+def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 448, colour=True):
     """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours), a dict of
       matrix (2, 3)  crop pixels -> view pixels
       angle          degrees as in cv2.getRotationMatrix2D: positive turns the content counter-clockwise

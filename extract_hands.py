@@ -63,8 +63,10 @@ def parse_args():
     parser.add_argument("--frames", metavar="FOLDER", help="where the pictures named by --annotations lie")
     # the crops
     parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels (paper: 224)")
-    parser.add_argument("--margin", type=float, default=1.3,
-                        help="side of the square over the longer side of the keypoints' box (paper: 1.3)")
+    parser.add_argument("--margin", type=float, default=2.6,
+                        help="side of the square over the longer side of the keypoints' box. With the paper's 1.3 most "
+                        "views of pre-training show the crop's border, from whose place the network can tell similar "
+                        "hands without looking at them (default: 2.6)")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality of the crops, 1 to 100")
     # the machine
     parser.add_argument("--workers", type=int, help="processes, a video at a time each (default: one a core)")
@@ -77,9 +79,9 @@ def parse_args():
     require(args.workers is None or args.workers >= 1, "--workers must be at least 1")
     require(args.out and bool(args.videos) != bool(args.annotations) == bool(args.frames),
             "expected --out, and either videos, or --annotations with --frames")
-    for name in ("fps", "max_hands", "min_score", "min_size", "mirrored", "margin"):
+    for name in ("fps", "max_hands", "min_score", "min_size", "mirrored"):
         require(not args.annotations or getattr(args, name) == parser.get_default(name),
-                f"--{name.replace('_', '-')} has no effect with --annotations: its hands are found and cut already")
+                f"--{name.replace('_', '-')} has no effect with --annotations: its hands are found already")
     return args
 
 
@@ -349,7 +351,7 @@ def read_video(path, given, detector, args):
     """Yield all that save_part wants; whatever goes wrong in between is a BrokenVideo."""
     try:
         if given:
-            yield from annotated(path, *given)
+            yield from annotated(path, *given, args.margin)
             return
         for frame, seconds, image in sample_frames(path, args.fps):
             yield frame, seconds, image, [(points, left, score, square_around(points, args.margin))
@@ -621,9 +623,9 @@ def load_annotations(path, root):
     return SimpleNamespace(given=given, rows=rows, positives=positives, distances=distances)
 
 
-def annotated(folder, names, rows):
+def annotated(folder, names, rows, margin):
     """The hands of a folder of stills, as annotated. The published crop is 1.3 times the box, cut off at the picture's
-    border; its keypoints are fractions of what was left. Here the same square is padded instead."""
+    border; its keypoints are fractions of what was left. Here the square, of any margin, is padded instead."""
     for frame, seconds, image in read_stills(folder, names, 1):
         found = []
         for row in rows[slice(*np.searchsorted(rows["frame"], [frame, frame + 1]))]:
@@ -633,6 +635,8 @@ def annotated(folder, names, rows):
             corner = ((low + high) / 2 - half).astype(int)
             inside = np.clip([corner, ((low + high) / 2 + half).astype(int)], 0, image.shape[1::-1])
             points = inside[0] + row["keypoints"] * (inside[1] - inside[0]) - 0.5
+            half = round(half * margin / 1.3)
+            corner = ((low + high) / 2 - half).astype(int)
             found.append((points, bool(row["left"]), 1.0, (*corner.tolist(), max(2 * half, 1))))
         yield frame, seconds, image, found
 

@@ -77,8 +77,9 @@ def parse_args():
     parser.add_argument("--crop-margin", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         help="half side of the view, in largest distances of a keypoint from the keypoints' mean "
                         "(default: 0.9 1.5; simclr: 1.25 1.25)")
-    parser.add_argument("--crop-move", type=float, default=15 / 224,
-                        help="largest shift of the view per axis, as a share of the crop's side (paper: 15 of 224 px)")
+    parser.add_argument("--crop-move", type=float, default=15 / 448,
+                        help="largest shift of the view per axis, as a share of the crop's side (default: 15/448; "
+                        "paper: 15/224, of crops half as wide as ours)")
     parser.add_argument("--no-colour", action="store_true", help="no colour jitter")
     for name, what in SHARES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=0, metavar="SHARE", help=what)

@@ -3,8 +3,8 @@
 Renders videos (many persons, backgrounds and lights, things in front of the hands) as the pool, and labelled sets of
 other persons; finds the pool's hands with MediaPipe; pre-trains with each method, all else equal, pictures seen
 included; probes each backbone by nearest neighbours, fine-tunes the main methods on a share of the labels; 3 seeds.
-Every stage is a command, logged below OUT/logs; a second call goes on where the first
-stopped. Ends with OUT/study.md: what the mined pairs are, and a table for each experiment.
+Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends with OUT/study.md
+(what the mined pairs are, and a table for each experiment) and OUT/study.png.
 
     python tests/study.py                               # CPU size, for two cores
     python tests/study.py --size gpu --prepare          # render, extract and mine alone, say on another machine
@@ -13,6 +13,7 @@ stopped. Ends with OUT/study.md: what the mined pairs are, and a table for each 
 
 import argparse
 import concurrent.futures
+import json
 import os
 import re
 import shlex
@@ -24,16 +25,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # crop, input: px; train, test: labelled hands; shares: of the labels, for fine-tuning; probes: likewise, for knn, the
-# last one for the ablations too
+# last one for the ablations too. The CPU's pictures are tiny: many small steps tell more there than few good ones.
 SIZES = {
-    "cpu": dict(videos=80, seconds=8, crop=112, backbone="resnet18", input=64, train=400, test=300, batch=64, epochs=5,
+    "cpu": dict(videos=80, seconds=8, crop=128, backbone="resnet18", input=32, train=400, test=300, batch=64, epochs=16,
                 warmup=1, tune_batch=8, tune_epochs=32, shares=(0.1,), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2)),
-    "gpu": dict(videos=260, seconds=8, crop=128, backbone="resnet50", input=128, train=1000, test=500, batch=512,
+    "gpu": dict(videos=260, seconds=8, crop=224, backbone="resnet50", input=128, train=1000, test=500, batch=512,
                 epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0),
                 probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2))}
 METHODS = {"none": (),  # no pre-training; else the pairs, of MINED, and flags of pretrain.py
@@ -41,14 +43,17 @@ METHODS = {"none": (),  # no pre-training; else the pairs, of MINED, and flags o
            "peclr": ("mined", "--method", "peclr", "--weighting", "none"),
            "simhand-unweighted": ("mined", "--weighting", "none"),
            "simhand": ("mined",),
-           "simhand-temporal": ("temporal",)}
-ABLATIONS = {"simhand-nonlinear": ("mined", "--weighting", "nonlinear"),
-             "simhand-rotation": ("mined", "--equivariance", "rotation"),
-             "simhand-shift": ("mined", "--equivariance", "shift"),
-             "simhand-neither": ("mined", "--equivariance", "none"),
-             "simhand-shift-hand": ("mined", "--shift-unit", "hand"),
-             "simhand-top5": ("mined", "--top-k", "5"),
-             "simhand-same-video": ("same-video",)}
+           "simhand-temporal": ("temporal", "--weighting", "none")}
+ABLATIONS = {"simhand-linear-pos": ("mined", "--weight-on", "pos"),
+             "simhand-linear-neg": ("mined", "--weight-on", "neg"),
+             "simhand-nonlinear": ("mined", "--weighting", "nonlinear"),
+             # the others without weights, whose effect would cover theirs
+             "unweighted-rotation-only": ("mined", "--weighting", "none", "--equivariance", "rotation"),
+             "unweighted-shift-only": ("mined", "--weighting", "none", "--equivariance", "shift"),
+             "unweighted-no-equivariance": ("mined", "--weighting", "none", "--equivariance", "none"),
+             "unweighted-shift-in-hands": ("mined", "--weighting", "none", "--shift-unit", "hand"),
+             "unweighted-top5": ("mined", "--weighting", "none", "--top-k", "5"),
+             "unweighted-same-video": ("same-video", "--weighting", "none")}
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"  # elsewhere bf16 is slower
 MINED = {"mined": ("--top-k", "5"), "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", "5")}
@@ -89,13 +94,16 @@ def main():
         for future in [pool.submit(follow, lane) for lane in lanes]:
             future.result()
     text = pair_report(out)
+    panels = {}
     for title, command in comparisons(out, size):
+        panels[title] = [Path(run) for run in command[1:command.index("--seeds")]]
         printed = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
         if printed.returncode:
             sys.exit(printed.stderr)
         text += f"\n### {title}\n\n" + (Path(command[-1]) / "table.md").read_text()
     (out / "study.md").write_text(text)
-    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {out}/study.md")
+    draw(out / "study.png", panels)
+    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {out}/study.md and study.png")
 
 
 def run(out, name, done, command, threads):
@@ -151,7 +159,7 @@ def lane(out, size, method, seed):
         yield f"pretrain-{method}-seed{seed}", weights, (
             "pretrain.py", out / "hands", "--pairs", out / "pairs" / pairs, *flags, "--out", folder, "--weights",
             "none", "--batch-size", size["batch"], "--epochs", size["epochs"], "--warmup-epochs", size["warmup"],
-            *small)
+            "--optimizer", "adam", "--lr", 1e-3, *small)  # LARS holds back where the steps are few
     for head, shares, more in (("knn", size["probes"] if method in METHODS else size["probes"][-1:], ("--head", "knn")),
                                ("tuned", size["shares"] if method in METHODS else (),
                                 ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"]))):
@@ -174,7 +182,27 @@ def comparisons(out, size):
     runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method in ("simhand", "simhand-unweighted", *ABLATIONS)
             for seed in size["seeds"]]
     yield "Ablations, nearest neighbour among all labels", (
-        "evaluate.py", *runs, "--seeds", "--baseline", "simhand", "--out", out / "tables" / "ablations")
+        "evaluate.py", *runs, "--seeds", "--baseline", "simhand-unweighted", "--out", out / "tables" / "ablations")
+
+
+def draw(path, panels):
+    """A panel for each experiment: the MPJPE of each method's seeds as dots, their mean as a line."""
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    for axis, (title, runs) in zip(figure.subplots(2, -(-len(panels) // 2)).flat, panels.items()):
+        errors = {}
+        for run in runs:
+            metrics = json.loads((run / "metrics.json").read_text())
+            errors.setdefault(run.name.rpartition("-seed")[0], []).append(metrics["mpjpe"])
+        for y, values in enumerate(errors.values()):
+            axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
+            axis.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C1", linewidth=2)
+        axis.set(yticks=range(len(errors)), yticklabels=errors, xlabel="MPJPE, mm, wrist-aligned")
+        axis.set_title(title, fontsize=9)
+        axis.invert_yaxis()
+        axis.grid(alpha=0.3)
+    for axis in figure.axes[len(panels):]:
+        axis.remove()
+    figure.savefig(path, dpi=110)
 
 
 def pair_report(out):

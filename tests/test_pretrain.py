@@ -20,7 +20,8 @@ import torch
 import torchvision
 
 import pretrain
-from common import BACKBONES, load_array, load_checkpoint, nt_xent, pair_weights, undo_view
+from common import (BACKBONES, apply_view, load_array, load_checkpoint, load_hands, nt_xent, pair_weights, sample_view,
+                    undo_view)
 from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
 
 
@@ -52,6 +53,21 @@ def setting(mined):
     args.precision = "fp32"
     torch.manual_seed(0)
     return args, pretrain.load_data(args), pretrain.SimHandModel("resnet18", "none")
+
+
+def test_views_hardly_show_the_border_of_their_crop(mined):
+    """A view is centred on the mean of the keypoints, a crop on their box: what lies between depends on the pose, and a
+    border that is seen gives it away. Crops of the paper's size, half as wide as ours, show it in nearly all views."""
+    hands, rng, seen = load_hands(mined), np.random.default_rng(0), {1: [], 2: []}
+    for points in hands.keypoints:
+        for smaller, shares in seen.items():
+            side, move = hands.side / smaller, 15 / 448 * smaller
+            view = sample_view(rng, points - (hands.side - side) / 2, side, 64, move=move, colour=False)
+            white = np.full((round(side),) * 2, 255, np.uint8)
+            shares.append((apply_view(view, white, points, 64)[0] < 128).mean())
+    shares = {smaller: np.array(values) for smaller, values in seen.items()}
+    assert shares[1].mean() < 0.02 and (shares[1] > 0).mean() < 0.3
+    assert shares[2].mean() > 0.25 and (shares[2] > 0).mean() > 0.9
 
 
 @pytest.mark.parametrize("method", ["simhand", "peclr", "simclr"])

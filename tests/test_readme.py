@@ -89,11 +89,12 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
                 weights = args.pop("weights") if command[0] == "finetune.py" else None
                 assert weights in (None, "none") or Path(weights) in made
                 settings.setdefault(name.split(f"-{method}")[0], []).append(args)
-    compared = {"method", "pairs", "weighting", "equivariance", "shift_unit", "top_k", "rotation", "crop_margin"}
+    compared = {"method", "pairs", "weighting", "weight_on", "equivariance", "shift_unit", "top_k", "rotation",
+                "crop_margin"}
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 12 and len(settings["tuned-0.1"]) == 3 * 6
+    assert len(settings["pretrain"]) == 3 * 14 and len(settings["tuned-0.1"]) == 3 * 6
     for _, command in study.comparisons(tmp_path, size):
         assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
     for _, _, command in study.preparation(tmp_path, size):
