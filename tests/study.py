@@ -34,10 +34,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # last one for the ablations too. The CPU's pictures are tiny: many small steps tell more there than few good ones.
 SIZES = {
     "cpu": dict(videos=80, seconds=8, crop=128, backbone="resnet18", input=32, train=1200, test=300, batch=64,
-                epochs=16, warmup=1, tune_batch=8, tune_epochs=10, shares=(0.1,), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2)),
-    "gpu": dict(videos=260, seconds=8, crop=224, backbone="resnet50", input=128, train=1000, test=500, batch=512,
-                epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0),
-                probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2))}
+                epochs=16, warmup=1, tune_batch=8, tune_epochs=10, shares=(0.1,), probes=(0.01, 0.1, 1.0),
+                seeds=(0, 1, 2)),
+    "gpu": dict(videos=260, seconds=8, crop=128, backbone="resnet50", input=96, train=1200, test=500, batch=512,
+                epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0),
+                seeds=(0, 1, 2))}
 METHODS = {"none": (),  # no pre-training; else the pairs, of MINED, and flags of pretrain.py
            "simclr": ("mined", "--method", "simclr", "--weighting", "none"),
            "peclr": ("mined", "--method", "peclr", "--weighting", "none"),
