@@ -34,11 +34,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # last one for the ablations too. The CPU's pictures are tiny: many small steps tell more there than few good ones.
 SIZES = {
     "cpu": dict(videos=80, seconds=8, crop=128, backbone="resnet18", input=32, train=1200, test=300, batch=64,
-                epochs=16, warmup=1, tune_batch=8, tune_epochs=10, shares=(0.1,), probes=(0.01, 0.1, 1.0),
+                epochs=16, warmup=1, tune_input=64, tune_batch=8, tune_epochs=8, shares=(0.1,), probes=(0.01, 0.1, 1.0),
                 seeds=(0, 1, 2)),
     "gpu": dict(videos=260, seconds=8, crop=128, backbone="resnet50", input=96, train=1200, test=500, batch=512,
-                epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0),
-                seeds=(0, 1, 2))}
+                epochs=40, warmup=4, tune_input=96, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0),
+                probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2))}
 METHODS = {"none": (),  # no pre-training; else the pairs, of MINED, and flags of pretrain.py
            "simclr": ("mined", "--method", "simclr", "--weighting", "none"),
            "peclr": ("mined", "--method", "peclr", "--weighting", "none"),
@@ -151,7 +151,7 @@ def equal_pairs(out):
 def lane(out, size, method, seed):
     """-> name, last file, command of one method's stages, for one seed: pre-training, probes, fine-tuning."""
     out, pretraining = out.absolute(), (METHODS | ABLATIONS)[method]
-    small = ("--backbone", size["backbone"], "--input-size", size["input"], "--seed", seed, "--precision", PRECISION)
+    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION, "--input-size", size["input"])
     weights = "none"
     if pretraining:
         pairs, *flags = pretraining
@@ -163,12 +163,13 @@ def lane(out, size, method, seed):
             "--optimizer", "adam", "--lr", 1e-3, *small)  # LARS holds back where the steps are few
     for head, shares, more in (("knn", size["probes"] if method in METHODS else size["probes"][-1:], ("--head", "knn")),
                                ("tuned", size["shares"] if method in METHODS else (),
-                                ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"]))):
+                                ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"], "--rotation", 15,
+                                 "--no-colour", "--input-size", size["tune_input"]))):  # few steps: easy views
         for share in shares:
             folder = out / f"{head}-{share}" / f"{method}-seed{seed}"
             yield f"{head}-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
                 "finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights", weights,
-                "--label-fraction", share, "--out", folder, *more, *small)
+                "--label-fraction", share, "--out", folder, *small, *more)
 
 
 def comparisons(out, size):
