@@ -151,7 +151,7 @@ def equal_pairs(out):
 def lane(out, size, method, seed):
     """-> name, last file, command of one method's stages, for one seed: pre-training, probes, fine-tuning."""
     out, pretraining = out.absolute(), (METHODS | ABLATIONS)[method]
-    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION, "--input-size", size["input"])
+    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION)
     weights = "none"
     if pretraining:
         pairs, *flags = pretraining
@@ -160,8 +160,9 @@ def lane(out, size, method, seed):
         yield f"pretrain-{method}-seed{seed}", weights, (
             "pretrain.py", out / "hands", "--pairs", out / "pairs" / pairs, *flags, "--out", folder, "--weights",
             "none", "--batch-size", size["batch"], "--epochs", size["epochs"], "--warmup-epochs", size["warmup"],
-            "--optimizer", "adam", "--lr", 1e-3, *small)  # LARS holds back where the steps are few
-    for head, shares, more in (("knn", size["probes"] if method in METHODS else size["probes"][-1:], ("--head", "knn")),
+            "--input-size", size["input"], "--optimizer", "adam", "--lr", 1e-3, *small)
+    for head, shares, more in (("knn", size["probes"] if method in METHODS else size["probes"][-1:],
+                                ("--head", "knn", "--input-size", size["input"])),
                                ("tuned", size["shares"] if method in METHODS else (),
                                 ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"], "--rotation", 15,
                                  "--no-colour", "--input-size", size["tune_input"]))):  # few steps: easy views
@@ -169,7 +170,7 @@ def lane(out, size, method, seed):
             folder = out / f"{head}-{share}" / f"{method}-seed{seed}"
             yield f"{head}-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
                 "finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights", weights,
-                "--label-fraction", share, "--out", folder, *small, *more)
+                "--label-fraction", share, "--out", folder, *more, *small)
 
 
 def comparisons(out, size):
