@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # last one for the ablations too. The CPU's pictures are tiny: many small steps tell more there than few good ones.
 SIZES = {
     "cpu": dict(videos=80, seconds=8, crop=128, backbone="resnet18", input=32, train=1200, test=300, batch=64,
-                epochs=16, warmup=1, tune_input=64, tune_batch=8, tune_epochs=8, shares=(0.1,), probes=(0.01, 0.1, 1.0),
+                epochs=13, warmup=1, tune_input=64, tune_batch=8, tune_epochs=8, shares=(0.1,), probes=(0.01, 0.1, 1.0),
                 seeds=(0, 1, 2)),
     "gpu": dict(videos=260, seconds=8, crop=128, backbone="resnet50", input=96, train=1200, test=500, batch=512,
                 epochs=40, warmup=4, tune_input=96, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0),
