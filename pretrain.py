@@ -245,6 +245,10 @@ def main():
     elif writes:
         with atomic(Path(args.out) / "backbone.pt") as file:
             torch.save({key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}, file)
+        positive, negative = (rows[-1][name] for name in VALUES[1:3]) if rows else (1, 0)  # the log may be gone
+        if positive - negative < 0.05:
+            print(f"careful: the embeddings have not parted: positives are {positive:.2f} similar, other pairs "
+                  f"{negative:.2f}; train longer, or try --weighting none (README, Does mining similar hands help?)")
         print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
               f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
               f"--backbone {args.backbone} --out RUN")

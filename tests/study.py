@@ -3,6 +3,7 @@
 Renders videos (many persons, backgrounds and lights, things in front of the hands) as the pool, and labelled sets of
 other persons; finds the pool's hands with MediaPipe; pre-trains with each method, all else equal, pictures seen
 included; probes each backbone by nearest neighbours, fine-tunes the main methods on a share of the labels; 3 seeds.
+Some methods are trained twice as long as well (1 seed); the ablations have 2 seeds.
 Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends with OUT/study.md
 (what the mined pairs are, and a table for each experiment) and OUT/study.png.
 
@@ -55,6 +56,7 @@ ABLATIONS = {"simhand-linear-pos": ("mined", "--weight-on", "pos"),
              "unweighted-shift-in-hands": ("mined", "--weighting", "none", "--shift-unit", "hand"),
              "unweighted-top5": ("mined", "--weighting", "none", "--top-k", "5"),
              "unweighted-same-video": ("same-video", "--weighting", "none")}
+LONGER = {f"{method}-longer": METHODS[method] for method in ("peclr", "simhand-unweighted", "simhand")}
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"  # elsewhere bf16 is slower
 MINED = {"mined": ("--top-k", "5"), "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", "5")}
@@ -79,7 +81,7 @@ def main():
     equal_pairs(out)
     if args.prepare:
         return
-    lanes = [lane(out, size, method, seed) for seed in size["seeds"] for method in METHODS | ABLATIONS]
+    lanes = [lane(out, size, method, seed) for method, seed in plan(size)]
     stop = threading.Event()
 
     def follow(lane):
@@ -148,9 +150,15 @@ def equal_pairs(out):
         np.save(out / "pairs" / name / "neighbours.npy", np.where(usable[:, None], neighbours, -1))
 
 
+def plan(size):
+    """-> (method, seed) of all that is compared, the most telling first."""
+    return [(method, seed) for methods, seeds in ((METHODS, 3), (LONGER, 1), (ABLATIONS, 2))
+            for seed in size["seeds"][:seeds] for method in methods]
+
+
 def lane(out, size, method, seed):
     """-> name, last file, command of one method's stages, for one seed: pre-training, probes, fine-tuning."""
-    out, pretraining = out.absolute(), (METHODS | ABLATIONS)[method]
+    out, pretraining = out.absolute(), (METHODS | LONGER | ABLATIONS)[method]
     small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION)
     weights = "none"
     if pretraining:
@@ -159,11 +167,12 @@ def lane(out, size, method, seed):
         weights = folder / "backbone.pt"
         yield f"pretrain-{method}-seed{seed}", weights, (
             "pretrain.py", out / "hands", "--pairs", out / "pairs" / pairs, *flags, "--out", folder, "--weights",
-            "none", "--batch-size", size["batch"], "--epochs", size["epochs"], "--warmup-epochs", size["warmup"],
-            "--input-size", size["input"], "--optimizer", "adam", "--lr", 1e-3, *small)
-    for head, shares, more in (("knn", size["probes"] if method in METHODS else size["probes"][-1:],
+            "none", "--batch-size", size["batch"], "--epochs", size["epochs"] * (2 if method in LONGER else 1),
+            "--warmup-epochs", size["warmup"], "--input-size", size["input"], "--optimizer", "adam", "--lr", 1e-3,
+            *small)
+    for head, shares, more in (("knn", size["probes"] if method not in ABLATIONS else size["probes"][-1:],
                                 ("--head", "knn", "--input-size", size["input"])),
-                               ("tuned", size["shares"] if method in METHODS else (),
+                               ("tuned", size["shares"] if method not in ABLATIONS else (),
                                 ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"], "--rotation", 15,
                                  "--no-colour", "--input-size", size["tune_input"]))):  # few steps: easy views
         for share in shares:
@@ -179,11 +188,12 @@ def comparisons(out, size):
     for head, title, shares in (("tuned", "Fine-tuned on {:.0%} of the labels", size["shares"]), (
             "knn", "Nearest neighbour among {:.0%} of the labels, frozen backbone", size["probes"])):
         for share in shares:
-            runs = [out / f"{head}-{share}" / f"{method}-seed{seed}" for method in METHODS for seed in size["seeds"]]
+            runs = [out / f"{head}-{share}" / f"{method}-seed{seed}" for method, seed in plan(size)
+                    if method not in ABLATIONS]
             yield title.format(share), ("evaluate.py", *runs, "--seeds", "--baseline", "peclr", "--out",
                                         out / "tables" / f"{head}-{share}")
-    runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method in ("simhand", "simhand-unweighted", *ABLATIONS)
-            for seed in size["seeds"]]
+    runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method, seed in plan(size)
+            if method in ("simhand", "simhand-unweighted", *ABLATIONS)]
     yield "Ablations, nearest neighbour among all labels", (
         "evaluate.py", *runs, "--seeds", "--baseline", "simhand-unweighted", "--out", out / "tables" / "ablations")
 

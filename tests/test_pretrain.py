@@ -437,8 +437,13 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(st
 
 def test_a_finished_run_given_again_changes_nothing(straight, mined, tmp_path):
     out = Path(shutil.copytree(straight, tmp_path / "run"))
-    run_here("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
-    assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
+    again = ("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    for parted in (False, True):  # what it says at its end follows from the log's last row
+        *before, last = (out / "log.jsonl").read_text().splitlines()
+        last = json.loads(last) | dict(positive_similarity=0.9 if parted else 0.81, negative_similarity=0.8)
+        (out / "log.jsonl").write_text("\n".join([*before, json.dumps(last)]) + "\n")
+        assert ("careful: the embeddings have not parted" in run_here(*again)) != parted
+        assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
     line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 3, "--lr", 1)
     for words in ("--epochs was 2, is 3", "--lr was 0.0032, is 1.0", "--micro-batch was 10, is 20"):
         assert words in line

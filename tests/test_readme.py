@@ -80,21 +80,22 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
 def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypatch):
     """Each of its commands parses; runs of one experiment differ in nothing but what it compares."""
     settings, made, size = {}, set(), study.SIZES[size]
-    for seed in size["seeds"]:
-        for method in study.METHODS | study.ABLATIONS:
-            for name, done, command in study.lane(tmp_path, size, method, seed):
-                args = vars(parse(command, monkeypatch))
-                assert args.pop("seed") == seed and args.pop("out") == str(done.parent) and done not in made
-                made.add(done)
-                weights = args.pop("weights") if command[0] == "finetune.py" else None
-                assert weights in (None, "none") or Path(weights) in made
-                settings.setdefault(name.split(f"-{method}")[0], []).append(args)
+    for method, seed in study.plan(size):
+        for name, done, command in study.lane(tmp_path, size, method, seed):
+            args = vars(parse(command, monkeypatch))
+            assert args.pop("seed") == seed and args.pop("out") == str(done.parent) and done not in made
+            made.add(done)
+            weights = args.pop("weights") if command[0] == "finetune.py" else None
+            assert weights in (None, "none") or Path(weights) in made
+            if command[0] == "pretrain.py":
+                assert args.pop("epochs") == size["epochs"] * (2 if method.endswith("-longer") else 1)
+            settings.setdefault(name.split(f"-{method}")[0], []).append(args)
     compared = {"method", "pairs", "weighting", "weight_on", "equivariance", "shift_unit", "top_k", "rotation",
                 "crop_margin"}
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 14 and len(settings["tuned-0.1"]) == 3 * 6
+    assert len(settings["pretrain"]) == 3 * 5 + 3 + 2 * 9 and len(settings["tuned-0.1"]) == 3 * 6 + 3
     for _, command in study.comparisons(tmp_path, size):
         assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
     for _, _, command in study.preparation(tmp_path, size):
