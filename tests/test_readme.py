@@ -95,7 +95,7 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 5 + 3 + 2 * 9 and len(settings["tuned-0.1"]) == 3 * 6 + 3
+    assert len(settings["pretrain"]) == 3 * 5 + 5 + 9 and len(settings["tuned-0.1"]) == 3 * 6 + 5
     for _, command in study.comparisons(tmp_path, size):
         assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
     for _, _, command in study.preparation(tmp_path, size):
