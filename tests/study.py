@@ -186,7 +186,7 @@ def comparisons(out, size):
     """-> title, command of evaluate.py, whose last word is the folder that it writes to."""
     out = out.absolute()
     for head, title, shares in (("tuned", "Fine-tuned on {:.0%} of the labels", size["shares"]), (
-            "knn", "Nearest neighbour among {:.0%} of the labels, frozen backbone", size["probes"])):
+            "knn", "Frozen, nearest of {:.0%} of the labels", size["probes"])):
         for share in shares:
             runs = [out / f"{head}-{share}" / f"{method}-seed{seed}" for method, seed in plan(size)
                     if method not in ABLATIONS]
@@ -194,7 +194,7 @@ def comparisons(out, size):
                                         out / "tables" / f"{head}-{share}")
     runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method, seed in plan(size)
             if method in ("simhand", "simhand-unweighted", *ABLATIONS)]
-    yield "Ablations, nearest neighbour among all labels", (
+    yield "Ablations, frozen, nearest of all labels", (
         "evaluate.py", *runs, "--seeds", "--baseline", "simhand-unweighted", "--out", out / "tables" / "ablations")
 
 
