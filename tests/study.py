@@ -152,8 +152,8 @@ def equal_pairs(out):
 
 def plan(size):
     """-> (method, seed) of all that is compared, the most telling first."""
-    return [(method, seed) for methods, seeds in ((METHODS, 3), (LONGER, 1), (ABLATIONS, 1))
-            for seed in size["seeds"][:seeds] for method in methods]
+    return [(method, seed) for methods, seeds in ((METHODS, size["seeds"]), (LONGER | ABLATIONS, size["seeds"][:1]))
+            for seed in seeds for method in methods]
 
 
 def lane(out, size, method, seed):
@@ -170,9 +170,9 @@ def lane(out, size, method, seed):
             "none", "--batch-size", size["batch"], "--epochs", size["epochs"] * (2 if method in LONGER else 1),
             "--warmup-epochs", size["warmup"], "--input-size", size["input"], "--optimizer", "adam", "--lr", 1e-3,
             *small)
-    for head, shares, more in (("knn", size["probes"] if method not in ABLATIONS else size["probes"][-1:],
+    for head, shares, more in (("knn", size["probes"][-1:] if method in ABLATIONS else size["probes"],
                                 ("--head", "knn", "--input-size", size["input"])),
-                               ("tuned", size["shares"] if method not in ABLATIONS else (),
+                               ("tuned", () if method in ABLATIONS else size["shares"],
                                 ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"], "--rotation", 15,
                                  "--no-colour", "--input-size", size["tune_input"]))):  # few steps: easy views
         for share in shares:
