@@ -260,7 +260,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: truncated, or not a checkpoint written by torch.save")
 
 
-# run: exit status, ranks, resuming, SIGTERM, the log ------------------------------------------------------------------
+# run: exit status, ranks, resuming, SIGTERM, the log, loader processes ------------------------------------------------
 def run_script(main):
     """Run main(); whatever the user can mend ends in one line on stderr and status 2."""
     try:
@@ -269,14 +269,11 @@ def run_script(main):
         message, status = str(error).split("InputError: ")[-1].strip(), 2
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 2
-    except RuntimeError as error:
-        message, status = f"{str(error).partition(chr(10))[0]}; lower --micro-batch, --batch-size or --workers", 2
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "DataLoader worker" not in message:
-            raise
+    except torch.cuda.OutOfMemoryError as error:
+        message, status = f"{str(error).partition(chr(10))[0]}; lower --micro-batch or --batch-size", 2
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on", 130
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take what follows for an accident
         for child in multiprocessing.active_children():  # loader processes ignore SIGTERM
             child.kill()
     for bar in list(tqdm._instances):
@@ -403,6 +400,28 @@ def catch_sigterm():
             os.kill(os.getpid(), number)
     signal.signal(signal.SIGTERM, handler)
     return received
+
+
+def load_items(items, order, args, **more):
+    """Yields the items in this order, made by args.workers processes; the global random state stays as it is.
+    Where memory or /dev/shm is full, and such a process dies or complains, InputError is raised."""
+    try:
+        loader = iter(torch.utils.data.DataLoader(items, batch_size=None, sampler=order, num_workers=args.workers,
+                                                  worker_init_fn=start_worker, generator=torch.Generator(), **more))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the midst of whatever goes on
+        yield from loader  # it looks every five seconds whether all are alive
+    except (EOFError, ConnectionError, RuntimeError) as error:  # the first two: it died while it handed over an item
+        if isinstance(error, RuntimeError) and not re.search(
+                r"^DataLoader worker \(pid|^Pin memory thread|unable to allocate shared memory", str(error)):
+            raise
+        raise InputError("a loader process failed, as where memory or /dev/shm is full; lower --workers, --micro-batch "
+                         "or --batch-size")
+
+
+def start_worker(number):
+    cv2.setNumThreads(0)  # one process a core: threads inside would only get in each other's way
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)  # the parent decides; it still needs the batches under way
 
 
 # drawing: skeletons, contact sheets, curves ---------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import time
 import zlib
 from pathlib import Path
@@ -34,9 +33,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
-                    load_array, load_backbone, load_checkpoint, load_hands, normalise, open_folder, plain, plot_curves,
-                    print_settings, read_crop, read_log, refuse_other_arguments, require, resume, run_script,
-                    save_array, save_checkpoint, save_image, sheet, start_log, start_ranks, write_log)
+                    load_array, load_backbone, load_checkpoint, load_hands, load_items, normalise, open_folder, plain,
+                    plot_curves, print_settings, read_crop, read_log, refuse_other_arguments, require, resume,
+                    run_script, save_array, save_checkpoint, save_image, sheet, start_log, start_ranks, write_log)
 
 CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # for each rank here
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
@@ -151,8 +150,8 @@ def main():
 
     net = model if args.ranks == 1 else nn.parallel.DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None)
-    loader = iter(load(Pictures(train, args, True, rank, args.ranks), range(step, total), args,
-                       pin_memory=device.type == "cuda"))
+    loader = load_items(Pictures(train, args, True, rank, args.ranks), range(step, total), args,
+                        pin_memory=device.type == "cuda")
     length = float(np.median(bone(train.xyz[posed(train)])))  # for --predict, which has none to go by
     stop, saved, recent, since = catch_sigterm(), time.time(), [], time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or not total)
@@ -397,8 +396,8 @@ def read_sequences(args, files):
                              f"({' '.join(repr(error).split())[:300]})")
         cameras += [(file.parent / serial, frames, side == "left", 100 * subject + place, camera)
                     for camera, serial in enumerate(SERIALS) if serial in serials]
-    loader = load(cameras, range(len(cameras)), args, collate_fn=read_labels)
-    xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera")))
+    loader = load_items(cameras, range(len(cameras)), args, collate_fn=read_labels)
+    xyz, uv = (np.concatenate(part) for part in zip(*tqdm(loader, desc="labels", unit="camera", total=len(cameras))))
     left, scene, camera = (np.repeat(values, [c[1] for c in cameras]) for values in list(zip(*cameras))[2:])
     valid = ((uv > 0) & (uv <= (640, 480))).all(2) & (xyz[..., 0] != -1)
     every = make_set(CROP["dexycb"], left=left, group=np.arange(len(uv)), scene=scene, camera=camera, width=640, uv=uv,
@@ -561,12 +560,6 @@ class Pictures(torch.utils.data.Dataset):
             ("image", "uv", "pose", "valid", "has_pose"), zip(*made))} | {"posed": torch.tensor(whole)}
 
 
-def load(items, order, args, **more):
-    """Items in this order, made by worker processes; the global random state stays as it is."""
-    return torch.utils.data.DataLoader(items, batch_size=None, sampler=order, num_workers=args.workers,
-                                       worker_init_fn=start_worker, generator=torch.Generator(), **more)
-
-
 def read_picture(samples, i, root):
     """-> RGB uint8 (H, W, 3), mirrored where it shows a left hand: all that comes after sees right hands.
     root: the folder, or an opened hands folder, whose crops show right hands already."""
@@ -627,12 +620,6 @@ def jitter(image, rng):
     hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table[None].astype(np.uint8))
     image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     return cv2.GaussianBlur(image, (3, 3), max(rng.uniform(0, 0.5), 1e-3))
-
-
-def start_worker(number):
-    cv2.setNumThreads(0)  # one process a core: threads inside would only get in each other's way
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)  # the parent decides; it still needs the batches under way
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -720,8 +707,8 @@ def of_pictures(function, shape, samples, args, device, progress=""):
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order, found = range(rank, math.ceil(len(samples) / args.batch_size), ranks), torch.zeros(
         len(samples), *shape, device=device)
-    loader = load(Pictures(samples, args, augment=False), order, args)
-    for k, batch in zip(order, tqdm(loader, unit="batch", desc=progress, disable=not progress)):
+    loader = load_items(Pictures(samples, args, augment=False), order, args)
+    for k, batch in zip(order, tqdm(loader, unit="batch", total=len(order), desc=progress, disable=not progress)):
         found[k * args.batch_size:(k + 1) * args.batch_size] = function(batch["image"].to(device))
     return over_ranks(found)
 

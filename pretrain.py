@@ -14,7 +14,6 @@ import contextlib
 import math
 import os
 import resource
-import signal
 import statistics
 import time
 import zlib
@@ -30,9 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (BACKBONES, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand, load_array,
-                    load_backbone, load_hands, normalise, nt_xent, open_folder, pair_weights, plain, plot_curves,
-                    print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint, save_image,
-                    sheet, start_log, start_ranks, undo_view, write_log)
+                    load_backbone, load_hands, load_items, normalise, nt_xent, open_folder, pair_weights, plain,
+                    plot_curves, print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint,
+                    save_image, sheet, start_log, start_ranks, undo_view, write_log)
 
 CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # for each rank here
 FREE = ("out", "device", "workers", "save_minutes", "tensorboard")  # cannot change the result
@@ -184,9 +183,7 @@ def main():
     end = min(total, args.steps or total)
     order = ((s, (part * world + rank) * pieces + piece)
              for s in range(step, end) for part in range(args.accumulate) for piece in range(pieces))
-    loader = iter(torch.utils.data.DataLoader(Views(data, args, micro), batch_size=None, sampler=order,
-                                              num_workers=args.workers, pin_memory=device.type == "cuda",
-                                              worker_init_fn=start_worker, generator=torch.Generator()))
+    loader = load_items(Views(data, args, micro), order, args, pin_memory=device.type == "cuda")
     report, recent, saved = max(1, min(10, steps_per_epoch // 4)), [], time.time()
     since = saved
     pca = None if data.pca is None else data.pca.to(device)
@@ -518,12 +515,6 @@ def disturb(image, rng, shares):
         x, y = (int(place * (side - width + 1)) for place in (x, y))
         image[y:y + width, x:x + width] = 0
     return image
-
-
-def start_worker(number):
-    cv2.setNumThreads(0)  # one process a core: threads inside would only get in each other's way
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)  # the parent decides; it still needs the batches under way
 
 
 def draw_views(path, data, args, pairs=6, others=250):

@@ -301,6 +301,7 @@ def loader(folder, micro=128):
     import torch
     from PIL import Image
     from torchvision import transforms
+    import common
     import pretrain
 
     torch.set_num_threads(1)
@@ -320,7 +321,7 @@ def loader(folder, micro=128):
         files = (io.BytesIO(jpegs[offsets[i]:offsets[i + 1]]) for i in rows for _ in (0, 1))
         return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
 
-    settings, rates = dict(num_workers=processes, worker_init_fn=pretrain.start_worker), []
+    settings, rates = dict(num_workers=processes, worker_init_fn=common.start_worker), []
     for views in (torch.utils.data.DataLoader(pretrain.Views(data, args, micro), batch_size=None,
                                               sampler=[(step, 0) for step in range(batches)], **settings),
                   torch.utils.data.DataLoader(range(micro * batches), batch_size=micro, collate_fn=usual, **settings)):
@@ -468,6 +469,7 @@ def tune(folder):
     the device. The pictures are rendered, few of them repeated."""
     import synthetic
     import torch
+    import common
     import finetune
 
     gpu = torch.cuda.is_available()
@@ -505,7 +507,7 @@ def tune(folder):
             path.write_text(json.dumps((scale @ json.loads(path.read_text())).tolist()))
         train, *_ = finetune.split(args)
         steps = len(train) // batch
-        loader = iter(finetune.load(finetune.Pictures(train, args, True), range(10 * steps), args))
+        loader = common.load_items(finetune.Pictures(train, args, True), range(10 * steps), args)
         for _ in range(3 * steps):
             next(loader)  # made while the processes started
         start = time.time()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import resource
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -412,7 +414,38 @@ def test_a_second_live_run_is_refused(tmp_path):
     assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------------ processes
+
+class Cut:
+    """Fails while it is read, as what a loader process was handing over when it died."""
+    def __reduce__(self):
+        return exec, ("raise EOFError",)
+
+
+def test_items_come_in_order_and_what_breaks_a_loader_process_is_told():
+    class Items:
+        def __getitem__(self, k):
+            if k == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if k == 8:
+                raise InputError("crops.bin: truncated")
+            if k == 10:  # as torch words it
+                raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device")
+            return Cut() if k == 9 else torch.full((), 1 / k)
+
+    args, before, state = SimpleNamespace(workers=2), torch.random.get_rng_state(), signal.getsignal(signal.SIGCHLD)
+    assert list(common.load_items(Items(), [3, 1, 2, 1], args)) == [torch.tensor(1 / k) for k in (3, 1, 2, 1)]
+    assert torch.equal(torch.random.get_rng_state(), before) and signal.getsignal(signal.SIGCHLD) == state
+    failed = "^a loader process failed.*--workers"
+    for item, error, words in ((7, InputError, failed), (8, InputError, "crops.bin: truncated"), (9, InputError, failed),
+                               (10, InputError, failed), (0, ZeroDivisionError, "division by zero")):
+        loader = common.load_items(Items(), [1, item], args)
+        assert next(loader) == 1
+        with pytest.raises(error, match=words):
+            next(loader)
+    for child in multiprocessing.active_children():
+        child.kill()  # as run_script does: they ignore SIGTERM, and Python would wait for them
+
 
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_a_second_sigterm_ends_at_once_but_for_the_one_that_torchrun_passes_on(torchrun):
@@ -422,6 +455,8 @@ def test_a_second_sigterm_ends_at_once_but_for_the_one_that_torchrun_passes_on(t
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == ((0, "goes on\n") if torchrun else (-signal.SIGTERM, ""))
 
+
+# ------------------------------------------------------------------------------------------------ drawing
 
 def test_a_drawn_skeleton_passes_through_its_joints_and_leaves_the_picture_alone():
     image = np.zeros((224, 224, 3), np.uint8)

@@ -543,7 +543,7 @@ def test_a_loader_process_that_dies_ends_in_one_line(mined, tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("pretrain.py: DataLoader worker") and "--workers" in errors
+    assert errors.splitlines()[-1].startswith("pretrain.py: a loader process failed") and "--workers" in errors
 
 
 def test_sigterm_at_one_rank_stops_all_and_the_same_command_goes_on(mined, tmp_path):
