@@ -437,7 +437,7 @@ def test_items_come_in_order_and_what_breaks_a_loader_process_is_told():
     assert list(common.load_items(Items(), [3, 1, 2, 1], args)) == [torch.tensor(1 / k) for k in (3, 1, 2, 1)]
     assert torch.equal(torch.random.get_rng_state(), before) and signal.getsignal(signal.SIGCHLD) == state
     failed = "^a loader process failed.*--workers"
-    for item, error, words in ((7, InputError, failed), (8, InputError, "crops.bin: truncated"), (9, InputError, failed),
+    for item, error, words in ((7, InputError, failed), (8, InputError, "crops.bin: trunc"), (9, InputError, failed),
                                (10, InputError, failed), (0, ZeroDivisionError, "division by zero")):
         loader = common.load_items(Items(), [1, item], args)
         assert next(loader) == 1
