@@ -402,6 +402,9 @@ def catch_sigterm():
     return received
 
 
+CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # for each rank here
+
+
 def load_items(items, order, args, **more):
     """Yields the items in this order, made by args.workers processes; the global random state stays as it is.
     Where memory or /dev/shm is full, and such a process dies or complains, InputError is raised."""

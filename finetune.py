@@ -32,12 +32,11 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
+from common import (BACKBONES, CORES, PARENTS, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand,
                     load_array, load_backbone, load_checkpoint, load_hands, load_items, normalise, open_folder, plain,
                     plot_curves, print_settings, read_crop, read_log, refuse_other_arguments, require, resume,
                     run_script, save_array, save_checkpoint, save_image, sheet, start_log, start_ranks, write_log)
 
-CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # for each rank here
 FREE = ("out", "device", "workers", "save_minutes")  # cannot change the result
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and 100 px at least).
 CROP = {"freihand": 2.0, "dexycb": 1.75, "assemblyhands": 1.75}

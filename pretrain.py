@@ -28,12 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand, load_array,
+from common import (BACKBONES, CORES, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand, load_array,
                     load_backbone, load_hands, load_items, normalise, nt_xent, open_folder, pair_weights, plain,
                     plot_curves, print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint,
                     save_image, sheet, start_log, start_ranks, undo_view, write_log)
 
-CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1  # for each rank here
 FREE = ("out", "device", "workers", "save_minutes", "tensorboard")  # cannot change the result
 SHARES = dict(colour_drop="share of the views, 0 to 1, that become grey (this and the next four: default 0)",
               blur="share that is blurred, by a Gaussian of up to 2 px (at 128 px)",

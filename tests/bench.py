@@ -308,7 +308,8 @@ def loader(folder, micro=128):
     processes = len(os.sched_getaffinity(0))
     batches = 20 * processes
     hands, crops = hands_folder(folder, micro * batches)
-    sys.argv = ["pretrain.py", str(hands), "--out", "unused", "--batch-size", str(micro)]
+    sys.argv = ["pretrain.py", str(hands), "--out", "unused", "--batch-size", str(micro),
+                "--workers", str(processes)]
     args = pretrain.parse_args()
     data = pretrain.load_data(args)
     jpegs, offsets = data.folders[0].crops, data.folders[0].offsets
@@ -321,10 +322,10 @@ def loader(folder, micro=128):
         files = (io.BytesIO(jpegs[offsets[i]:offsets[i + 1]]) for i in rows for _ in (0, 1))
         return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
 
-    settings, rates = dict(num_workers=processes, worker_init_fn=common.start_worker), []
-    for views in (torch.utils.data.DataLoader(pretrain.Views(data, args, micro), batch_size=None,
-                                              sampler=[(step, 0) for step in range(batches)], **settings),
-                  torch.utils.data.DataLoader(range(micro * batches), batch_size=micro, collate_fn=usual, **settings)):
+    rates = []
+    for views in (common.load_items(pretrain.Views(data, args, micro), [(step, 0) for step in range(batches)], args),
+                  torch.utils.data.DataLoader(range(micro * batches), batch_size=micro, collate_fn=usual,
+                                              num_workers=processes, worker_init_fn=common.start_worker)):
         views, times = iter(views), []
         for _ in range(2 * processes):
             next(views)  # made while the processes started
