@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not keep a core busy
+
 import cv2
 import numpy as np
 import torch
@@ -61,29 +63,47 @@ def load_backbone(name, path):
 
 
 # views: one affine matrix and one colour table per view ---------------------------------------------------------------
-def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 448, colour=True):
+# What is seen outside a picture. A straight black edge tells which way is up, and with that the angle of a view.
+BORDERS = {"mirror": cv2.BORDER_REFLECT_101, "black": cv2.BORDER_CONSTANT}
+
+
+def best_turns(keypoints, others):
+    """The turn of each other hand about its mean that brings it nearest to its partner, least squares in the plane.
+    keypoints, others (..., 21, 2), pixels -> (...) float32 degrees as in cv2.getRotationMatrix2D."""
+    points = keypoints - keypoints.mean(-2, keepdims=True, dtype=np.float64)
+    turned = others - others.mean(-2, keepdims=True, dtype=np.float64)
+    sine = (points[..., 1] * turned[..., 0] - points[..., 0] * turned[..., 1]).sum(-1)
+    cosine = (points * turned).sum((-2, -1))
+    return -np.degrees(np.arctan2(sine, cosine)).astype(np.float32)  # y points down: counter-clockwise is negative
+
+
+def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, margin=(0.9, 1.5), move=15 / 448, colour=True,
+                turn=0.0):
     """One random view of a hand (as in PeCLR and SiMHand; shifts to both sides are ours), a dict of
-      matrix (2, 3)  crop pixels -> view pixels
+      matrix (2, 3)  crop pixels -> view pixels, turned by `angle + turn`
       angle          degrees as in cv2.getRotationMatrix2D: positive turns the content counter-clockwise
       shift (2,)     where the hand's centre lies in the view, minus the view's centre, over the view's side
       colour (4,)    factors on hue, saturation and value, and what is added to value; None: colours stay
     keypoints (21, 2) in crop pixels. rotation: degrees to either side. margin: range of the view's half side in largest
-    distances of a keypoint from their mean. move: largest shift per axis, as a share of the crop's side."""
+    distances of a keypoint from their mean. move: largest shift per axis, as a share of the crop's side. turn: degrees
+    that bring the hand to lie as its partner does; the angle, which the equivariance undoes, is without it."""
     ranges = ((-rotation, rotation), margin, (-move, move), (-move, move), (0.01, 1), (0.01, 1), (0.5, 1), (5, 20))
     angle, scale, x, y, *factors = [a + (b - a) * u for (a, b), u in zip(ranges, rng.random(8).tolist())]
     centre = keypoints.mean(0, dtype=np.float64)
     square = 2 * scale * max(np.hypot(*(keypoints - centre).T).max(), 1e-3)
     shift = np.array([-x, -y]) * crop_side / square
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    turn = np.array([[cos, sin], [-sin, cos]]) * view_side / square
-    matrix = np.concatenate([turn, ((view_side - 1) / 2 + shift * view_side - turn @ centre)[:, None]], 1)
+    cos, sin = math.cos(math.radians(angle + turn)), math.sin(math.radians(angle + turn))
+    linear = np.array([[cos, sin], [-sin, cos]]) * view_side / square
+    matrix = np.concatenate([linear, ((view_side - 1) / 2 + shift * view_side - linear @ centre)[:, None]], 1)
     return dict(matrix=matrix, angle=angle, shift=shift, colour=factors if colour else None)
 
 
-def apply_view(view, image, keypoints, view_side):
-    """image (H, W, 3) and keypoints (21, 2) of the crop -> those of the view, black outside the crop. Colours change
-    in HSV with red and blue exchanged, as published: skin has a hue of 17-114 then, which a factor really changes."""
-    image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR)
+def apply_view(view, image, keypoints, view_side, border="mirror"):
+    """image (H, W, 3) and keypoints (21, 2) of the crop -> those of the view; outside the crop: a key of BORDERS.
+    Colours change in HSV with red and blue exchanged, as published: skin has a hue of 17-114 then, which a factor
+    really changes."""
+    image = cv2.warpAffine(image, view["matrix"], (view_side, view_side), flags=cv2.INTER_LINEAR,
+                           borderMode=BORDERS[border])
     if view["colour"] is not None:
         *factors, add = view["colour"]
         table = np.minimum(np.arange(256.0)[:, None] * factors + (0, 0, add), 255).astype(np.uint8)
@@ -116,14 +136,20 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
     """Weights of the N positive pairs (N,) and of all pairs of the 2N views (2N, 2N) (SiMHand's adaptive weighting).
     keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels, or J = 1 PCA embedding.
     d, the mean over J of Euclidean distances, gives w = (d_max - d) / (d_max - d_min) if "linear" and w = 1 / (1 +
-    exp(slope (d - mean d))) if "nonlinear", positives and all pairs apart; 1 where no d differ by 1e-4 px or more."""
-    if kind not in ("linear", "nonlinear"):
-        raise ValueError(f"kind must be linear or nonlinear, not {kind}")
+    exp(slope (d - mean d))) if "nonlinear", positives and all pairs apart; 1 where no d differ by 1e-4 px or more.
+    "balanced" is ours: linear weights over their mean, positives and all pairs apart. Linear ones of positives are
+    larger than those of all pairs, so that the loss falls when all embeddings draw together; balanced ones are not."""
+    if kind not in ("linear", "nonlinear", "balanced"):
+        raise ValueError(f"kind must be linear, nonlinear or balanced, not {kind}")
     def weights(d, slope):
         low, high = d.amin(), d.amax()
         equal = high - low < 1e-4
-        w = (d.neg_().add_(high).div_(torch.where(equal, 1.0, high - low)) if kind == "linear" else
-             d.sub_(d.mean()).mul_(-slope).sigmoid_())
+        if kind == "nonlinear":
+            w = d.sub_(d.mean()).mul_(-slope).sigmoid_()
+        else:
+            w = d.neg_().add_(high).div_(torch.where(equal, 1.0, high - low))
+        if kind == "balanced":
+            w.div_(w.mean())
         return w.masked_fill_(equal, 1.0)
     every = torch.cat([keypoints1, keypoints2]).to(torch.promote_types(keypoints1.dtype, torch.float32))
     positive = torch.linalg.vector_norm(every[:len(keypoints1)] - every[len(keypoints1):], dim=2).mean(1)
@@ -446,10 +472,16 @@ def draw_hand(image, keypoints, colour=None, text=""):
     return image
 
 
-def draw_crop(hands, i, side, text=""):
-    """Crop i of a hands folder at another side, with its skeleton."""
+def draw_crop(hands, i, side, text="", turn=0.0):
+    """Crop i of a hands folder at another side, with its skeleton, turned about its middle by `turn` degrees."""
     image = cv2.resize(read_crop(hands, i), (side, side), interpolation=cv2.INTER_AREA)
-    return draw_hand(image, (hands.keypoints[i] + 0.5) * (side / hands.side) - 0.5, text=text)
+    points = (hands.keypoints[i] + 0.5) * (side / hands.side) - 0.5
+    if turn:
+        middle = (side - 1) / 2
+        matrix = cv2.getRotationMatrix2D((middle, middle), float(turn), 1.0)
+        image = cv2.warpAffine(image, matrix, (side, side), borderMode=cv2.BORDER_REFLECT_101)
+        points = points @ matrix[:, :2].T + matrix[:, 2]
+    return draw_hand(image, points, text=text)
 
 
 def sheet(tiles, columns):

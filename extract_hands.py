@@ -32,7 +32,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import (HANDS_DTYPE, InputError, atomic, check_flags, draw_crop, load_hands, open_folder, print_settings,
+from common import (BORDERS, HANDS_DTYPE, InputError, atomic, check_flags, draw_crop, load_hands, open_folder, print_settings,
                     read_log, refuse_other_arguments, require, run_script, save_array, save_image, sheet, start_log)
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -67,6 +67,9 @@ def parse_args():
                         help="side of the square over the longer side of the keypoints' box. With the paper's 1.3 most "
                         "views of pre-training show the crop's border, from whose place the network can tell similar "
                         "hands without looking at them (default: 2.6)")
+    parser.add_argument("--border", choices=sorted(BORDERS), default="mirror", help="what a crop shows beyond the "
+                        "frame: the mirrored picture, or black (paper), whose straight edge tells the network how a "
+                        "view was turned, and not to look at the hand (default: mirror)")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality of the crops, 1 to 100")
     # the machine
     parser.add_argument("--workers", type=int, help="processes, a video at a time each (default: one a core)")
@@ -321,7 +324,7 @@ def save_part(out, name, source, args):
                 for frame, seconds, image, found in source:
                     frames += 1
                     for points, left, score, square in found:
-                        crop, points = cut_out(image, points, left, square, args.size)
+                        crop, points = cut_out(image, points, left, square, args.size, args.border)
                         jpeg = cv2.imencode(".jpg", crop[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, args.quality])[1]
                         crops.write(jpeg)
                         lengths.append(len(jpeg))
@@ -440,14 +443,16 @@ def square_around(points, margin):
     return x0, y0, side
 
 
-def cut_out(image, points, left, square, size):
-    """-> crop (size, size, 3) of the square (x0, y0, side), black outside the picture; keypoints (21, 2) in its pixels.
-    A left hand is mirrored."""
+def cut_out(image, points, left, square, size, border="mirror"):
+    """-> crop (size, size, 3) of the square (x0, y0, side); keypoints (21, 2) in its pixels. A left hand is mirrored.
+    border: what lies outside the picture, a key of BORDERS."""
     x0, y0, side = square
-    inside = image[max(y0, 0):max(y0 + side, 0), max(x0, 0):max(x0 + side, 0)]
-    padded = np.zeros((side, side, 3), np.uint8)
-    top, leftmost = max(-y0, 0), max(-x0, 0)
-    padded[top:top + inside.shape[0], leftmost:leftmost + inside.shape[1]] = inside
+    height, width = image.shape[:2]
+    above, below = max(-y0, 0), max(y0 + side - height, 0)
+    before, behind = max(-x0, 0), max(x0 + side - width, 0)
+    if above or below or before or behind:
+        image = cv2.copyMakeBorder(image, above, below, before, behind, BORDERS[border])
+    padded = image[y0 + above:y0 + above + side, x0 + before:x0 + before + side]
     crop = cv2.resize(padded, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
     points = (points + 0.5 - (x0, y0)) * (size / side) - 0.5
     if left:

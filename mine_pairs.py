@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from common import (atomic, check_flags, draw_crop, load_hands, open_folder, plain, print_settings, read_log, require,
+from common import (atomic, best_turns, check_flags, draw_crop, load_hands, open_folder, plain, print_settings, read_log, require,
                     run_script, save_array, save_image, sheet, start_ranks)
 
 NONE = torch.iinfo(torch.int64).max  # the key of no neighbour: it comes after all others
@@ -41,6 +41,9 @@ def parse_args():
     # which pairs
     parser.add_argument("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1); the search "
                         "takes longer with more")
+    parser.add_argument("--rotation-free", action="store_true", help="compare hands turned upright (wrist to the mean "
+                        "of joints 5, 9, 13 and 17) and of one size, however they lie in the picture; turns.npy says "
+                        "how a neighbour must be turned to lie as the hand does (paper: hands as they lie)")
     parser.add_argument("--same-video", action="store_true",
                         help="let a neighbour come from the hand's own video (ablation: mostly near-duplicates)")
     parser.add_argument("--temporal", action="store_true", help="instead of similar hands: the hand of the same side "
@@ -53,8 +56,9 @@ def parse_args():
     args = parser.parse_args()
     check_flags(args)
     require(1 <= args.dims <= 42 and args.top_k >= 1, "--dims must lie in 1..42, --top-k must be at least 1")
-    require(not args.temporal or (args.top_k == 1 and args.limit is None and not args.same_video),
-            "--temporal pairs a hand with the next frame: it goes without --top-k, --limit and --same-video")
+    require(not args.temporal or (args.top_k == 1 and args.limit is None and not args.same_video
+                                  and not args.rotation_free), "--temporal pairs a hand with the next frame: it goes "
+            "without --top-k, --limit, --same-video and --rotation-free")
     return args
 
 
@@ -84,16 +88,16 @@ def main():
     lock = open_folder(out) if rank == 0 else None  # held until the process ends
     if rank == 0:
         print_settings(args, count=count, mined=len(mined), videos=videos, ranks=ranks, device=device)
-    scale = np.float64(1 / hands.side)
-    poses = hands.keypoints[mined].reshape(-1, 42) * scale
+    poses = as_poses(hands.keypoints[mined], hands.side, args.rotation_free)
     require(np.ptp(poses, axis=0).max() > 1e-9,
             f"{hands.folder / 'keypoints.npy'}: all hands are the same, a PCA needs them to vary")
     mean, components, explained = fit_pca(poses, args.dims)
-    del poses
     embeddings = np.empty((count, args.dims), np.float32)
     for start in range(0, count, 1 << 16):
         piece = slice(start, start + (1 << 16))
-        embeddings[piece] = (hands.keypoints[piece].reshape(-1, 42) * scale - mean) @ components.T
+        poses = as_poses(hands.keypoints[piece], hands.side, args.rotation_free)
+        embeddings[piece] = (poses - mean) @ components.T
+    del poses
     if ranks > 1:  # other processors may round otherwise
         shared = torch.from_numpy(embeddings).to(device)
         dist.broadcast(shared, 0)
@@ -122,9 +126,14 @@ def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
     if (out / "neighbours.npy").exists():
         print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
         (out / "neighbours.npy").unlink()
+    (out / "turns.npy").unlink(missing_ok=True)
     save_array(out / "pca.npy", pca)
     save_array(out / "embeddings.npy", embeddings)
     save_array(out / "distances.npy", distances)
+    turns = None
+    if args.rotation_free:
+        turns = pair_turns(hands.keypoints, neighbours)
+        save_array(out / "turns.npy", turns)
     save_array(out / "neighbours.npy", neighbours)
     paired = neighbours[:, 0] >= 0
     chosen = np.bincount(neighbours[paired, 0])
@@ -136,10 +145,39 @@ def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
         for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, summary):
             file.write((json.dumps(row) + "\n").encode())
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
-    draw_pairs(out / "pairs.jpg", hands, neighbours, distances)
-    plot_distances(out / "distances.png", embeddings, distances[paired, 0])
+    draw_pairs(out / "pairs.jpg", hands, neighbours, distances, turns)
+    unit = "hand's size" if args.rotation_free else "crop's side"
+    plot_distances(out / "distances.png", embeddings, distances[paired, 0], unit)
     print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:\n"
           f"python pretrain.py {args.hands} --out RUN" + (f" --pairs {out}" if args.out else ""))
+
+
+def as_poses(keypoints, side, rotation_free):
+    """keypoints (N, 21, 2) in pixels of crops of this side -> what the embedding is made of, (N, 42) float64: their
+    place in the crop, or rotation-free what is left of a hand once its place, size and direction are taken away: its
+    mean is 0, the root mean square distance from it 1, and the mean of joints 5, 9, 13 and 17 lies above the wrist."""
+    if not rotation_free:
+        return keypoints.reshape(-1, 42) * np.float64(1 / side)
+    points = keypoints - keypoints.mean(1, keepdims=True, dtype=np.float64)
+    size = np.sqrt(np.square(points).sum(2).mean(1))
+    points /= np.maximum(size, 1e-9)[:, None, None]
+    palm = points[:, [5, 9, 13, 17]].mean(1) - points[:, 0]
+    angle = np.arctan2(palm[:, 0], -palm[:, 1])  # from straight up, clockwise
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    x = cos * points[:, :, 0] + sin * points[:, :, 1]
+    y = cos * points[:, :, 1] - sin * points[:, :, 0]
+    return np.stack([x, y], 2).reshape(-1, 42)
+
+
+def pair_turns(keypoints, neighbours):
+    """-> turns (N, K) float32, degrees as in cv2.getRotationMatrix2D, by which the picture of each neighbour must be
+    turned so that its hand lies as the hand of that row does; NaN where there is no neighbour."""
+    turns = np.full(neighbours.shape, np.nan, np.float32)
+    for k, column in enumerate(neighbours.T):
+        rows = np.flatnonzero(column >= 0)
+        for some in np.array_split(rows, len(rows) // (1 << 16) + 1):  # bounds the memory
+            turns[some, k] = best_turns(keypoints[some], keypoints[column[some]])
+    return turns
 
 
 def fit_pca(poses, dims):
@@ -332,9 +370,9 @@ def compare(tree, rows, r, l, top_k):
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-def draw_pairs(path, hands, neighbours, distances, seed=0):
-    """Queries beside their nearest neighbours, skeletons drawn, the distance under each; two rows each of the best,
-    the median and the worst tenth."""
+def draw_pairs(path, hands, neighbours, distances, turns=None, seed=0):
+    """Queries beside their nearest neighbours, turned as pre-training will see them, skeletons drawn, the distance
+    under each; two rows each of the best, the median and the worst tenth."""
     rng = np.random.default_rng(seed)
     order = np.argsort(distances[:, 0], kind="stable")
     order = order[neighbours[order, 0] >= 0]
@@ -344,8 +382,10 @@ def draw_pairs(path, hands, neighbours, distances, seed=0):
     for name, part in (("best", order[:tenth]), ("median", order[middle:middle + tenth]), ("worst", order[-tenth:])):
         for i in rng.permutation(part)[:2 * across]:
             group = [caption(draw_crop(hands, i, 160), f"{name}: hand {i}")]
-            for j, distance in zip(neighbours[i, :shown], distances[i, :shown]):
-                tile = draw_crop(hands, j, 160) if j >= 0 else np.zeros((160, 160, 3), np.uint8)
+            for k in range(shown):
+                j, distance = neighbours[i, k], distances[i, k]
+                turn = 0.0 if turns is None else turns[i, k]
+                tile = draw_crop(hands, j, 160, turn=turn) if j >= 0 else np.zeros((160, 160, 3), np.uint8)
                 group.append(caption(tile, f"{distance:.3f}" if j >= 0 else "none"))
             tiles.append(np.hstack([*group, np.zeros((180, 8, 3), np.uint8)]))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
@@ -358,7 +398,7 @@ def caption(image, text):
     return np.vstack([image, cv2.putText(strip, text, (4, 14), 0, 0.42, (255, 255, 255), 1, cv2.LINE_AA)])
 
 
-def plot_distances(path, embeddings, distances, seed=0):
+def plot_distances(path, embeddings, distances, unit, seed=0):
     """Histogram of the nearest neighbours' distances beside that of random pairs."""
     a, b = np.random.default_rng(seed).integers(0, len(embeddings), (2, 20000))
     chance = np.linalg.norm(embeddings[a] - embeddings[b], axis=1)[a != b]
@@ -367,7 +407,7 @@ def plot_distances(path, embeddings, distances, seed=0):
     bins = np.linspace(0, np.quantile(chance, 0.99), 60)
     for values, label in ((distances, "nearest neighbour"), (chance, "random pair")):
         axis.hist(np.minimum(values, bins[-1]), bins, density=True, alpha=0.6, label=label)
-    axis.set_xlabel("distance in the PCA embedding (1 = the crop's side)")
+    axis.set_xlabel(f"distance in the PCA embedding (1 = the {unit})")
     axis.set_ylabel("density")
     axis.legend()
     with atomic(path) as file:

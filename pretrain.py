@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (BACKBONES, CORES, InputError, apply_view, atomic, catch_sigterm, check_flags, draw_hand, load_array,
+from common import (BACKBONES, BORDERS, CORES, InputError, apply_view, atomic, best_turns, catch_sigterm, check_flags, draw_hand, load_array,
                     load_backbone, load_hands, load_items, normalise, nt_xent, open_folder, pair_weights, plain,
                     plot_curves, print_settings, read_crop, require, resume, run_script, sample_view, save_checkpoint,
                     save_image, sheet, start_log, start_ranks, undo_view, write_log)
@@ -50,7 +50,8 @@ def parse_args():
     parser.add_argument("--method", choices=("simhand", "peclr", "simclr"), default="simhand",
                         help="simhand: the positive is the mined neighbour; peclr: the same picture once more; simclr: "
                         "the same, without equivariance and rotation")
-    parser.add_argument("--weighting", choices=("none", "linear", "nonlinear"), default="linear",
+    parser.add_argument("--weighting", choices=("none", "linear", "nonlinear", "balanced"),
+                        default="linear",
                         help="how the distance of two hands' keypoints becomes a weight in the loss (paper: linear)")
     parser.add_argument("--weight-on", choices=("both", "pos", "neg"), default="both", help="pairs that are weighted")
     parser.add_argument("--weight-keypoints", choices=("augmented", "original"), default="augmented",
@@ -78,6 +79,8 @@ def parse_args():
     parser.add_argument("--crop-move", type=float, default=15 / 448,
                         help="largest shift of the view per axis, as a share of the crop's side (default: 15/448; "
                         "paper: 15/224, of crops half as wide as ours)")
+    parser.add_argument("--border", choices=sorted(BORDERS), default="mirror", help="what a view shows beyond the "
+                        "crop: the mirrored picture, or black (paper)")
     parser.add_argument("--no-colour", action="store_true", help="no colour jitter")
     for name, what in SHARES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=0, metavar="SHARE", help=what)
@@ -416,6 +419,7 @@ def load_data(args):
     that was not mined is used whole, by simclr and peclr only.
     """
     folders, neighbours, usable, notes = [load_hands(path) for path in args.hands], [], [], []
+    all_turns = []
     pairs = args.pairs or args.hands
     require(len(pairs) == len(folders),
             f"--pairs: {len(pairs)} folders for {len(folders)} hands folders, expected one for each")
@@ -438,6 +442,12 @@ def load_data(args):
                     f"{path / 'neighbours.npy'}: missing, expected mined pairs (run mine_pairs.py first)")
             found, rows = None, np.arange(count)
             notes.append(f"{path} was not mined: all its {count} hands are used")
+        turns = None
+        if found is not None and (path / "turns.npy").exists():
+            turns = load_turns(path / "turns.npy", hands.keypoints, found)
+            require(not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca needs an embedding of hands as they lie, "
+                    "and these were mined with --rotation-free")
+        all_turns.append(turns)
         if args.weight_pca and args.weighting != "none":
             own = load_array(path / "pca.npy", np.float32, (None, 42), hint=hint)[1:]
             require(len(own), f"{path / 'pca.npy'}: holds no component ({hint})")
@@ -445,12 +455,26 @@ def load_data(args):
                 pca = own
             elif not np.array_equal(pca, own):  # distances between hands of two folders need one PCA
                 notes.append(f"--weight-pca: the components in {pairs[0]} serve the hands of {hands.folder} too")
-        for array in (hands.keypoints, hands.offsets, *(a for a in (found, pca) if a is not None)):
+        for array in (hands.keypoints, hands.offsets, *(a for a in (found, turns, pca) if a is not None)):
             digest = zlib.crc32(np.ascontiguousarray(array), digest)
         neighbours.append(found)
         usable.append(np.stack([np.full(len(rows), number), rows], 1))
-    return SimpleNamespace(folders=folders, neighbours=neighbours, usable=np.concatenate(usable), notes=notes,
-                           digest=digest, pca=None if pca is None else torch.from_numpy(pca))
+    return SimpleNamespace(folders=folders, neighbours=neighbours, turns=all_turns, usable=np.concatenate(usable),
+                           notes=notes, digest=digest, pca=None if pca is None else torch.from_numpy(pca))
+
+
+def load_turns(path, keypoints, neighbours):
+    """turns.npy (N, K) of these neighbours. It follows from them, so that one of another mining is found out."""
+    turns = load_array(path, np.float32, neighbours.shape, hint="run mine_pairs.py again", finite=False)
+    for k, column in enumerate(neighbours.T):
+        rows = np.flatnonzero(column >= 0)
+        wrong = np.isfinite(turns[:, k]) != (column >= 0)
+        for some in np.array_split(rows, len(rows) // (1 << 16) + 1):  # bounds the memory
+            off = turns[some, k] - best_turns(keypoints[some], keypoints[column[some]])
+            wrong[some] |= ~(np.abs((off + 180) % 360 - 180) < 0.1)
+        require(not wrong.any(), f"{path}: row {wrong.argmax()} is not the turn of its neighbour in neighbours.npy: they "
+                "are of two minings (run mine_pairs.py again)")
+    return turns
 
 
 class Views(torch.utils.data.Dataset):
@@ -476,23 +500,36 @@ def make_pair(data, i, epoch, args):
     (2,) and weight_keypoints (21, 2): those that the weights are computed from. Pixels are the network input's."""
     number, row = data.usable[i]
     hands, size, views, shares = data.folders[number], args.input_size, [], [getattr(args, name) for name in SHARES]
+    turn = 0.0
     for view in (0, 1):
         rng = np.random.default_rng((args.seed, epoch, i, view))
         if view == 1 and args.method == "simhand":
-            candidates = data.neighbours[number][row, :args.top_k]
-            candidates = candidates[candidates >= 0]
-            row = candidates[rng.integers(len(candidates))]
+            among = np.flatnonzero(data.neighbours[number][row, :args.top_k] >= 0)
+            chosen = among[rng.integers(len(among))]
+            if data.turns[number] is not None:
+                turn = float(data.turns[number][row, chosen])
+            row = data.neighbours[number][row, chosen]
         points = hands.keypoints[row]
         v = sample_view(rng, points, hands.side, size, rotation=args.rotation, margin=args.crop_margin,
-                        move=args.crop_move, colour=not args.no_colour)
-        image, seen = apply_view(v, read_crop(hands, row), points, size)
+                        move=args.crop_move, colour=not args.no_colour, turn=turn)
+        image, seen = apply_view(v, read_crop(hands, row), points, size, args.border)
         if any(shares):
             image = disturb(image, rng, shares)
         shift = v["shift"] if args.shift_unit == "side" else v["shift"] * size / np.maximum(np.ptp(seen, axis=0), 1e-3)
+        weight_keypoints = seen
+        if args.weight_keypoints == "original":
+            weight_keypoints = turn_points(points, turn) * np.float32(size / hands.side)
         views.append(dict(image=image, keypoints=seen, angle=np.float32([v["angle"]]), shift=np.float32(shift),
-                          weight_keypoints=seen if args.weight_keypoints == "augmented" else
-                          points * np.float32(size / hands.side)))
+                          weight_keypoints=weight_keypoints))
     return views
+
+
+def turn_points(points, angle):
+    """points (21, 2) turned about their mean by `angle` degrees, as cv2.getRotationMatrix2D turns a picture."""
+    if angle == 0:
+        return points
+    matrix = cv2.getRotationMatrix2D(points.mean(0, dtype=np.float64).tolist(), angle, 1.0)
+    return (points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
 
 
 def disturb(image, rng, shares):
