@@ -81,21 +81,7 @@ def main():
     equal_pairs(out)
     if args.prepare:
         return
-    lanes = [lane(out, size, method, seed) for method, seed in plan(size)]
-    stop = threading.Event()
-
-    def follow(lane):
-        for name, done, command in lane:
-            if not stop.is_set():
-                try:
-                    run(out, name, done, command, cores // jobs)
-                except BaseException:
-                    stop.set()
-                    raise
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(follow, lane) for lane in lanes]:
-            future.result()
+    follow_lanes(out, [lane(out, size, method, seed) for method, seed in plan(size)], jobs, cores // jobs)
     text = pair_report(out)
     panels = {}
     for title, command in comparisons(out, size):
@@ -107,6 +93,24 @@ def main():
     (out / "study.md").write_text(text)
     draw(out / "study.png", panels)
     print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {out}/study.md and study.png")
+
+
+def follow_lanes(out, lanes, jobs, threads):
+    """Run the commands of each lane in order, `jobs` lanes side by side; the first that fails ends all."""
+    stop = threading.Event()
+
+    def follow(lane):
+        for name, done, command in lane:
+            if not stop.is_set():
+                try:
+                    run(out, name, done, command, threads)
+                except BaseException:
+                    stop.set()
+                    raise
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(follow, lane) for lane in lanes]:
+            future.result()
 
 
 def run(out, name, done, command, threads):
