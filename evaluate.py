@@ -270,7 +270,7 @@ def number(value):
 
 def area_under(pck, thresholds):
     """(thresholds, ...) -> trapezoids, divided by the range: 1 where every error is below the first threshold."""
-    return np.trapz(pck, thresholds, axis=0) / (thresholds[-1] - thresholds[0])
+    return np.trapezoid(pck, thresholds, axis=0) / (thresholds[-1] - thresholds[0])
 
 
 def align(prediction, truth, valid):

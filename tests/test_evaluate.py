@@ -37,6 +37,11 @@ def save_run(folder, prediction, truth, valid=None):
     return folder
 
 
+def rows_of(path):
+    """A .csv file -> a dict a row."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def test_perfect_and_hopeless():
     truth, _ = poses()
     result, curve = evaluate.score(truth, truth, all_valid(truth))
@@ -123,7 +128,8 @@ def test_every_metric_against_a_slow_loop():
         for name, steps in (("auc_0_50", np.linspace(0, 50, 100)), ("auc_20_50", np.linspace(20, 50, 15))):
             if prefix + name in result:
                 pck = [np.mean([np.mean(np.array(e) <= s) for e in lists]) for s in steps]
-                assert result[prefix + name] == pytest.approx(np.trapz(pck, steps) / (steps[-1] - steps[0]), rel=1e-6)
+                area = np.trapezoid(pck, steps) / (steps[-1] - steps[0])
+                assert result[prefix + name] == pytest.approx(area, rel=1e-6)
     steps = np.linspace(0, 50, 100)
     assert np.allclose(curve, [np.mean([np.mean(np.array(e) <= s) for e in errors[""]]) for s in steps], atol=1e-12)
     assert result["samples_without_wrist"] == (~valid[:, 0]).sum()
@@ -152,7 +158,7 @@ def test_a_few_samples_with_a_wrist_still_have_intervals(tmp_path):
     assert 0 < low < high
     valid[:, 0] = False
     run_here("evaluate.py", save_run(tmp_path / "none", truth, truth, valid), "--out", tmp_path / "out")
-    row, = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    row, = rows_of(tmp_path / "out" / "table.csv")
     assert row["MPJPE"] == row["MPJPE low"] == "" and row["PA-MPJPE"] == "0.00"
 
 
@@ -183,7 +189,7 @@ def test_intervals_against_scipys_bootstrap():
 
     def auc(rows):
         known = ~np.isnan(errors[rows])
-        return np.trapz([np.mean([np.mean(errors[rows][k, j] <= step) for j, k in enumerate(known.T)])
+        return np.trapezoid([np.mean([np.mean(errors[rows][k, j] <= step) for j, k in enumerate(known.T)])
                          for step in steps], steps) / 30
 
     for key, statistic, tolerance in (("mpjpe", lambda rows: np.nanmean(errors[rows], 0).mean(), 0.06),
@@ -229,7 +235,7 @@ def test_runs_are_compared_in_one_table(tmp_path):
     assert f"**{metrics[1]['mpjpe']:.2f}** ({low:.2f}-{high:.2f})" in table
     assert f"**{metrics[1]['auc_0_50']:.3f}** (" in table and metrics[1]["auc_0_50"] > metrics[0]["auc_0_50"]
     assert f"| {metrics[0]['mpjpe']:.2f} (" in table
-    rows = list(csv.DictReader((out / "table.csv").open()))
+    rows = rows_of(out / "table.csv")
     assert [row["run"] for row in rows] == ["first", "second"] and rows[1]["MPJPE"] == f"{metrics[1]['mpjpe']:.2f}"
     assert rows[1]["MPJPE low"] == f"{low:.2f}" and rows[1]["gain, %"] == "+50.0"
     for name in ("pck", "joints"):
@@ -274,7 +280,7 @@ def test_columns_are_grouped_by_data_set(tmp_path):
     latex = (tmp_path / "out" / "table.tex").read_text()
     assert len(set(columns_of(latex))) == 1 and len(columns_of(latex)) == 4 and "a\\_b" in latex
     assert latex.count("{") == latex.count("}") and latex.count("\\textbf") == 14  # a best one a column and data set
-    first, second = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    first, second = rows_of(tmp_path / "out" / "table.csv")
     assert (first["run"], second["run"]) == ("a_b", "simhand")
     assert second["FreiHAND gain, %"] == "+20.0" and second["DexYCB s1 gain, %"] == "-25.0"
     assert first["DexYCB s1 gain, %"] == "+0.0"
@@ -290,12 +296,12 @@ def test_seeds_share_a_row(tmp_path):
     errors = [json.loads((folder / "metrics.json").read_text())["mpjpe"] for folder in runs]
     assert f"{statistics.mean(errors[:3]):.2f} ± {statistics.stdev(errors[:3]):.2f}" in table
     assert f"**{statistics.mean(errors[3:]):.2f}** ± {statistics.stdev(errors[3:]):.2f}" in table
-    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    rows = rows_of(tmp_path / "out" / "table.csv")
     assert [row["runs"] for row in rows] == ["3", "3"]
     assert rows[0]["MPJPE deviation"] == f"{statistics.stdev(errors[:3]):.2f}"
     assert rows[1]["gain, %"] == f"{100 * (1 - statistics.mean(errors[3:]) / statistics.mean(errors[:3])):+.1f}"
     run_here("evaluate.py", runs[0], "--seeds", "--out", tmp_path / "one")
-    only, = csv.DictReader((tmp_path / "one" / "table.csv").open())
+    only, = rows_of(tmp_path / "one" / "table.csv")
     assert only["MPJPE deviation"] == ""  # of one there is none
     plain = save_run(tmp_path / "plain", truth, truth)
     assert "expects a seed in each name" in refused("evaluate.py", *runs, plain, "--seeds", "--out", tmp_path / "out")
@@ -361,8 +367,9 @@ def official_scores(keypoints, truth):
     aligned = np.stack([freihand_align(t, p) for t, p in zip(truth, keypoints)])
     for p, t in ((keypoints, truth), (keypoints - keypoints[:, :1], truth - truth[:, :1]), (aligned, truth)):
         errors, steps = np.sqrt(((p - t) ** 2).sum(2)), np.linspace(0, 50, 100)
-        pck = [[(errors[:, j] <= step).mean() for step in steps] for j in range(21)]
-        yield errors.mean(0).mean(), np.mean([np.trapz(curve, steps) / np.trapz(np.ones(100), steps) for curve in pck])
+        pck = np.array([(errors <= step).mean(0) for step in steps])
+        areas = np.trapezoid(pck, steps, axis=0) / np.trapezoid(np.ones(100), steps)
+        yield errors.mean(0).mean(), areas.mean()
 
 
 def test_submissions_score_as_we_do(tmp_path):
@@ -373,7 +380,8 @@ def test_submissions_score_as_we_do(tmp_path):
     folder = save_run(tmp_path / "run", truth + rng.normal(0, 12, truth.shape), truth)
     (folder / "names.txt").write_text("".join(f"{i}\tsome where/{i}.jpg\tright\n" for i in order))
     assert "3960" in run_here("evaluate.py", folder, "--submission", "freihand")
-    xyz, vertices = json.loads(zipfile.ZipFile(folder / "pred.zip").read("pred.json"))
+    with zipfile.ZipFile(folder / "pred.zip") as archive:
+        xyz, vertices = json.loads(archive.read("pred.json"))
     assert np.shape(xyz) == (30, 21, 3) and np.shape(vertices) == (30, 778, 3) and not np.any(vertices)
     official_truth = np.empty_like(truth)
     official_truth[order] = truth.astype(np.float32)
