@@ -287,10 +287,11 @@ def check_flags(args):
     for name, value in vars(args).items():
         require(not isinstance(value, (int, float)) or 0 <= value < (2 ** 63 if isinstance(value, int) else math.inf),
                 f"--{name.replace('_', '-')} is {value}, expected a number that is finite and not negative")
-    try:
-        torch.empty(0, device=getattr(args, "device", None) or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if getattr(args, "device", None):  # nothing is put there yet: a CUDA context would be made
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = ["cpu", "cuda", *(f"cuda:{k}" for k in range(count))] if count else ["cpu"]
+        require(args.device in devices,
+                f"--device {args.device}: not here, expected one of {', '.join(devices)}")
 
 
 def print_settings(args, **effective):
@@ -408,6 +409,11 @@ CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1
 def load_items(items, order, args, **more):
     """Yields the items in this order, made by args.workers processes; the global random state stays as it is.
     Where memory or /dev/shm is full, and such a process dies or complains, InputError is raised."""
+    if args.workers:
+        # A forked process has the items already. Any other start, Python's default from 3.14 on,
+        # would send each process a copy: of a memory-mapped crops.npy the whole file. Loader
+        # processes never touch CUDA, which a forked process could not use.
+        more["multiprocessing_context"] = "fork"
     try:
         loader = iter(torch.utils.data.DataLoader(items, batch_size=None, sampler=order, num_workers=args.workers,
                                                   worker_init_fn=start_worker, generator=torch.Generator(), **more))

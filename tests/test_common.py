@@ -445,6 +445,22 @@ def test_items_come_in_order_and_what_breaks_a_loader_process_is_told():
         child.kill()  # as run_script does: they ignore SIGTERM, and Python would wait for them
 
 
+def test_loader_processes_share_what_they_read_however_python_starts_others(tmp_path):
+    """Sent to a process, the items would be copied: gigabytes of crops."""
+    code = ("import multiprocessing, types, numpy, common\n"
+            "class Items:\n"
+            "    kept = numpy.arange(5)\n"
+            "    def __getitem__(self, k):\n"
+            "        return int(self.kept[k])\n"
+            "    def __reduce__(self):\n"
+            "        raise AssertionError('the items were copied')\n"
+            "multiprocessing.set_start_method('forkserver')\n"
+            "print(list(common.load_items(Items(), [3, 1], types.SimpleNamespace(workers=1))))")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert result.stdout == "[3, 1]\n", result.stderr
+
+
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_a_second_sigterm_ends_at_once_but_for_the_one_that_torchrun_passes_on(torchrun):
     code = ("import os, signal; from common import catch_sigterm; stop = catch_sigterm(); me = os.getpid()\n"
