@@ -276,6 +276,7 @@ def run_script(main):
     finally:
         for child in multiprocessing.active_children():  # loader processes ignore SIGTERM
             child.kill()
+        HELD.close()
     for bar in list(tqdm._instances):
         bar.close()  # the message gets a line of its own
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -299,12 +300,15 @@ def print_settings(args, **effective):
     print(*("  ".join(f"{k} {v}" for k, v in group.items()) for group in (vars(args), effective)), sep="\n", flush=1)
 
 
+HELD = contextlib.ExitStack()  # the locks of open_folder, which run_script lets go at its end
+
+
 def open_folder(folder, rank=0, ranks=1):
-    """Make an output folder, lock it (a rank: its share) for this process's life, clear what a killed run left."""
+    """Make an output folder, lock it (a rank: its share) until the script ends, clear what a killed run left."""
     folder = Path(folder)
     require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
+    lock = HELD.enter_context(open(folder / ".lock", "w"))
     start, end = (k * 2 ** 40 // ranks for k in (rank, rank + 1))  # another whole run's shares overlap with it
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)  # a child does not inherit it
@@ -312,7 +316,7 @@ def open_folder(folder, rank=0, ranks=1):
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another folder")
     for left in folder.glob(".*.tmp") if ranks == 1 else ():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return lock  # closes, and thereby unlocks, with the process
+    return lock  # a process that dies unlocks it as well
 
 
 def start_ranks(device):

@@ -122,7 +122,8 @@ def main():
     groups = [dict(params=heads, peak=args.lr), dict(params=list(model.backbone.parameters()), peak=args.backbone_lr)]
     optimizer = torch.optim.Adam(groups[:1] if args.freeze else groups, fused=True)
     require(not (out / "keypoints.npy").exists(), f"{out}: is a hands folder, choose another --out")
-    lock = open_folder(out) if rank == 0 else None  # held until the process ends
+    if rank == 0:
+        open_folder(out)  # locked until the script ends
     step, best, digest, kept = 0, math.inf, 0, resume(out, args, FREE)
     for samples in (train, validation, test):
         digest = zlib.crc32(samples, digest)
@@ -249,7 +250,7 @@ def predict_folder(args):
         samples = make_set(1, path=names)
         sizes = np.array([read_picture(samples, i, source).shape[1::-1] for i in range(len(names))])
         samples.centre, samples.side = (sizes - 1) / 2, sizes.max(1)
-    lock = open_folder(out)  # held until the process ends
+    open_folder(out)  # locked until the script ends
     require(not any((out / name).exists() for name in ("checkpoint.pt", "gt_xyz.npy", "keypoints.npy")),
             f"{out}: holds a fine-tuning run or hands, choose another --out")
     if (out / "log.jsonl").exists():

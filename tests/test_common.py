@@ -402,15 +402,16 @@ def test_a_second_live_run_is_refused(tmp_path):
     lock = common.open_folder(tmp_path / "run")
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another run is writing" in second.stderr
-    child = os.fork()
-    if not child:  # a loader process that outlives its parent must not hold the lock
-        time.sleep(3)
-        os._exit(0)
+    # a loader process that outlives its parent must not hold the lock
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
     lock.close()
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    os.waitpid(child, 0)
+    assert child.is_alive()
+    child.kill()
+    child.join()
     (tmp_path / "run" / ".a.npy.123.tmp").write_text("left by a killed run")
-    common.open_folder(tmp_path / "run")
+    common.open_folder(tmp_path / "run").close()
     assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
 
 
