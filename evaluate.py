@@ -473,6 +473,8 @@ def official(folder, benchmark, settings):
     except ValueError:
         rows = []
     require(rows and all(len(row) == 3 and row[2] in (b"left", b"right") for row in rows), f"{path}: {hint}")
+    require(index.min() >= 0, f"{path}: has no official indices but -1, as finetune.py writes where it had only a part "
+            f"of the data set; a benchmark wants it whole")
     require(len(np.unique(index)) == len(index), f"{path}: an index occurs twice")
     require(benchmark != "freihand" or np.array_equal(np.sort(index), np.arange(len(index))),
             f"{path}: FreiHAND's list has no gaps, expected the indices 0 to {len(index) - 1}")
@@ -489,13 +491,16 @@ def write_freihand(folder, index, xyz):
     text = f"[{json.dumps((xyz.astype(np.float64) / 1000).tolist())}, [{', '.join([none] * len(xyz))}]]"
     with atomic(folder / "pred.zip") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pred.json", text)
-    print(f"wrote {folder}/pred.zip, {len(xyz)} samples" + (
-        "" if len(xyz) == 3960 else ": FreiHAND's evaluation has 3960, its server will refuse this"))
+    print(f"wrote {folder}/pred.zip, {len(xyz)} samples; its mesh is zeros: of the server's scores only those of xyz "
+          "mean anything" + ("" if len(xyz) == 3960 else
+                             "; FreiHAND's evaluation has 3960 samples, its server will refuse this"))
 
 
 def write_dexycb(folder, index, xyz):
-    """dexycb.txt, a line a sample: index and 63 coordinates in mm, as DexYCB's toolkit reads it."""
-    lines = (",".join([str(i), *(f"{v:.6f}" for v in pose)]) for i, pose in zip(index, xyz.reshape(-1, 63)))
+    """dexycb.txt, a line a sample: index and 63 coordinates in mm, as DexYCB's toolkit reads it; with all digits, as a
+    wrist that is the true one counts at the threshold 0."""
+    poses = xyz.reshape(-1, 63).astype(np.float64)
+    lines = (",".join([str(i), *map(repr, pose.tolist())]) for i, pose in zip(index, poses))
     write_text(folder / "dexycb.txt", "\n".join(lines) + "\n")
     print(f"wrote {folder}/dexycb.txt, {len(xyz)} samples")
 

@@ -373,7 +373,8 @@ def read_dexycb(args):
     sets, notes = [], [f"DexYCB {args.setup}: chosen on val, tested on test", *notes]
     for number, name in enumerate(("train", "val", "test")):
         mine = part == number
-        every.index[mine] = np.arange(mine.sum())  # frames without a label count
+        # frames without a label count; what is missing would shift the indices
+        every.index[mine] = np.arange(mine.sum()) if len(places) == 8000 else -1
         kept = mine & labelled & (clear | (not args.paper_filter))
         sets.append(every[kept])
         notes.append(f"{name}: {kept.sum()} of {mine.sum()} frames kept, {(kept & ~every.valid.all(1)).sum()} of them "
@@ -405,7 +406,7 @@ def read_sequences(args, files):
                                                           for folder, frames, *_ in cameras for k in range(frames)])
     count = sum(map(len, files))
     return [every], [f"{count} of 1000 sequences and {len(cameras)} of 8000 cameras are there"
-                     + ("" if len(cameras) == 8000 else ": the indices of names.txt are not official")]
+                     + ("" if len(cameras) == 8000 else ": names.txt has no official indices but -1")]
 
 
 def read_labels(camera):

@@ -379,7 +379,8 @@ def test_submissions_score_as_we_do(tmp_path):
     left = rng.uniform(size=30) < 0.5
     folder = save_run(tmp_path / "run", truth + rng.normal(0, 12, truth.shape), truth)
     (folder / "names.txt").write_text("".join(f"{i}\tsome where/{i}.jpg\tright\n" for i in order))
-    assert "3960" in run_here("evaluate.py", folder, "--submission", "freihand")
+    printed = run_here("evaluate.py", folder, "--submission", "freihand")
+    assert "3960" in printed and "its mesh is zeros" in printed and "only those of xyz" in printed
     with zipfile.ZipFile(folder / "pred.zip") as archive:
         xyz, vertices = json.loads(archive.read("pred.json"))
     assert np.shape(xyz) == (30, 21, 3) and np.shape(vertices) == (30, 778, 3) and not np.any(vertices)
@@ -400,8 +401,10 @@ def test_submissions_score_as_we_do(tmp_path):
     run_here("evaluate.py", folder, "--submission", "dexycb")
     rows = np.array([line.split(",") for line in (folder / "dexycb.txt").read_text().splitlines()], float)
     assert rows.shape == (30, 64) and rows[:, 0].tolist() == list(range(0, 90, 3))
-    seen = truth.astype(np.float32).astype(float) * np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
-    official_truth[order] = seen
+    mirrored = np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
+    official_truth[order] = truth.astype(np.float32).astype(float) * mirrored
+    predicted = np.load(folder / "pred_xyz.npy").astype(float) * mirrored
+    assert np.array_equal(rows[:, 1:].reshape(30, 21, 3)[order], predicted)  # every digit
     scores = official_scores(rows[:, 1:].reshape(30, 21, 3), official_truth)
     assert list(scores) == [pytest.approx(w, rel=1e-6) for w in wanted]
 
