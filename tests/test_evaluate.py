@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import statistics
 import zipfile
@@ -153,7 +154,7 @@ def test_a_few_samples_with_a_wrist_still_have_intervals(tmp_path):
     valid[3:, 0] = False
     run = save_run(tmp_path / "run", truth + rng.normal(0, 10, truth.shape), truth, valid)
     printed = run_here("evaluate.py", run)
-    assert "37 of 40 samples have no valid wrist" in printed
+    assert "37 of 40 samples have no wrist to align by" in printed
     low, high = json.loads((run / "metrics.json").read_text())["intervals"]["mpjpe"]
     assert 0 < low < high
     valid[:, 0] = False
@@ -170,6 +171,48 @@ def test_invalid_joints_change_nothing():
     a, _ = evaluate.score(prediction, truth, valid)
     b, _ = evaluate.score(other, truth, valid)
     assert keep.any() and not keep.all() and all(a[k] == pytest.approx(b[k]) for k in a)
+
+
+def toolkit_error(prediction, truth, valid, wrist):
+    """AssemblyHands' protocol, from its description: poses relative to the wrist's place, whether that joint is valid
+    or not; the valid joints' errors; the mean of each joint, then of the joints that have one."""
+    errors = [[] for _ in range(21)]
+    for p, t, v, known in zip(prediction, truth, valid, wrist):
+        for j in range(21):
+            if v[j] and known:
+                errors[j].append(math.dist(p[j] - p[0], t[j] - t[0]))
+    return np.mean([np.mean(each) for each in errors if each])
+
+
+def test_a_wrist_that_is_known_but_not_valid_aligns_its_sample(tmp_path):
+    truth, rng = poses(60)
+    prediction, valid = truth + rng.normal(0, 15, truth.shape), rng.uniform(size=truth.shape[:2]) > 0.2
+    valid[:25, 0] = False
+    prediction[:25, 1:] += (20, 0, 0)  # so that it matters whether they count
+    truth[:5, 0] = 0
+    truth[5, 0] = np.nan
+    wrist = np.arange(60) > 5  # of six the place is not known
+    known = save_run(tmp_path / "known", prediction, truth, valid)
+    np.save(known / "wrist.npy", wrist)
+    plain = save_run(tmp_path / "plain", prediction, truth, valid)
+    run_here("evaluate.py", known, plain, "--out", tmp_path / "out")
+    ours, strict = (json.loads((run / "metrics.json").read_text()) for run in (known, plain))
+    assert ours["mpjpe"] == pytest.approx(toolkit_error(prediction, truth, valid, wrist), rel=1e-6)
+    assert strict["mpjpe"] == pytest.approx(toolkit_error(prediction, truth, valid, valid[:, 0]), rel=1e-6)
+    assert ours["mpjpe"] > strict["mpjpe"] + 1
+    assert ours["samples_without_wrist"] == 6 < strict["samples_without_wrist"] == (~valid[:, 0]).sum()
+    assert ours["samples_without_bone"] == 60 - (wrist & valid[:, 9]).sum()
+    some = valid[:, 9] & wrist  # its length needs joint 9 as well, which must be valid
+    length = [np.linalg.norm(pose[:, 9] - pose[:, 0], axis=1) for pose in (truth, prediction)]
+    scaled = (prediction - prediction[:, :1]) * (length[0] / length[1])[:, None, None]
+    relative = truth - truth[:, :1]
+    assert ours["scaled_mpjpe"] == pytest.approx(toolkit_error(scaled, relative, valid, some), rel=1e-6)
+    for key in ("abs_mpjpe", "pa_mpjpe", "abs_auc_0_50", "pa_auc_0_50"):  # they align by no wrist
+        assert ours[key] == strict[key]
+    np.save(known / "wrist.npy", wrist[:-1])
+    assert "wrist.npy: is bool (59,), expected bool (60)" in refused("evaluate.py", known)
+    np.save(known / "wrist.npy", np.ones(60, bool))
+    assert "gt_xyz.npy: valid joints must be finite, those of 1 samples are not: 5" in refused("evaluate.py", known)
 
 
 KEYS = ("samples", "abs_mpjpe", "abs_auc_0_50", "mpjpe", "auc_0_50", "auc_20_50", "scaled_mpjpe", "scaled_auc_0_50",
@@ -408,7 +451,8 @@ def test_submissions_score_as_we_do(tmp_path):
     scores = official_scores(rows[:, 1:].reshape(30, 21, 3), official_truth)
     assert list(scores) == [pytest.approx(w, rel=1e-6) for w in wanted]
 
-    for text, words in (("0\tx\tright\n" * 30, "an index occurs twice"), ("0\tx\n", "index, tab, picture"),
+    for text, words in (("-1\tx\tright\n" * 30, "no official indices but -1"),
+                        ("0\tx\tright\n" * 30, "an index occurs twice"), ("0\tx\n", "index, tab, picture"),
                         ("a\tx\tleft\n", "index, tab, picture"), ("0\tx\tup\n", "left or right"),
                         ("0\tx\tleft\n", "pred_xyz.npy")):
         (folder / "names.txt").write_text(text)

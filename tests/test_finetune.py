@@ -578,6 +578,40 @@ def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
     assert np.isfinite(np.load(out / "pred_xyz.npy")).all()
 
 
+def test_assemblyhands_is_scored_as_by_its_toolkit(assembly, tmp_path):
+    """The wrist's place serves where that joint is not valid; without a place, the sample is not aligned."""
+    root, out = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(assembly[0] / "annotations", root / "annotations")
+    (root / "images").symlink_to(assembly[0] / "images")
+    kept = assembly[1]["val"]
+    poses = root / "annotations" / "val" / "assemblyhands_val_joint_3d_v1-1.json"
+    world = json.loads(poses.read_text())
+    frames = world["annotations"]["nusar-val_1"]
+    frames["000005"]["world_coord"][20] = [math.nan] * 3  # the right wrist
+    frames["000019"]["world_coord"][21 + 11] = [math.nan] * 3  # the left hand's joint 9
+    poses.write_text(json.dumps(world))
+    run_here("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY, "--epochs", 1)
+    xyz, predicted, valid, wrist = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "pred_xyz", "valid", "wrist"))
+    lost = np.array(["nusar-val_1" in path and "000005" in path and side == "right" for path, side, *_ in kept])
+    assert (wrist == ~lost).all() and lost.any() and (~valid[~lost, 0]).any() and not valid[lost, 0].any()
+    no_bone = np.array(["nusar-val_1" in path and "000019" in path and side == "left" for path, side, *_ in kept])
+    assert no_bone.any() and not valid[no_bone, 9].any()
+    lengths = np.linalg.norm(xyz[:, 9] - xyz[:, 0], axis=1)
+    predicted_lengths = np.linalg.norm(predicted[:, 9] - predicted[:, 0], axis=1)
+    assert lengths[lost | no_bone].min() > 300 > predicted_lengths[lost | no_bone].max()  # 0 stands for no place
+    assert np.allclose(predicted[:, 0], xyz[:, 0], atol=1e-3)
+    run_here("evaluate.py", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    errors = [[] for _ in range(21)]
+    for k, (_, side, _, truth, _, seen, _) in enumerate(kept):
+        truth = truth * (-1 if side == "left" else 1, 1, 1)
+        for j in range(21):
+            if seen[j] and not lost[k] and not (no_bone[k] and j == 9):
+                errors[j].append(math.dist(predicted[k, j] - predicted[k, 0], truth[j] - truth[0]))
+    assert metrics["mpjpe"] == pytest.approx(np.mean([np.mean(each) for each in errors]), rel=1e-5)
+    assert metrics["samples_without_wrist"] == lost.sum()
+
+
 # ------------------------------------------------------------------------------------------------ pictures and targets
 
 def test_picture_and_pose_turn_together(rendered):
