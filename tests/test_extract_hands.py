@@ -459,8 +459,10 @@ def test_one_rank_waits_for_the_other_and_a_killed_one_is_made_good(rendered, ex
     printed, errors = first.communicate(timeout=100)
     assert first.returncode == 0 and "are not done yet" in printed, errors
     assert not (tmp_path / "hands" / "crops.npy").exists()
+    second.communicate()
     for process in ranks(*arguments, variables=slurm):
-        assert process.wait(100) == 0
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
@@ -468,7 +470,8 @@ def test_two_ranks_may_try_to_merge_at_once(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
     assert kill_when(lambda: len(list((tmp_path / "hands" / "parts").glob("*.npz"))) == 8, *arguments)
     for process in ranks(*arguments):  # nothing is left but to merge, if even that
-        assert process.wait(100) == 0
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
