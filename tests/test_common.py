@@ -462,15 +462,16 @@ def test_a_second_live_run_is_refused(tmp_path):
     lock = common.open_folder(tmp_path / "run")
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another run is writing" in second.stderr
-    child = os.fork()
-    if not child:  # a loader process that outlives its parent must not hold the lock
-        time.sleep(3)
-        os._exit(0)
+    # a loader process that outlives its parent must not hold the lock
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
     lock.close()
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    os.waitpid(child, 0)
+    assert child.is_alive()
+    child.kill()
+    child.join()
     (tmp_path / "run" / ".a.npy.123.tmp").write_text("left by a killed run")
-    common.open_folder(tmp_path / "run")
+    common.open_folder(tmp_path / "run").close()
     assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
 
 
@@ -503,6 +504,22 @@ def test_items_come_in_order_and_what_breaks_a_loader_process_is_told():
             list(common.load_items(Items(), [1, item], args))
     for child in multiprocessing.active_children():
         child.kill()  # as run_script does: they ignore SIGTERM, and Python would wait for them
+
+
+def test_loader_processes_share_what_they_read_however_python_starts_others(tmp_path):
+    """Sent to a process, the items would be copied: gigabytes of crops."""
+    code = ("import multiprocessing, types, numpy, common\n"
+            "class Items:\n"
+            "    kept = numpy.arange(5)\n"
+            "    def __getitem__(self, k):\n"
+            "        return int(self.kept[k])\n"
+            "    def __reduce__(self):\n"
+            "        raise AssertionError('the items were copied')\n"
+            "multiprocessing.set_start_method('forkserver')\n"
+            "print(list(common.load_items(Items(), [3, 1], types.SimpleNamespace(workers=1))))")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert result.stdout == "[3, 1]\n", result.stderr
 
 
 @pytest.mark.parametrize("torchrun", [False, True])

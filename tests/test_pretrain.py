@@ -55,6 +55,18 @@ def setting(mined):
     return args, pretrain.load_data(args), pretrain.SimHandModel("resnet18", "none")
 
 
+def smooth(net):
+    """The same network without corners. Where the input of a ReLU lies within rounding of 0, or two of a
+    max-pooling's are that close to each other, two ways to compute a gradient may both be right and differ."""
+    for module in net.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.ReLU):
+                setattr(module, name, torch.nn.SiLU())
+            if isinstance(child, torch.nn.MaxPool2d):
+                setattr(module, name, torch.nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+    return net.eval()
+
+
 def test_views_hardly_show_the_border_of_their_crop(mined):
     """A view is centred on the mean of the keypoints, a crop on their box: what lies between depends on the pose, and a
     border that is seen gives it away. Crops of the paper's size, half as wide as ours, show it in nearly all views."""
@@ -101,7 +113,7 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
     args.precision, data = "fp32", pretrain.load_data(args)
     (batch,) = small_batch(args, data, 1, 12)
     optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
-    net.eval()
+    smooth(net)
     values = pretrain.train_step(net, optimizer, [batch], None, 0, 1, args)
     ours = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
@@ -569,16 +581,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--weight-on", "neg", "--weight-pca", "--accumulate", 2), ("--method", "peclr")])
-def test_variants_run(mined, tmp_path, flags, monkeypatch):
+def test_variants_run(mined, tmp_path, flags):
     arguments = ("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, *flags)
-    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-    handler = signal.getsignal(signal.SIGTERM)
-    pretrain.main()
-    signal.signal(signal.SIGTERM, handler)
+    run_here(*arguments)
     assert (tmp_path / "run" / "backbone.pt").exists() and (tmp_path / "run" / "views.jpg").exists()
 
 
-def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path, monkeypatch):
+def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
     arguments = (*TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2, "--steps", 6)
     result = run("pretrain.py", mined, "--out", tmp_path / "run", *arguments)
     rate, seconds, memory, steps, hours = map(float, re.search(
@@ -589,8 +598,7 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path, 
     assert not (tmp_path / "run").exists()
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
     command = ("pretrain.py", mined, "--out", straight, *arguments[:-1], 2, "--lr", 1)  # beside a run of other ones
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    pretrain.main()
+    run_here(*command)
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
 
 
