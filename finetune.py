@@ -160,15 +160,10 @@ def main():
     # Before the ranks meet: while one of them reads the labels, the others may have to wait long.
     data = load_data(args)
     plan = make_plan(args, len(data.train))
-    out = Path(args.out)
-    require(not (out / "keypoints.npy").exists(),
-            f"{out}: is a hands folder, choose another --out")
-    if plan.rank == 0:
-        open_folder(out)  # locked until the script ends
-
+    claim_folder(args.out, plan)
     torch.manual_seed(args.seed)
     settings = plain(args, ranks=plan.ranks, precision=plan.precision)
-    kept = resume(out, settings, MAY_CHANGE_ON_RESUME)
+    kept = resume(args.out, settings, MAY_CHANGE_ON_RESUME)
     model = DetNet(args.backbone, "none" if kept else args.weights)
     model = model.to(plan.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args)
@@ -202,7 +197,7 @@ def main():
                     save_model(model, data.train, plan, args)
             rows.append(row)
             if plan.rank == 0:
-                write_log(out, row)
+                write_log(args.out, row)
             save(settings, data, step, best, model, optimizer, plan, args)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, validation {best:.1f} mm, "
                                 f"{row['pictures_per_s']:.0f} pictures/s", refresh=False)
@@ -639,6 +634,14 @@ def make_plan(args, pictures):
             f"{args.batch_size}")
     precision = args.precision or default_precision(device)
     return Plan(rank, ranks, device, precision, steps_per_epoch, args.epochs * steps_per_epoch)
+
+
+def claim_folder(out, plan):
+    """Make and lock the run's folder, on the rank that writes."""
+    require(not (Path(out) / "keypoints.npy").exists(),
+            f"{out}: is a hands folder, choose another --out")
+    if plan.rank == 0:
+        open_folder(out)  # locked until the script ends
 
 
 def default_precision(device):
@@ -1372,8 +1375,9 @@ def read_assemblyhands(args):
     files = assemblyhands_files(args)
     train, train_note = read_annotations(*files[:3])
     test, test_note = read_annotations(*files[3:])
-    notes = [f"AssemblyHands {args.modality}: tested on val, as the public test split has no labels",
-             f"train: {train_note}", f"val: {test_note}"]
+    split = "tested on val, as the public test split has no labels"
+    notes = [f"AssemblyHands {args.modality}: {split}", f"train: {train_note}",
+             f"val: {test_note}"]
     return Labels(train, None, test, notes)
 
 

@@ -516,9 +516,12 @@ def tune(folder):
                 picture.write_bytes(cv2.imencode(".jpg", large)[1])  # its other names show it too
             path, scale = folder / "set" / "training_K.json", np.diag([width / 224, height / 224, 1])
             path.write_text(json.dumps((scale @ json.loads(path.read_text())).tolist()))
-        train, *_ = finetune.split(args)
+        train = finetune.load_data(args).train
         steps = len(train) // batch
-        loader = common.load_items(finetune.Pictures(train, args, True), range(10 * steps), args)
+        plan = finetune.Plan(0, 1, torch.device("cpu"), "fp32", steps, 10 * steps)
+        batches = finetune.rows_of_steps(0, len(train), plan, args)
+        pictures = finetune.Pictures(train, finetune.make_crops(args))
+        loader = common.load_items(pictures, batches, args.workers, finetune.collate)
         for _ in range(3 * steps):
             next(loader)  # made while the processes started
         start = time.time()
