@@ -339,6 +339,7 @@ def open_folder(folder, rank=0, ranks=1):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)  # a child does not inherit it
     except BlockingIOError:
+        lock.close()
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another folder")
     for left in folder.glob(".*.tmp") if ranks == 1 else ():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
