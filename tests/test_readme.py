@@ -89,14 +89,15 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
             weights = args.pop("weights") if command[0] == "finetune.py" else None
             assert weights in (None, "none") or Path(weights) in made
             if command[0] == "pretrain.py":
-                assert args.pop("epochs") == size["epochs"] * (2 if method.endswith("-longer") else 1)
+                steps = args.pop("epochs") * (int(method[4:]) if method.startswith("pool") else size["hands"])
+                assert steps == size["epochs"] * size["hands"]
             settings.setdefault(name.split(f"-{method}")[0], []).append(args)
-    compared = {"method", "pairs", "weighting", "weight_on", "equivariance", "shift_unit", "top_k", "rotation",
-                "crop_margin"}
+    compared = {"method", "hands", "pairs", "weighting", "equivariance", "top_k", "rotation", "crop_margin", "border",
+                "crop_move"}
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 5 + 5 + 9 and len(settings["tuned-0.1"]) == 3 * 6 + 5
+    assert len(settings["pretrain"]) == 3 * 4 + 7 + 3 and len(settings["tuned-0.1"]) == 3 * 5
     for _, command in study.comparisons(tmp_path, size):
         assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
     for _, _, command in study.preparation(tmp_path, size):
