@@ -1,10 +1,13 @@
 """Cut the hands out of videos: the pool that SiMHand pre-trains on.
 
-Reads videos and folders of stills, samples them by time, finds hands and their 21 keypoints with MediaPipe Hands, and
-writes a hands folder: crops.npy, offsets.npy, keypoints.npy, hands.npy, videos.txt (see README), with hands.jpg to look
-at, failed.txt and log.jsonl. Left hands are mirrored, so that every crop shows a right hand. Stop it at any moment and
-run the same command again: it goes on. Videos added to the input later are appended. Under torchrun or srun each rank
+Reads videos and folders of stills, samples them by time, finds hands and their 21 keypoints with
+MediaPipe's hand landmarker, and writes a hands folder: crops.npy, offsets.npy, keypoints.npy,
+hands.npy, videos.txt (see README), with hands.jpg to look at, failed.txt and log.jsonl. Left hands
+are mirrored, so that every crop shows a right hand. Stop it at any moment and run the same command
+again: it goes on. Videos added to the input later are appended. Under torchrun or srun each rank
 takes its share of the videos, and whoever finishes last merges; nothing but the folder is shared.
+The first call makes MediaPipe's model from one of its releases, by pip, and keeps it (--model);
+nothing else is ever fetched.
 
     python extract_hands.py ~/ego4d/v1/full_scale ~/100doh --out data/hands
     python extract_hands.py demo/videos --out demo/hands --fps 5 --workers 2
@@ -22,9 +25,13 @@ import os
 import queue
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +47,16 @@ STILLS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 RENEW = 20_000  # frames after which a worker is replaced, when its video ends: MediaPipe's memory grows with use
 LAYOUT = (("crops", np.uint8, ()), ("offsets", np.int64, ()), ("keypoints", np.float32, (21, 2)),
           ("hands", HANDS_DTYPE, ()))
+
+# MediaPipe's releases after this one carry no model. Its wheels for other machines and Pythons hold
+# the same model; with these flags pip downloads this wheel whatever the machine and the Python.
+MODEL_RELEASE = ("mediapipe==0.10.21", "--python-version=3.12", "--platform=manylinux_2_28_x86_64")
+# The model's two files: name in a bundle, place in the wheel, SHA-256.
+MODEL_FILES = (
+    ("hand_detector.tflite", "mediapipe/modules/palm_detection/palm_detection_full.tflite",
+     "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54"),
+    ("hand_landmarks_detector.tflite", "mediapipe/modules/hand_landmark/hand_landmark_full.tflite",
+     "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3"))
 
 
 def parse_args():
@@ -57,6 +74,9 @@ def parse_args():
                         "below which a hand is dropped: less is a smear at 224 px")
     parser.add_argument("--mirrored", action="store_true",
                         help="the videos are selfies, shown as in a mirror: left and right are told the other way")
+    parser.add_argument("--model", metavar="FILE",
+                        help="MediaPipe's hand_landmarker.task (default: that in ~/.cache/simhand, "
+                        "which the first call makes from mediapipe 0.10.21, 36 MB by pip)")
     # the authors' own hands instead
     parser.add_argument("--annotations", metavar="JSON", help="SiMHand's published Hand100M file: its hands and pairs "
                         "instead of MediaPipe's; each folder of frames is a \"video\". Needs --frames, takes no videos")
@@ -82,7 +102,7 @@ def parse_args():
     require(args.workers is None or args.workers >= 1, "--workers must be at least 1")
     require(args.out and bool(args.videos) != bool(args.annotations) == bool(args.frames),
             "expected --out, and either videos, or --annotations with --frames")
-    for name in ("fps", "max_hands", "min_score", "min_size", "mirrored"):
+    for name in ("fps", "max_hands", "min_score", "min_size", "mirrored", "model"):
         require(not args.annotations or getattr(args, name) == parser.get_default(name),
                 f"--{name.replace('_', '-')} has no effect with --annotations: its hands are found already")
     return args
@@ -92,57 +112,75 @@ def main():
     args = parse_args()
     require(args.annotations or importlib.util.find_spec("mediapipe"),
             "mediapipe is not installed (pip install -r requirements.txt)")
-    env = {"RANK": os.environ.get("SLURM_PROCID", 0), "WORLD_SIZE": os.environ.get("SLURM_NTASKS", 1), **os.environ}
-    rank, ranks = (int(env[name]) if str(env[name]).isdigit() else -1 for name in ("RANK", "WORLD_SIZE"))
-    require(0 <= rank < ranks, f"RANK {env['RANK']}, WORLD_SIZE {env['WORLD_SIZE']}: expected 0 <= RANK < WORLD_SIZE")
-    cores = sorted(os.sched_getaffinity(0))  # srun gives each task its own; the ranks of torchrun divide them here
-    cores = cores[int(env.get("LOCAL_RANK", 0))::int(env.get("LOCAL_WORLD_SIZE", 1))] or cores
+    rank, ranks, cores = find_ranks()
     args.workers = args.workers or len(cores)
     annotations = None
     if args.annotations:
-        args.annotations, args.frames = os.path.realpath(args.annotations), os.path.realpath(args.frames)
+        args.annotations = os.path.realpath(args.annotations)
+        args.frames = os.path.realpath(args.frames)
         annotations = load_annotations(args.annotations, args.frames)
-        root, sources, notes = args.frames, [os.path.join(args.frames, name) for name in annotations.given], []
+        root = args.frames
+        sources = [os.path.join(args.frames, name) for name in annotations.given]
+        notes = []
     else:
         root, sources, notes = list_sources(args.videos)
+        args.model = find_model(args.model)  # once and here: the workers are given its path
     out = Path(args.out)
-    lock = open_folder(out, rank, ranks)  # held until the process ends
-    with one_at_a_time(lock):
-        root, names, merged = prepare(out, root, sources, args)
-        share = [name for name in names[rank::ranks] if name not in merged]
-        todo = [name for name in share if not part_path(out, name).exists()]
-        for left in (out / "parts").glob(".*.tmp") if ranks == 1 else ():
-            left.unlink()
-    print_settings(args, videos=len(names), already_merged=len(merged), rank=f"{rank} of {ranks}", to_do=len(todo))
-    print("\n".join(notes), end="\n" * bool(notes))
 
-    start, frames, hands = time.time(), 0, 0
-    starting = threading.Lock()
-    results = start_workers(iter(todo), annotations and annotations.given, starting, root, out, cores, args)
-    with tqdm(total=len(share), initial=len(share) - len(todo), unit="video", disable=not todo) as bar:
-        for _ in todo:
-            result = results.get()
-            if "fatal" in result:
-                starting.acquire()  # and kept: no worker starts while this process ends
-                raise InputError(result["fatal"])
-            frames, hands = frames + result["frames"], hands + result["hands"]
-            bar.set_postfix_str(f"{hands} hands, {frames / (time.time() - start):.1f} frames/s")
-            bar.update()
+    with open_folder(out, rank, ranks) as lock:  # to the end: no other run may write here
+        with one_at_a_time(lock):
+            root, names, merged = prepare(out, root, sources, args)
+            share = [name for name in names[rank::ranks] if name not in merged]
+            todo = [name for name in share if not part_path(out, name).exists()]
+            for left in (out / "parts").glob(".*.tmp") if ranks == 1 else ():
+                left.unlink()
+        print_settings(args, videos=len(names), already_merged=len(merged),
+                       rank=f"{rank} of {ranks}", to_do=len(todo))
+        print("\n".join(notes), end="\n" * bool(notes))
 
-    with one_at_a_time(lock):
-        merged = lines(out / "videos.txt")  # by now another rank may have merged
-        new = sorted(set(names) - set(merged))
-        failed = failures(out)
-        others = sum(not (part_path(out, name).exists() or name in failed) for name in new)
-        if others:
-            print(f"{others} videos are not done yet, they are left to other ranks (this is rank {rank} of {ranks}); "
-                  "whoever finishes last merges")
-            return
-        added = merge(out, merged, new, annotations, start)
-        summarise(out, added)
-    with contextlib.suppress(OSError):
-        if ranks == 1:
-            (out / "parts").rmdir()
+        start, frames, hands = time.time(), 0, 0
+        starting = threading.Lock()
+        results = start_workers(iter(todo), annotations and annotations.given, starting, root, out,
+                                cores, args)
+        with tqdm(total=len(share), initial=len(share) - len(todo), unit="video",
+                  disable=not todo) as bar:
+            for _ in todo:
+                result = results.get()
+                if "fatal" in result:
+                    starting.acquire()  # and kept: no worker starts while this process ends
+                    raise InputError(result["fatal"])
+                frames += result["frames"]
+                hands += result["hands"]
+                bar.set_postfix_str(f"{hands} hands, {frames / (time.time() - start):.1f} frames/s")
+                bar.update()
+
+        with one_at_a_time(lock):
+            merged = lines(out / "videos.txt")  # by now another rank may have merged
+            new = sorted(set(names) - set(merged))
+            failed = failures(out)
+            others = sum(not (part_path(out, name).exists() or name in failed) for name in new)
+            if others:
+                print(f"{others} videos are not done yet, they are left to other ranks (this is "
+                      f"rank {rank} of {ranks}); whoever finishes last merges")
+                return
+            added = merge(out, merged, new, annotations, start)
+            summarise(out, added)
+        with contextlib.suppress(OSError):
+            if ranks == 1:
+                (out / "parts").rmdir()
+
+
+def find_ranks():
+    """-> this process's rank of torchrun or srun, the number of ranks, the cores of this rank."""
+    env = {"RANK": os.environ.get("SLURM_PROCID", 0),
+           "WORLD_SIZE": os.environ.get("SLURM_NTASKS", 1), **os.environ}
+    rank, ranks = (int(env[name]) if str(env[name]).isdigit() else -1
+                   for name in ("RANK", "WORLD_SIZE"))
+    require(0 <= rank < ranks, f"RANK {env['RANK']}, WORLD_SIZE {env['WORLD_SIZE']}: "
+                               "expected 0 <= RANK < WORLD_SIZE")
+    cores = sorted(os.sched_getaffinity(0))  # srun gives each task its own; torchrun does not
+    own = cores[int(env.get("LOCAL_RANK", 0))::int(env.get("LOCAL_WORLD_SIZE", 1))]
+    return rank, ranks, own or cores
 
 
 def list_sources(inputs):
@@ -185,6 +223,71 @@ def is_a(suffixes, name):
     return name.lower().endswith(suffixes) and name[0] != "."
 
 
+def find_model(given):
+    """-> path of MediaPipe's model: the file given, or the user's own, made where missing."""
+    wanted = {name: sha256 for name, _, sha256 in MODEL_FILES}
+    if given:
+        require(os.path.isfile(given),
+                f"{given}: no such file, expected MediaPipe's hand_landmarker.task")
+        require(set(wanted) <= set(read_stored(given)),  # any version of it will do
+                f"{given}: expected MediaPipe's hand_landmarker.task, a zip that holds "
+                f"{' and '.join(wanted)}, neither compressed nor damaged")
+        return os.path.realpath(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(cache, "simhand", "hand_landmarker.task")
+    try:
+        if read_stored(path) != wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.parent / ".lock", "w") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX)  # who waited here finds the model made
+                if read_stored(path) != wanted:
+                    make_model(path)
+    except (InputError, OSError) as error:
+        raise InputError(f"{path}: MediaPipe's hand model could not be made here ({error}). Copy "
+                         "this file from a machine where extract_hands.py has made it, or download "
+                         "hand_landmarker.task as MediaPipe's documentation of its Hand Landmarker "
+                         "says, and give it with --model")
+    return str(path)
+
+
+def read_stored(path):
+    """-> {name: SHA-256} of a zip's files; {} for a compressed, damaged or missing zip."""
+    try:
+        with zipfile.ZipFile(path) as bundle:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in bundle.infolist()):
+                return {}  # MediaPipe reads the files where they lie
+            return {name: hashlib.sha256(bundle.read(name)).hexdigest()
+                    for name in bundle.namelist()}
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def make_model(path):
+    """Write MediaPipe's model bundle from the last release that carries its two files."""
+    print(f"making {path} from {MODEL_RELEASE[0]}, which pip downloads (36 MB); it is kept for "
+          "later calls", flush=True)
+    parts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", *MODEL_RELEASE, "--only-binary=:all:",
+                   "--no-deps", "--no-input", "--disable-pip-version-check", "--dest", folder]
+        pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        said = pip.stderr.strip().splitlines() or [f"ended with status {pip.returncode}"]
+        wheel = next(Path(folder).glob("*.whl"), None)
+        require(wheel and not pip.returncode, f"pip: {said[-1]}")
+        for name, place, sha256 in MODEL_FILES:
+            try:
+                with zipfile.ZipFile(wheel) as content:
+                    parts[name] = content.read(place)
+            except (KeyError, zipfile.BadZipFile, zlib.error) as error:
+                raise InputError(f"{wheel.name} is damaged: {error}")
+            found = hashlib.sha256(parts[name]).hexdigest()
+            require(found == sha256,
+                    f"{place} in {wheel.name} has the SHA-256 {found}, expected {sha256}")
+    with atomic(path) as file, zipfile.ZipFile(file, "w") as bundle:
+        for name, content in parts.items():
+            bundle.writestr(zipfile.ZipInfo(name), content)  # without a time: always the same bytes
+
+
 def lines(path):
     """The lines of a text file; none where it is missing."""
     return Path(path).read_text(errors="replace").splitlines() if os.path.exists(path) else []
@@ -220,7 +323,9 @@ def prepare(out, root, sources, args):
     if log and (merged or any(out.glob("parts/*.npz"))):
         old = log[0]["args"]
         args.root = root = old["root"]  # names stay relative to it, also those of an input that came later
-        refuse_other_arguments(out, old, args, free=("workers", "videos", "out"))
+        # The model is free because its path only says where this machine and user keep it: the same
+        # model gives the same hands from any place.
+        refuse_other_arguments(out, old, args, free=("workers", "videos", "out", "model"))
     else:
         args.root = root
         start_log(out, args)
@@ -288,11 +393,7 @@ def work(connection, core, root, out, args):
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
     with open(out / "worker.log", "ab") as log:
         os.dup2(log.fileno(), 2)  # decoder and model speak to stderr, through the progress bar
-    detector = contextlib.nullcontext()
-    if not args.annotations:
-        import mediapipe
-        detector = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=args.max_hands,
-                                                   min_detection_confidence=args.min_score)
+    detector = contextlib.nullcontext() if args.annotations else start_detector(args)
     with detector:
         connection.send("ready")
         while True:
@@ -305,6 +406,18 @@ def work(connection, core, root, out, args):
                 connection.send(save_part(out, name, source, args))
             except InputError as error:
                 connection.send({"fatal": str(error)})
+
+
+def start_detector(args):
+    """MediaPipe's hand landmarker, for single pictures."""
+    import mediapipe
+    landmarker = mediapipe.tasks.vision.HandLandmarker
+    options = mediapipe.tasks.vision.HandLandmarkerOptions(
+        base_options=mediapipe.tasks.BaseOptions(model_asset_path=args.model),
+        num_hands=args.max_hands,
+        min_hand_detection_confidence=args.min_score,
+        min_hand_presence_confidence=0.5)  # that a found box shows a hand: MediaPipe's default
+    return landmarker.create_from_options(options)
 
 
 def leave_with(parent):
@@ -411,13 +524,15 @@ def read_stills(folder, names, fps):
 
 def find_hands(detector, image, args):
     """-> list of (keypoints (21, 2) in source pixels, is a left hand, score), each hand once."""
-    found = detector.process(image)
+    import mediapipe
+    image = np.ascontiguousarray(image)  # MediaPipe is given its address alone
+    found = detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, image))
     height, width = image.shape[:2]
     hands = []
-    for marks, side in zip(found.multi_hand_landmarks or [], found.multi_handedness or []):
-        points = np.array([(mark.x, mark.y) for mark in marks.landmark]) * (width, height) - 0.5
-        label, score = side.classification[0].label, side.classification[0].score
-        left = (label == "Left") == args.mirrored  # the label is meant for a mirrored picture
+    for marks, sides in zip(found.hand_landmarks, found.handedness):
+        points = np.array([(mark.x, mark.y) for mark in marks]) * (width, height) - 0.5
+        label, score = sides[0].category_name, sides[0].score
+        left = (label == "Left") != args.mirrored  # the label is right for what is not mirrored
         if np.isfinite(points).all() and np.ptp(points, axis=0).max() >= args.min_size:
             hands.append((points, left, score))
     hands.sort(key=lambda hand: -hand[2])

@@ -42,7 +42,8 @@ def main():
     parser.add_argument("stage", choices=[*STAGES, "all"])
     stage = parser.parse_args().stage
     model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "opencv-python", "mediapipe")]
+    versions = [f"{name} {importlib.metadata.version(name)}"
+                for name in ("torch", "opencv-python-headless", "mediapipe")]
     print(f"{len(os.sched_getaffinity(0))} cores of {model[0] if model else platform.machine()}, "
           f"Python {platform.python_version()}, {', '.join(versions)}; one run\n", flush=True)
     print("| stage | what | ours | reference | ratio | the reference is |\n|---|---|---|---|---|---|")
@@ -102,6 +103,9 @@ def extract(folder):
 def compare(folder, videos, fps, what, processes, rounds=2):
     """Frames a second of extraction, and of processes that only decode the same videos and call MediaPipe. A run over
     all videos less one over the first quarter: what starting takes is given apart."""
+    import extract_hands
+
+    model = extract_hands.find_model(None)  # before the clock runs: it may have to be made
     paths, rates = sorted(videos.glob("*.mp4")), {}
     lists = folder / "quarter.txt", folder / "all.txt"
     for path, chosen in zip(lists, (paths[::4], paths)):
@@ -118,7 +122,8 @@ def compare(folder, videos, fps, what, processes, rounds=2):
             counts = context.Array("i", workers)
             cores, chosen = sorted(os.sched_getaffinity(0)), path.read_text().splitlines()
             bare = [context.Process(target=bare_mediapipe,
-                                    args=(counts, k, cores[k % len(cores)], chosen[k::workers], fps))
+                                    args=(model, counts, k, cores[k % len(cores)],
+                                          chosen[k::workers], fps))
                     for k in range(workers)]
             for process in bare:
                 process.start()
@@ -137,17 +142,20 @@ def compare(folder, videos, fps, what, processes, rounds=2):
                "the same of bare MediaPipe")
 
 
-def bare_mediapipe(counts, k, core, paths, fps):
+def bare_mediapipe(model, counts, k, core, paths, fps):
     os.sched_setaffinity(0, {core})
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import mediapipe
 
-    detector = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=2, min_detection_confidence=0.5)
+    options = mediapipe.tasks.vision.HandLandmarkerOptions(
+        base_options=mediapipe.tasks.BaseOptions(model_asset_path=model), num_hands=2)
+    detector = mediapipe.tasks.vision.HandLandmarker.create_from_options(options)
     for path in paths:
         video, due = cv2.VideoCapture(str(path)), 0
         while video.grab():
             if video.get(cv2.CAP_PROP_POS_MSEC) / 1000 >= due / fps - 1e-4:
-                detector.process(cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB))
+                picture = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
+                detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, picture))
                 counts[k] += 1
                 due += 1
 

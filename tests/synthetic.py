@@ -14,6 +14,7 @@ angles degrees.
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import cv2
@@ -795,11 +796,13 @@ def palm_side(xyz, left):
 
 
 def report(folder):
-    """Runs MediaPipe Hands on every frame -> dict of rates; prints them by view, by pose and by side."""
+    """Runs MediaPipe on every frame -> dict of rates; prints them by view, by pose and by side."""
     import mediapipe
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import extract_hands  # it knows where the model is
     rows = []
-    settings = {"static_image_mode": True, "max_num_hands": 2, "min_detection_confidence": 0.5}
-    with mediapipe.solutions.hands.Hands(**settings) as detector:
+    settings = argparse.Namespace(model=extract_hands.find_model(None), max_hands=2, min_score=0.5)
+    with extract_hands.start_detector(settings) as detector:
         for path in tqdm(sorted(Path(folder).glob("*.mp4")), desc="MediaPipe", unit="video"):
             truth = np.load(path.with_suffix(".npy"))
             video, frame = cv2.VideoCapture(str(path)), 0
@@ -807,7 +810,8 @@ def report(folder):
                 ok, picture = video.read()
                 if not ok:
                     break
-                answer = detector.process(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+                picture = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+                answer = detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, picture))
                 rows += match(truth[truth["frame"] == frame], answer, picture.shape)
                 frame += 1
     if not rows:
@@ -834,10 +838,9 @@ def report(folder):
 def match(truth, answer, shape):
     """One-to-one, nearest first -> for each true hand: found, right side, error / box's side, view, pose, left."""
     guesses = []
-    for marks, side in zip(answer.multi_hand_landmarks or (), answer.multi_handedness or ()):
-        points = np.array([(mark.x * shape[1] - 0.5, mark.y * shape[0] - 0.5) for mark in marks.landmark])
-        # The label takes the picture for a mirrored one: in ours "Right" means a left hand.
-        guesses.append((points, side.classification[0].label == "Right"))
+    for marks, sides in zip(answer.hand_landmarks, answer.handedness):
+        points = np.array([(mark.x * shape[1] - 0.5, mark.y * shape[0] - 0.5) for mark in marks])
+        guesses.append((points, sides[0].category_name == "Left"))
     rows = [[False, False, np.nan, palm_side(t["xyz"], t["left"]), t["pose"], t["left"]] for t in truth]
     pairs = sorted((np.linalg.norm(g[0] - t["keypoints"], axis=1).mean() / np.ptp(t["keypoints"], axis=0).max(), i, j)
                    for i, t in enumerate(truth) for j, g in enumerate(guesses))

@@ -130,7 +130,7 @@ def test_files_named_in_the_readme_are_written_by_a_script():
 
 
 def test_every_import_is_named_in_requirements():
-    names = {"cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+    names = {"cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "PyYAML"}
     required = (ROOT / "requirements.txt").read_text()
     own = {path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]}
     own |= {"faiss", "PIL"}  # references of the benchmark: only where it is installed; comes with torchvision

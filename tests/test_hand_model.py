@@ -1,0 +1,215 @@
+"""MediaPipe's model: how it is made, kept and given; and that no other connection is tried."""
+
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import extract_hands
+from conftest import ENVIRONMENT, ROOT, listing, refused, run
+
+SUMS = {"hand_detector.tflite":
+            "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54",
+        "hand_landmarks_detector.tflite":
+            "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3"}
+PALM = "mediapipe/modules/palm_detection/palm_detection_full.tflite"
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory):
+    """A folder that holds the wheel with the model's files, fetched by pip."""
+    folder = tmp_path_factory.mktemp("wheels")
+    command = [sys.executable, "-m", "pip", "download", *extract_hands.MODEL_RELEASE, "--no-deps",
+               "--only-binary=:all:", "--dest", folder]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder for the model, not there yet. pip has no network, and no wheel until `offer`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "nothing").mkdir()
+    offer(tmp_path / "nothing", monkeypatch)
+    return tmp_path / "cache" / "simhand"
+
+
+def offer(folder, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+
+
+def stored(path):
+    """{name: SHA-256} of a zip's files, none of which is compressed."""
+    with zipfile.ZipFile(path) as bundle:
+        assert {member.compress_type for member in bundle.infolist()} == {zipfile.ZIP_STORED}
+        return {name: hashlib.sha256(bundle.read(name)).hexdigest() for name in bundle.namelist()}
+
+
+def refused_without_model(tmp_path):
+    """Extraction where the model cannot be made. -> the line in which it ends; nothing is left."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_text("never looked at")
+    line = refused("extract_hands.py", tmp_path / "videos", "--out", tmp_path / "hands")
+    assert "hand_landmarker.task" in line and "give it with --model" in line
+    assert not (tmp_path / "hands").exists()
+    assert [path.name for path in (tmp_path / "cache" / "simhand").iterdir()] == [".lock"]
+    return line
+
+
+def test_it_is_made_once_from_the_wheel_and_kept(wheels, cache, tmp_path, monkeypatch, capsys):
+    offer(wheels, monkeypatch)
+    path = Path(extract_hands.find_model(None))
+    assert path == cache / "hand_landmarker.task" and stored(path) == SUMS
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and str(path) in printed and "mediapipe==0.10.21" in printed
+    content = path.read_bytes()
+    changed = path.stat().st_mtime_ns
+
+    offer(tmp_path / "nothing", monkeypatch)
+    assert extract_hands.find_model(None) == str(path) and capsys.readouterr().out == ""
+    assert path.stat().st_mtime_ns == changed
+
+    path.write_bytes(content[:4_000_000] + bytes(1000) + content[4_001_000:])  # a disk that rots
+    offer(wheels, monkeypatch)
+    extract_hands.find_model(None)
+    assert path.read_bytes() == content
+
+
+def test_two_processes_at_once_make_it_once(wheels, cache, monkeypatch):
+    offer(wheels, monkeypatch)
+    code = "import extract_hands; print(extract_hands.find_model(None))"
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    printed = ""
+    for process in processes:
+        output, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors
+        assert output.splitlines()[-1] == str(cache / "hand_landmarker.task")
+        printed += output
+    assert printed.count("making ") == 1
+    assert sorted(path.name for path in cache.iterdir()) == [".lock", "hand_landmarker.task"]
+    assert stored(cache / "hand_landmarker.task") == SUMS
+
+
+@pytest.mark.parametrize("damage, message", [("rotten", "Bad CRC-32"), ("other", "SHA-256"),
+                                             ("missing", "no item named")])
+def test_a_wheel_that_is_not_the_right_one_is_refused(wheels, cache, tmp_path, monkeypatch, damage,
+                                                      message):
+    good = next(wheels.glob("*.whl"))
+    bad = tmp_path / "wheels" / good.name
+    bad.parent.mkdir()
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as copy:
+        for member in source.infolist():
+            content = source.read(member)
+            if member.filename == PALM and damage == "other":
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            if member.filename != PALM or damage != "missing":
+                copy.writestr(member.filename, content)
+        place = copy.NameToInfo[PALM].header_offset if damage == "rotten" else 0
+    if damage == "rotten":
+        with open(bad, "r+b") as file:
+            file.seek(place + 1_000_000)
+            file.write(bytes(1000))
+    offer(bad.parent, monkeypatch)
+    line = refused_without_model(tmp_path)
+    assert message in line and good.name in line
+
+
+def test_without_a_registry_it_ends_in_one_line(cache, tmp_path):
+    line = refused_without_model(tmp_path)
+    assert "No matching distribution found for mediapipe==0.10.21" in line
+
+
+def test_without_pip_it_ends_in_one_line(cache, tmp_path, monkeypatch):
+    """As in an environment of another tool's, which installs packages itself."""
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "pip.py").write_text("raise SystemExit('No module named pip')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
+    assert "No module named pip" in refused_without_model(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.mp4").write_text("never looked at")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    line = refused("extract_hands.py", tmp_path / "a.mp4", "--out", tmp_path / "hands")
+    assert "Not a directory" in line and "give it with --model" in line
+
+
+def test_a_model_that_is_given_is_checked(tmp_path):
+    model = extract_hands.find_model(None)
+    content = Path(model).read_bytes()
+    (tmp_path / "a.mp4").write_text("never looked at")
+    (tmp_path / "text.task").write_text("no zip")
+    (tmp_path / "cut.task").write_bytes(content[:-100])
+    (tmp_path / "rotten.task").write_bytes(content[:5000] + bytes(1000) + content[6000:])
+    with zipfile.ZipFile(model) as source:
+        with zipfile.ZipFile(tmp_path / "compressed.task", "w", zipfile.ZIP_DEFLATED) as bundle:
+            for name in source.namelist():
+                bundle.writestr(name, source.read(name))
+        with zipfile.ZipFile(tmp_path / "half.task", "w") as bundle:
+            bundle.writestr("hand_detector.tflite", source.read("hand_detector.tflite"))
+    arguments = (tmp_path / "a.mp4", "--out", tmp_path / "hands", "--model")
+    for name in ("text", "cut", "rotten", "compressed", "half"):
+        line = refused("extract_hands.py", *arguments, tmp_path / f"{name}.task")
+        assert f"{name}.task: expected MediaPipe's hand_landmarker.task" in line
+    assert "no such file" in refused("extract_hands.py", *arguments, tmp_path / "nowhere.task")
+    assert "no such file" in refused("extract_hands.py", *arguments, tmp_path)
+    assert not (tmp_path / "hands").exists()
+
+
+def test_a_model_that_is_given_needs_no_cache_and_may_move(rendered, extracted, tmp_path,
+                                                           monkeypatch):
+    moved = Path(shutil.copy(extract_hands.find_model(None), tmp_path / "a model.task"))
+    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--model")
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run("extract_hands.py", *arguments, moved)
+    assert listing(tmp_path / "hands") == listing(extracted)
+    assert not (tmp_path / "cache").exists()
+    printed = run("extract_hands.py", *arguments, moved.rename(tmp_path / "b.task")).stdout
+    assert "nothing new" in printed
+
+
+# Runs a Python file; the kernel kills its process, or any that it starts, when it asks for a socket
+# of the internet, also from C++. The rules are those of seccomp: load the system call's number; if
+# it is that of socket(), load its first argument; kill if that is AF_INET or AF_INET6; allow else.
+OFFLINE = """
+import ctypes, platform, runpy, socket, struct, sys
+number = {"x86_64": 41, "aarch64": 198}[platform.machine()]
+rules = [(0x20, 0, 0, 0), (0x15, 0, 4, number), (0x20, 0, 0, 16), (0x15, 1, 0, socket.AF_INET),
+         (0x15, 0, 1, socket.AF_INET6), (0x06, 0, 0, 0x80000000), (0x06, 0, 0, 0x7FFF0000)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+given = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(program))
+system = ctypes.CDLL(None, use_errno=True)
+if system.prctl(38, 1, 0, 0, 0) or system.prctl(22, 2, given, 0, 0):
+    sys.exit("not permitted")
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_no_connection_is_tried(rendered, extracted, tmp_path):
+    (tmp_path / "offline.py").write_text(OFFLINE)
+    (tmp_path / "connect.py").write_text("import socket\nsocket.socket(socket.AF_INET)\n")
+    offline = [sys.executable, tmp_path / "offline.py"]
+    tried = subprocess.run([*offline, tmp_path / "connect.py"], capture_output=True, text=True)
+    if platform.machine() not in ("x86_64", "aarch64") or "not permitted" in tried.stderr:
+        pytest.skip("this kernel does not let a process forbid itself a system call")
+    assert tried.returncode == -signal.SIGSYS
+    extract_hands.find_model(None)  # made here, if it must be
+    command = [*offline, ROOT / "extract_hands.py", rendered / "videos", "--fps", "5",
+               "--out", tmp_path / "hands"]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert listing(tmp_path / "hands") == listing(extracted)
