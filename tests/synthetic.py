@@ -5,8 +5,13 @@ tracing in batches (torch, on the GPU when there is one) and coloured by where a
 knuckles. Everything follows from the seed. Hands are right-handed, a left one is the mirror image. Lengths are mm,
 angles degrees.
 
+The full world, the default, has 16 poses, seen from all around the forearm: a few thousand hands leave most of them
+without a really similar one. The small world is for short runs: eight poses that nobody takes for one another, the palm
+towards the camera, and another person in each video, so that every hand has similar ones of other persons.
+
     python tests/synthetic.py videos data/videos --videos 24 --seconds 10 --fps 5     # NAME.mp4 and its truth, NAME.npy
     python tests/synthetic.py freihand data/freihand --train 300 --evaluation 100     # FreiHAND's own layout
+    python tests/synthetic.py videos data/small --videos 48 --world small             # eight poses, palms alone
     python tests/synthetic.py sheet sheet.jpg                                         # some hands, to look at
     python tests/synthetic.py report data/videos                                      # what MediaPipe finds in them
 """
@@ -52,6 +57,7 @@ POSES = {
     "gun": ((UP, DOWN, DOWN, DOWN), 0.0, (55, 10, 40, 0, -5)),
 }
 NAMES = list(POSES)
+WORLDS = {"full": NAMES, "small": ["open", "fist", "point", "victory", "ok", "grasp", "call", "rock"]}
 SPREAD = np.array((14, 2, -9, -20), float)  # of the knuckles at spread 1, positive to the thumb
 SKINS = np.array([(238, 200, 178), (222, 176, 146), (196, 146, 112), (150, 105, 76), (104, 72, 54)], float)  # RGB
 BARE, NAILED, CLOTH = 0, 1, 2  # what a cone shows
@@ -591,11 +597,13 @@ def make_light(rng):
     return direction / np.linalg.norm(direction), sun * warm, sky * np.ones(3), sky * ground * warm
 
 
-def draw_view(rng, side=None, upright=False):
+def draw_view(rng, side=None, upright=False, world="full"):
     """-> degrees: turn about the forearm's axis (0 shows the palm, 180 the back), tilt, roll in the picture.
 
     The turn is uniform over the circle, over one half of it where side says "palm" or "back"; upright: little roll.
-    This was fixed before any detector saw a hand."""
+    This was fixed before any detector saw a hand. The small world shows the palm, whatever else is asked for."""
+    if world == "small":
+        return rng.uniform(-40, 40), rng.uniform(-20, 20), rng.uniform(-45, 45)
     turn = rng.uniform(-90, 90) + (180 if (side == "back" if side else rng.random() < 0.5) else 0)
     return turn, np.clip(rng.normal(0, 25), -60, 60), rng.normal(0, 15 if upright else 45)
 
@@ -648,12 +656,13 @@ def lay_over(picture, thing, cover):
         picture[part] += (thing[part] - picture[part]) * cover[part][..., None]
 
 
-def plan_videos(videos, seconds, fps, seed):
+def plan_videos(videos, seconds, fps, seed, world="full"):
     """-> for each video its name, its person, when it is empty, and one or two tracks (left, keyframes).
 
     All is drawn before any is rendered, so that every pose comes from the palm's side as often as from the back."""
     rng = np.random.default_rng((seed, 2))
     pairs, plan = [], []
+    clips = 1 if world == "small" else 2  # of each person
     count = int(np.ceil(seconds / PERIOD)) + 1
     for v in range(videos):
         sides = [(v % 3 == 1)] + ([v % 3 != 1] if v % 8 == 3 else [])
@@ -663,7 +672,7 @@ def plan_videos(videos, seconds, fps, seed):
             keys = []
             for k in range(count):
                 if not pairs:
-                    pairs = [(name, side) for name in NAMES for side in ("palm", "back")]
+                    pairs = [(name, side) for name in WORLDS[world] for side in ("palm", "back")]
                     rng.shuffle(pairs)
                 unseen = gap[0] <= k * PERIOD / seconds < gap[1] or k == count - 1
                 name, side = pairs[-1] if unseen else pairs.pop()
@@ -672,10 +681,11 @@ def plan_videos(videos, seconds, fps, seed):
                     spot[0] = 0.6 * spot[0] + (0 if left else 0.4)
                 low, high = LENGTHS
                 keys.append({"pose": NAMES.index(name), "angles": pose_angles(name, rng), "spot": spot,
-                             "view": draw_view(rng, side, len(sides) == 2),
+                             "view": draw_view(rng, side, len(sides) == 2, world),
                              "length": low * (high / low) ** rng.random()})
             tracks.append((left, keys))
-        plan.append({"name": f"person{v // 2:03d}_clip{v % 2 + 1}", "person": v // 2, "tracks": tracks, "gap": gap})
+        person, clip = divmod(v, clips)
+        plan.append({"name": f"person{person:03d}_clip{clip + 1}", "person": person, "tracks": tracks, "gap": gap})
     return plan
 
 
@@ -725,14 +735,16 @@ def cover_of(thing, keypoints, time):
     return cover / np.float32(255)
 
 
-def write_videos(folder, videos=24, seconds=10, fps=5, size=FRAME, seed=0, device=None, objects=0.0):
+def write_videos(folder, videos=24, seconds=10, fps=5, size=FRAME, seed=0, device=None, objects=0.0,
+                 world="full"):
     """Videos of one person each, NAME.mp4, and the truth, NAME.npy: one row (TRUTH) for each hand of each frame.
-    objects: share of the videos in which something moves in front of the hands.
+    objects: share of the videos in which something moves in front of the hands. world: a key of WORLDS.
 
     keypoints are pixels of the picture (centres at integers), xyz mm in the camera frame, pose an index into NAMES."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for v, video in enumerate(tqdm(plan_videos(videos, seconds, fps, seed), desc="videos", unit="video")):
+    plan = plan_videos(videos, seconds, fps, seed, world)
+    for v, video in enumerate(tqdm(plan, desc="videos", unit="video")):
         target, truth = folder / f"{video['name']}.mp4", folder / f"{video['name']}.npy"
         if target.exists() and truth.exists():
             continue
@@ -793,15 +805,16 @@ def draw_video(video, rng, count, fps, size, seed, device, thing=None):
     return frames, np.array(rows, TRUTH)
 
 
-def freihand_sample(split, i, size, seed):
+def freihand_sample(split, i, size, seed, world="full"):
     """-> the hand of one annotation."""
     rng = np.random.default_rng((seed, 4, split == "training", i))
     persons = TRAINING_PERSONS if split == "training" else EVALUATION_PERSONS
     person = make_person(seed, persons[i % len(persons)])
-    names = [NAMES[i % len(NAMES)], NAMES[rng.integers(len(NAMES))]]
+    poses = WORLDS[world]
+    names = [poses[i % len(poses)], poses[rng.integers(len(poses))]]
     share = 0.5 * rng.random() ** 3
     angles = (1 - share) * pose_angles(names[0], rng) + share * pose_angles(names[1], rng)
-    view = draw_view(rng)
+    view = draw_view(rng, world=world)
     joints, _ = skeleton(person, angles)
     extent = np.ptp(joints @ view_matrix(*view).T, axis=0)[:2].max()
     distance, side = rng.uniform(450, 950), size * rng.uniform(0.42, 0.68)
@@ -812,7 +825,7 @@ def freihand_sample(split, i, size, seed):
     return make_hand(person, angles, view_matrix(*view), middle, distance, camera, make_light(rng))
 
 
-def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=None):
+def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=None, world="full"):
     """A labelled set in FreiHAND's layout: right hands, four versions of a training picture, xyz in metres.
 
     evaluation_xyz.json lies in the sibling folder FOLDER_eval. The persons of the two splits differ."""
@@ -823,7 +836,7 @@ def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=N
         rgb.mkdir(parents=True, exist_ok=True)
         sibling.mkdir(parents=True, exist_ok=True)
         names = [[rgb / f"{i + k * count:08d}.jpg" for k in range(versions)] for i in range(count)]
-        hands = [freihand_sample(split, i, size, seed) for i in range(count)]
+        hands = [freihand_sample(split, i, size, seed, world) for i in range(count)]
         for start in tqdm(range(0, count, 32), desc=f"freihand {split}", unit="batch"):
             ids = range(start, min(start + 32, count))  # always the same batches: their mix changes the last digits
             if all(name.exists() for i in ids for name in names[i]):
@@ -961,6 +974,10 @@ def parse_args():
     pictures.add_argument("out")
     check = tasks.add_parser("report", help="what MediaPipe finds")
     check.add_argument("out", metavar="FOLDER")
+    for task in (videos, freihand):
+        task.add_argument("--world", choices=sorted(WORLDS), default="full", help="full: 16 poses from all sides; "
+                          "small: eight, the palm towards the camera, so that hands of different persons look alike "
+                          "(default: full)")
     for task in (videos, freihand, pictures):
         task.add_argument("--seed", type=int, default=0)
         task.add_argument("--device", help="cuda or cpu; default: cuda when there is one")
@@ -971,9 +988,10 @@ def main():
     args = parse_args()
     if args.task == "videos":
         write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed, device=args.device,
-                     objects=args.objects)
+                     objects=args.objects, world=args.world)
     elif args.task == "freihand":
-        write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device)
+        write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device,
+                       world=args.world)
     elif args.task == "sheet":
         sheet(args.out, args.seed, device=args.device)
     else:

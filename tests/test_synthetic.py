@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import synthetic
+from scipy.spatial.transform import Rotation
 
 
 @pytest.fixture
@@ -92,6 +93,33 @@ def test_every_pose_from_palm_and_back(videos):
     for pose in range(len(synthetic.NAMES)):
         assert view[rows["pose"] == pose].max() > 0.1 and view[rows["pose"] == pose].min() < -0.1, synthetic.NAMES[pose]
     assert (np.abs(view) < 0.3).any()
+
+
+def directions(xyz, left):
+    """xyz (N, 21, 3), left (N,) -> turn, tilt, roll (N, 3) of the palms in degrees, as draw_view gives them."""
+    palm = np.vstack([np.zeros(3), synthetic.KNUCKLES])
+    angles = []
+    for joints, mirrored in zip(xyz[:, [0, 5, 9, 13, 17]], left):
+        seen = (joints - joints[0]) * (-1 if mirrored else 1, -1, -1)  # x right, y up, z to the viewer
+        turn = Rotation.align_vectors(seen, palm)[0]
+        angles.append(turn.as_euler("ZXY", degrees=True)[::-1])
+    return np.array(angles)
+
+
+def test_small_world_has_few_poses_palms_alone_and_one_video_a_person(tmp_path):
+    synthetic.write_videos(tmp_path, videos=4, seconds=3, fps=3, size=(160, 120), world="small")
+    small = truths(tmp_path)
+    assert [name.split("_")[0] for name in small] == ["person000", "person001", "person002", "person003"]
+    rows = np.concatenate(list(small.values()))
+    assert len(synthetic.WORLDS["small"]) == 8
+    assert {synthetic.NAMES[pose] for pose in rows["pose"]} == set(synthetic.WORLDS["small"])
+    hands = [synthetic.freihand_sample(split, i, 224, 0, "small")
+             for split in ("training", "evaluation") for i in range(40)]
+    xyz = np.concatenate([rows["xyz"], [hand["xyz"] for hand in hands]])
+    left = np.concatenate([rows["left"], np.zeros(len(hands), bool)])
+    angles = np.abs(directions(xyz, left))
+    assert (angles.max(0) < (42, 22, 47)).all() and (angles.max(0) > (30, 15, 35)).all()
+    assert min(synthetic.palm_side(joints, mirrored) for joints, mirrored in zip(xyz, left)) > 0.5
 
 
 def test_one_person_a_video(videos):
