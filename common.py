@@ -538,6 +538,7 @@ def open_folder(folder, rank=0, ranks=1):
     try:  # a child process does not inherit the lock
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
     except BlockingIOError:
+        lock.close()
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another "
                          "folder")
     if ranks == 1:
