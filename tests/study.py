@@ -249,7 +249,8 @@ def pair_report(out):
         else:
             other = rng.integers(len(rows), size=len(usable))
         apart = np.linalg.norm(hands.keypoints[usable] - hands.keypoints[other], axis=2).mean(1) / hands.side
-        distances = evaluate.distances(xyz[other], xyz[usable], np.ones((len(usable), 21), bool))
+        valid = np.ones((len(usable), 21), bool)
+        distances = evaluate.distances(xyz[other], xyz[usable], valid, valid[:, 0])
         same = np.mean(rows["pose"][usable] == rows["pose"][other])
         lines.append(f"| {name} | {len(usable)} | {100 * np.mean(apart):.1f} | {distances[''].mean():.1f} | "
                      f"{distances['pa_'].mean():.1f} | {100 * same:.0f} % |")
