@@ -219,13 +219,13 @@ def distances(prediction, truth, valid, wrist):
         rows = slice(start, start + 50_000)
         some = distances_of_some(prediction[rows].astype(np.float64),
                                  truth[rows].astype(np.float64), valid[rows], wrist[rows])
-        for alignment, distance in some.items():
-            found[alignment][rows] = distance
+        for alignment, values in some.items():
+            found[alignment][rows] = values
     return found
 
 
 def distances_of_some(prediction, truth, valid, wrist):
-    """The same, all samples at a time."""
+    """The same, of samples in float64, all at once."""
     relative = prediction - prediction[:, :1]
     relative_truth = truth - truth[:, :1]
     with_wrist = valid & wrist[:, None]
@@ -390,8 +390,8 @@ def load_poses(folder, mmap=False):
 
 
 def leave_out_unused(folder, poses, allow_missing):
-    """-> Poses with 0 for the joints that are not used, and without the samples whose prediction
-    is not finite; the number of these. The arrays given are overwritten."""
+    """-> Poses without the samples whose prediction is not finite, and with 0 for the joints that
+    are not used; how many samples were left out. The arrays given may be overwritten."""
     used = poses.valid.copy()
     used[:, 0] = poses.wrist
     refuse_samples(folder / "gt_xyz.npy", not_finite(poses.truth, used))
@@ -959,9 +959,9 @@ def write_submission(run, prediction, benchmark):
 def submission_order(names, prediction):
     """-> official indices (T,) in their order, predictions (T, 21, 3) as the camera sees them:
     left hands, which pred_xyz.npy mirrors, are left again."""
-    names_order = np.argsort(names["index"])
-    names = names[names_order]
-    xyz = prediction[names_order]
+    order = np.argsort(names["index"])
+    names = names[order]
+    xyz = prediction[order]
     xyz[names["left"], :, 0] *= -1
     return names["index"], xyz
 

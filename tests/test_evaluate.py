@@ -333,6 +333,11 @@ def test_columns_are_grouped_by_data_set(tmp_path):
     assert text[0].count("|") == text[2].count("|") == text[3].count("|") and text[3].startswith("| simhand |")
 
 
+def test_names_are_escaped_for_latex():
+    assert evaluate.escape(r"a_b{c}%") == r"a\_b\{c\}\%"
+    assert evaluate.escape("\\~^") == r"\symbol{92}\symbol{126}\symbol{94}"
+
+
 def test_seeds_share_a_row(tmp_path):
     truth, rng = poses()
     runs = [save_run(tmp_path / f"{name}-seed{k}", truth + scale * rng.normal(0, 10, truth.shape), truth)
