@@ -441,6 +441,9 @@ def warn_of_unit(path, array, used):
 
 # --------------------------------------------------------------- files: runs' names and settings
 
+SEED = r"[-_./]?seed[-_]?\d+"  # in a run's name
+
+
 def name_runs(folders, seeds):
     """-> a Run for each folder."""
     real = [Path(folder).resolve() for folder in folders]
@@ -466,9 +469,6 @@ def name_runs(folders, seeds):
         for run in runs:
             run.row = run.name
     return runs
-
-
-SEED = r"[-_./]?seed[-_]?\d+"
 
 
 def row_of(name, seeds):
