@@ -885,8 +885,8 @@ def report(folder):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import extract_hands  # it knows where the model is
     rows = []
-    settings = argparse.Namespace(model=extract_hands.find_model(None), max_hands=2, min_score=0.5)
-    with extract_hands.start_detector(settings) as detector:
+    settings = argparse.Namespace(max_hands=2, min_score=0.5)
+    with extract_hands.start_detector(extract_hands.find_model(None), settings) as detector:
         for path in tqdm(sorted(Path(folder).glob("*.mp4")), desc="MediaPipe", unit="video"):
             truth = np.load(path.with_suffix(".npy"))
             video, frame = cv2.VideoCapture(str(path)), 0
