@@ -57,7 +57,8 @@ def make_parser():
     flag("--temporal", action="store_true", help="instead of similar hands: the hand of the same "
          "side with the nearest box in the next sampled frame of the same video (as in TempCLR)")
     flag("--limit", type=int, help="mine within so many hands, drawn at random, as if there were "
-         "no others (paper: 50k to 2M); of one seed the smaller set lies in the larger (default: all)")
+         "no others (paper: 50k to 2M); of one seed the smaller set lies in the larger (default: "
+         "all)")
     flag("--seed", type=int, default=0, help="of --limit")
     # the machine
     flag("--device",
