@@ -158,13 +158,13 @@ def unique(items):
 
 # Thresholds of PCK, mm.
 THRESHOLDS = {"auc_0_50": np.linspace(0, 50, 100), "auc_20_50": np.linspace(20, 50, 15)}
-# How the metrics' names begin for each alignment, and the areas under PCK that are taken of it:
-# none, wrist on wrist, that and rescaled by the bone 0-9 (the paper's protocol), Procrustes.
+# How the metrics' names begin for each alignment, and the metrics that are taken of it. The
+# alignments: none; wrist on wrist; that, and rescaled by the bone 0-9 (the paper's); Procrustes.
 ALIGNMENTS = {
-    "abs_": ("auc_0_50",),
-    "": ("auc_0_50", "auc_20_50"),
-    "scaled_": ("auc_0_50", "auc_20_50"),
-    "pa_": ("auc_0_50",)}
+    "abs_": ("mpjpe", "auc_0_50"),
+    "": ("mpjpe", "auc_0_50", "auc_20_50"),
+    "scaled_": ("mpjpe", "auc_0_50", "auc_20_50"),
+    "pa_": ("mpjpe", "auc_0_50")}
 RESAMPLES = 1000  # of the bootstrap
 GROUPS = 50_000  # what it draws at most: samples, or groups of them where there are more
 
@@ -191,16 +191,17 @@ def score(prediction, truth, valid, resamples=0, wrist=None):
     order = np.random.default_rng(0).permutation(len(valid))
     keys = []
     tables = []
-    for alignment in ALIGNMENTS:
+    for alignment, names in ALIGNMENTS.items():
         error = errors.pop(alignment)  # a million samples have 170 MB of each
         counts = ~np.isnan(error)
         n = counts.sum(0)
         groups = [sum_groups(counts, order)]
-        for name, values in metrics_of(error, alignment):
+        for name in names:
             key = alignment + name
             keys.append(key)
-            result[key] = number(mean_over_joints(values.sum(0), n))
-            groups.append(sum_groups(values, order))
+            sums, of_groups = add_up(values_of(error, name), order)
+            result[key] = number(mean_over_joints(sums, n))
+            groups.append(of_groups)
         tables.append(groups)
         if alignment == "":
             sums = np.nansum(error, 0)
@@ -265,18 +266,17 @@ def align(prediction, truth, valid):
     return (prediction - mean_p) / norm_p @ rotation * scale + mean_t
 
 
-def metrics_of(error, alignment):
-    """Yields each metric of errors (T, 21): its name, and what each error adds to it, (T, 21),
-    0 for NaN."""
-    yield "mpjpe", np.where(np.isnan(error), 0, error)
-    for name in ALIGNMENTS[alignment]:
-        thresholds = THRESHOLDS[name]
-        count = len(thresholds)
-        steps = np.tri(count, count + 1)  # column k: a PCK of 1 from threshold k on
-        areas = area_under(steps, thresholds)
-        # The first threshold that is not below the error. NaN comes last, where the area is 0.
-        reached = np.searchsorted(thresholds, error)
-        yield name, areas[reached]
+def values_of(error, name):
+    """What each error adds to a metric, (T, 21), 0 for NaN."""
+    if name == "mpjpe":
+        return np.where(np.isnan(error), 0, error)
+    thresholds = THRESHOLDS[name]
+    count = len(thresholds)
+    steps = np.tri(count, count + 1)  # column k: a PCK of 1 from threshold k on
+    areas = area_under(steps, thresholds)
+    # The first threshold that is not below the error. NaN comes last, where the area is 0.
+    reached = np.searchsorted(thresholds, error)
+    return areas[reached]
 
 
 def area_under(pck, thresholds):
@@ -308,6 +308,11 @@ def mean_over_joints(sums, n):
 def number(value):
     """A plain float; None, which json can hold, for NaN."""
     return float(value) if np.isfinite(value) else None
+
+
+def add_up(values, order):
+    """(T, 21) -> (21,), their sums over all samples; (G, 21), those over groups of samples."""
+    return values.sum(0), sum_groups(values, order)
 
 
 def sum_groups(table, order):
