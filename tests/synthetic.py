@@ -17,7 +17,11 @@ towards the camera, and another person in each video, so that every hand has sim
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -736,32 +740,45 @@ def cover_of(thing, keypoints, time):
 
 
 def write_videos(folder, videos=24, seconds=10, fps=5, size=FRAME, seed=0, device=None, objects=0.0,
-                 world="full"):
+                 world="full", workers=1):
     """Videos of one person each, NAME.mp4, and the truth, NAME.npy: one row (TRUTH) for each hand of each frame.
-    objects: share of the videos in which something moves in front of the hands. world: a key of WORLDS.
+    objects: share of the videos in which something moves in front of the hands. world: a key of WORLDS. workers:
+    processes, a video at a time each; their number changes nothing in the files.
 
     keypoints are pixels of the picture (centres at integers), xyz mm in the camera frame, pose an index into NAMES."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = plan_videos(videos, seconds, fps, seed, world)
-    for v, video in enumerate(tqdm(plan, desc="videos", unit="video")):
-        target, truth = folder / f"{video['name']}.mp4", folder / f"{video['name']}.npy"
-        if target.exists() and truth.exists():
-            continue
-        rng = np.random.default_rng((seed, 3, v))
-        hidden = np.random.default_rng((seed, 6, v)).random() < objects
-        frames, rows = draw_video(video, rng, round(seconds * fps), fps, size, seed, device, v if hidden else None)
-        partial = folder / f".{video['name']}.partial.mp4"
-        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-        if not writer.isOpened():
-            raise OSError(f"{partial}: OpenCV cannot write mp4v videos")
-        for frame in frames:
-            writer.write(frame)
-        writer.release()
-        with open(partial.with_suffix(".npy"), "wb") as file:
-            np.save(file, rows)
-        os.replace(partial.with_suffix(".npy"), truth)
-        os.replace(partial, target)
+    write = functools.partial(write_video, folder, round(seconds * fps), fps, size, seed, device, objects)
+    plan = list(enumerate(plan_videos(videos, seconds, fps, seed, world)))
+    with contextlib.ExitStack() as stack:
+        each = map
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along, broken
+            each = stack.enter_context(concurrent.futures.ProcessPoolExecutor(workers, context)).map
+        for _ in tqdm(each(write, plan), desc="videos", unit="video", total=videos):
+            pass
+
+
+def write_video(folder, count, fps, size, seed, device, objects, numbered):
+    """numbered: a number v and the video of that number in the plan."""
+    v, video = numbered
+    target, truth = folder / f"{video['name']}.mp4", folder / f"{video['name']}.npy"
+    if target.exists() and truth.exists():
+        return
+    rng = np.random.default_rng((seed, 3, v))
+    hidden = np.random.default_rng((seed, 6, v)).random() < objects
+    frames, rows = draw_video(video, rng, count, fps, size, seed, device, v if hidden else None)
+    partial = folder / f".{video['name']}.partial.mp4"
+    writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    if not writer.isOpened():
+        raise OSError(f"{partial}: OpenCV cannot write mp4v videos")
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    with open(partial.with_suffix(".npy"), "wb") as file:
+        np.save(file, rows)
+    os.replace(partial.with_suffix(".npy"), truth)
+    os.replace(partial, target)
 
 
 def draw_video(video, rng, count, fps, size, seed, device, thing=None):
@@ -966,6 +983,8 @@ def parse_args():
     videos.add_argument("--seconds", type=float, default=10, help="length of each")
     videos.add_argument("--fps", type=float, default=5, help="frames a second")
     videos.add_argument("--objects", type=float, default=0, help="share of the videos with objects in front of hands")
+    videos.add_argument("--workers", type=int, default=1, help="processes, a video at a time each; the files are "
+                        "the same with any number (default: 1)")
     freihand = tasks.add_parser("freihand", help="a labelled set in FreiHAND's layout")
     freihand.add_argument("out")
     freihand.add_argument("--train", type=int, default=300, help="training hands, four pictures each")
@@ -988,7 +1007,7 @@ def main():
     args = parse_args()
     if args.task == "videos":
         write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed, device=args.device,
-                     objects=args.objects, world=args.world)
+                     objects=args.objects, world=args.world, workers=args.workers)
     elif args.task == "freihand":
         write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device,
                        world=args.world)
