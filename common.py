@@ -302,6 +302,7 @@ def run_script(main):
     finally:
         for child in multiprocessing.active_children():  # loader processes ignore SIGTERM
             child.kill()
+        HELD.close()
     for bar in list(tqdm._instances):
         bar.close()  # the message gets a line of its own
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -313,10 +314,11 @@ def check_flags(args):
     for name, value in vars(args).items():
         require(not isinstance(value, (int, float)) or 0 <= value < (2 ** 63 if isinstance(value, int) else math.inf),
                 f"--{name.replace('_', '-')} is {value}, expected a number that is finite and not negative")
-    try:
-        torch.empty(0, device=getattr(args, "device", None) or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if getattr(args, "device", None):  # nothing is put there yet: a CUDA context would be made
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = ["cpu", "cuda", *(f"cuda:{k}" for k in range(count))] if count else ["cpu"]
+        require(args.device in devices,
+                f"--device {args.device}: not here, expected one of {', '.join(devices)}")
 
 
 def print_settings(args, **effective):
@@ -324,20 +326,24 @@ def print_settings(args, **effective):
     print(*("  ".join(f"{k} {v}" for k, v in group.items()) for group in (vars(args), effective)), sep="\n", flush=1)
 
 
+HELD = contextlib.ExitStack()  # the locks of open_folder, which run_script lets go at its end
+
+
 def open_folder(folder, rank=0, ranks=1):
-    """Make an output folder, lock it (a rank: its share) for this process's life, clear what a killed run left."""
+    """Make an output folder, lock it (a rank: its share) until the script ends, clear what a killed run left."""
     folder = Path(folder)
     require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
+    lock = HELD.enter_context(open(folder / ".lock", "w"))
     start, end = (k * 2 ** 40 // ranks for k in (rank, rank + 1))  # another whole run's shares overlap with it
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)  # a child does not inherit it
     except BlockingIOError:
+        lock.close()
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another folder")
     for left in folder.glob(".*.tmp") if ranks == 1 else ():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return lock  # closes, and thereby unlocks, with the process
+    return lock  # a process that dies unlocks it as well
 
 
 def start_ranks(device):
@@ -434,6 +440,11 @@ CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1
 def load_items(items, order, args, **more):
     """Yields the items in this order, made by args.workers processes; the global random state stays as it is.
     Where memory or /dev/shm is full, and such a process dies or complains, InputError is raised."""
+    if args.workers:
+        # A forked process has the items already. Any other start, Python's default from 3.14 on,
+        # would send each process a copy: of a memory-mapped crops.npy the whole file. Loader
+        # processes never touch CUDA, which a forked process could not use.
+        more["multiprocessing_context"] = "fork"
     try:
         loader = iter(torch.utils.data.DataLoader(items, batch_size=None, sampler=order, num_workers=args.workers,
                                                   worker_init_fn=start_worker, generator=torch.Generator(), **more))

@@ -1,7 +1,7 @@
 """Score 3D hand poses: MPJPE and PCK-AUC, for any method's predictions, and compare runs.
 
-Reads pred_xyz.npy and gt_xyz.npy (T, 21, 3) in mm, and valid.npy (T, 21) where there is one, from each run's folder;
-log.jsonl, where there is one, for the data set's name and the plots that need a run's settings. Writes metrics.json
+Reads pred_xyz.npy and gt_xyz.npy (T, 21, 3) in mm, and where there are such valid.npy (T, 21), joints that count, and
+wrist.npy (T,), samples whose wrist aligns them even where that joint does not count, from each run's folder; log.jsonl, where there is one, for the data set's name and the plots that need a run's settings. Writes metrics.json
 beside the predictions, and into --out table.md, table.csv, table.tex, and as .png and .pdf: pck, joints (error of each
 joint), and labels and pool (error against label fraction and size of pre-training) where the runs differ in those.
 
@@ -71,11 +71,11 @@ def main():
             f"--baseline {baseline}: no such row, expected one of {', '.join(dict.fromkeys(r['row'] for r in runs))}")
     out.mkdir(parents=True, exist_ok=True)
     for run in runs:
-        prediction, truth, valid, missing, warnings = load_run(run["folder"], args.allow_missing)
-        run["metrics"], run["curve"] = score(prediction, truth, valid, RESAMPLES)
+        prediction, truth, valid, wrist, missing, warnings = load_run(run["folder"], args.allow_missing)
+        run["metrics"], run["curve"] = score(prediction, truth, valid, RESAMPLES, wrist)
         run["metrics"]["samples_missing"], run["truth"] = missing, zlib.crc32(truth)
         without = run["metrics"]["samples_without_wrist"]
-        warnings += [f"{run['folder']}: {without} of {len(valid)} samples have no valid wrist"] * bool(without)
+        warnings += [f"{run['folder']}: {without} of {len(valid)} samples have no wrist to align by"] * bool(without)
         first = next(r for r in runs if r["data"] == run["data"])
         if run["truth"] != first["truth"]:
             warnings.append(f"{run['folder']}: warning: other true poses than {first['folder']}; scores do not compare")
@@ -102,15 +102,18 @@ def main():
 # ---------------------------------------------------------------------------------------------- runs
 
 def load_run(folder, allow_missing=False):
-    """-> prediction, truth (T, 21, 3) float32 mm, 0 where not valid; valid (T, 21); number of samples left out for a
-    prediction that is not finite; warnings."""
+    """-> prediction, truth (T, 21, 3) float32 mm, 0 where not used; valid (T, 21): joints that count; wrist (T,): samples
+    that their wrist aligns; number of samples left out for a prediction that is not finite; warnings."""
     require(folder.is_dir(), f"{folder}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
     truth = load_array(folder / "gt_xyz.npy", np.float32, (None, 21, 3), hint=HINT, finite=False)
     prediction = load_array(folder / "pred_xyz.npy", np.float32, (len(truth), 21, 3), hint=HINT, finite=False)
     valid, warnings = np.ones(truth.shape[:2], bool), []
     if (folder / "valid.npy").exists():
         valid = load_array(folder / "valid.npy", bool, truth.shape[:2], hint=HINT)
-    bad = {name: (valid & ~np.isfinite(array).all(2)).any(1) for name, array in (
+    used = valid.copy()
+    if (folder / "wrist.npy").exists():
+        used[:, 0] |= load_array(folder / "wrist.npy", bool, truth.shape[:1], hint=HINT)
+    bad = {name: (used & ~np.isfinite(array).all(2)).any(1) for name, array in (
         ("gt_xyz.npy", truth), ("pred_xyz.npy", prediction))}
     missing = bad.pop("pred_xyz.npy") if allow_missing else np.zeros(len(valid), bool)
     for name, rows in bad.items():
@@ -120,16 +123,16 @@ def load_run(folder, allow_missing=False):
     if missing.any():
         warnings.append(f"{folder}: warning: {missing.sum()} of {len(valid)} samples left out, their predictions are "
                         "not finite; other runs are scored on more")
-        prediction, truth, valid = prediction[~missing], truth[~missing], valid[~missing]
+        prediction, truth, valid, used = (array[~missing] for array in (prediction, truth, valid, used))
     require(valid.any(), f"{folder}: holds no sample with a valid joint{' and a finite prediction' * allow_missing}")
-    both = valid[:, 0] & valid[:, 9]
+    both = used[:, 0] & used[:, 9]
     for name, array in (("gt_xyz.npy", truth), ("pred_xyz.npy", prediction)):
-        array[~valid] = 0
+        array[~used] = 0
         middle = np.median(np.linalg.norm(array[both, 9] - array[both, 0], axis=1)) if both.any() else 90
         if not 40 <= middle <= 140:
             warnings.append(f"{folder / name}: warning: the bone 0-9 has a median of {middle:.3g}, expected 40 to 140: "
                             "are these mm" + (", not metres?" if middle < 1 else "?"))
-    return prediction, truth, valid, int(missing.sum()), warnings
+    return prediction, truth, valid, used[:, 0], int(missing.sum()), warnings
 
 
 def name_runs(folders, seeds):
@@ -180,17 +183,19 @@ def read_settings(folder):
 
 # ---------------------------------------------------------------------------------------------- metrics
 
-def score(prediction, truth, valid, resamples=0):
+def score(prediction, truth, valid, resamples=0, wrist=None):
     """All metrics of one run -> dict as in metrics.json, and the PCK curve (100,) of the wrist-aligned error.
 
-    Means are taken per joint, then over joints. Samples without a valid wrist are left out of the wrist-aligned
-    metrics, those without a valid joint 9 out of the rescaled ones too; both are counted. An AUC is the mean of each
-    error's own area, that under a step from 0 to 1 at the error: so it can be averaged and resampled like an error.
-    resamples: of the bootstrap over samples; with 0 there are no intervals.
+    Means are taken per joint, then over joints. wrist (T,): samples that their wrist aligns, by default those where it
+    is valid. Others are left out of the wrist-aligned metrics, those without a valid joint 9 out of the rescaled ones
+    too; both are counted. An AUC is the mean of each error's own area, that under a step from 0 to 1 at the error: so
+    it can be averaged and resampled like an error. resamples: of the bootstrap over samples; with 0 there are no
+    intervals.
     """
-    errors = distances(prediction, truth, valid)
-    result = {"samples": len(valid), "samples_without_wrist": int((~valid[:, 0]).sum()),
-              "samples_without_bone": int((~(valid[:, 0] & valid[:, 9])).sum()),
+    wrist = valid[:, 0] if wrist is None else wrist
+    errors = distances(prediction, truth, valid, wrist)
+    result = {"samples": len(valid), "samples_without_wrist": int((~wrist).sum()),
+              "samples_without_bone": int((~(wrist & valid[:, 9])).sum()),
               "samples_without_procrustes": int((valid.sum(1) < 3).sum())}
     keys, tables, order = [], [], np.random.default_rng(0).permutation(len(valid))
     for prefix in list(errors):
@@ -219,18 +224,18 @@ def score(prediction, truth, valid, resamples=0):
     return result, curve
 
 
-def distances(prediction, truth, valid):
+def distances(prediction, truth, valid, wrist):
     """-> {kind: (T, 21) float64 mm, NaN where a joint does not count}, for the four alignments."""
     found = {kind: np.full(valid.shape, np.nan) for kind in ("abs_", "", "scaled_", "pa_")}
     for low in range(0, len(valid), 50_000):  # bounds the memory
         rows = slice(low, low + 50_000)
         p, t, v = prediction[rows].astype(np.float64), truth[rows].astype(np.float64), valid[rows]
-        relative_p, relative_t, wrist = p - p[:, :1], t - t[:, :1], v & v[:, :1]
+        relative_p, relative_t, aligned = p - p[:, :1], t - t[:, :1], v & wrist[rows, None]
         predicted_bone = np.linalg.norm(relative_p[:, 9], axis=1)
         factor = np.linalg.norm(relative_t[:, 9], axis=1) / np.where(predicted_bone > 0, predicted_bone, 1)
         for kind, difference, counts in (
-                ("abs_", p - t, v), ("", relative_p - relative_t, wrist),
-                ("scaled_", relative_p * factor[:, None, None] - relative_t, wrist & v[:, 9:10]),
+                ("abs_", p - t, v), ("", relative_p - relative_t, aligned),
+                ("scaled_", relative_p * factor[:, None, None] - relative_t, aligned & v[:, 9:10]),
                 ("pa_", align(p, t, v) - t, v & (v.sum(1) >= 3)[:, None])):  # fewer points fit any pose
             found[kind][rows] = np.where(counts, np.linalg.norm(difference, axis=2), np.nan)
     return found
@@ -270,7 +275,7 @@ def number(value):
 
 def area_under(pck, thresholds):
     """(thresholds, ...) -> trapezoids, divided by the range: 1 where every error is below the first threshold."""
-    return np.trapz(pck, thresholds, axis=0) / (thresholds[-1] - thresholds[0])
+    return np.trapezoid(pck, thresholds, axis=0) / (thresholds[-1] - thresholds[0])
 
 
 def align(prediction, truth, valid):
@@ -397,7 +402,7 @@ def plot_pck(runs):
             curve = np.mean([run["curve"] for run in same], 0)
             area = f"AUC 0-50 {area_under(curve, THRESHOLDS['auc_0_50']):.3f}"
             axis.plot(THRESHOLDS["auc_0_50"], curve, color=colour,
-                      label=f"{name}  ({'no valid wrist' if np.isnan(curve).any() else area})")
+                      label=f"{name}  ({'no wrist' if np.isnan(curve).any() else area})")
         axis.set(xlabel="threshold, mm, wrist-aligned", ylabel="share of joints (PCK)", xlim=(0, 50), ylim=(0, 1))
         axis.grid(alpha=0.3)
     return figure
@@ -473,6 +478,8 @@ def official(folder, benchmark, settings):
     except ValueError:
         rows = []
     require(rows and all(len(row) == 3 and row[2] in (b"left", b"right") for row in rows), f"{path}: {hint}")
+    require(index.min() >= 0, f"{path}: has no official indices but -1, as finetune.py writes where it had only a part "
+            f"of the data set; a benchmark wants it whole")
     require(len(np.unique(index)) == len(index), f"{path}: an index occurs twice")
     require(benchmark != "freihand" or np.array_equal(np.sort(index), np.arange(len(index))),
             f"{path}: FreiHAND's list has no gaps, expected the indices 0 to {len(index) - 1}")
@@ -489,13 +496,16 @@ def write_freihand(folder, index, xyz):
     text = f"[{json.dumps((xyz.astype(np.float64) / 1000).tolist())}, [{', '.join([none] * len(xyz))}]]"
     with atomic(folder / "pred.zip") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pred.json", text)
-    print(f"wrote {folder}/pred.zip, {len(xyz)} samples" + (
-        "" if len(xyz) == 3960 else ": FreiHAND's evaluation has 3960, its server will refuse this"))
+    print(f"wrote {folder}/pred.zip, {len(xyz)} samples; its mesh is zeros: of the server's scores only those of xyz "
+          "mean anything" + ("" if len(xyz) == 3960 else
+                             "; FreiHAND's evaluation has 3960 samples, its server will refuse this"))
 
 
 def write_dexycb(folder, index, xyz):
-    """dexycb.txt, a line a sample: index and 63 coordinates in mm, as DexYCB's toolkit reads it."""
-    lines = (",".join([str(i), *(f"{v:.6f}" for v in pose)]) for i, pose in zip(index, xyz.reshape(-1, 63)))
+    """dexycb.txt, a line a sample: index and 63 coordinates in mm, as DexYCB's toolkit reads it; with all digits, as a
+    wrist that is the true one counts at the threshold 0."""
+    poses = xyz.reshape(-1, 63).astype(np.float64)
+    lines = (",".join([str(i), *map(repr, pose.tolist())]) for i, pose in zip(index, poses))
     write_text(folder / "dexycb.txt", "\n".join(lines) + "\n")
     print(f"wrote {folder}/dexycb.txt, {len(xyz)} samples")
 

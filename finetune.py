@@ -1,8 +1,8 @@
 """Fine-tune a (pre-trained) ResNet for 3D hand pose: DetNet of minimal-hand on labelled pictures, then test.
 
 Reads a data set in its own layout and writes into --out: model.pt, checkpoint.pt, log.jsonl, curves.png, and for the
-test split pred_xyz.npy, gt_xyz.npy (mm), valid.npy, pred_uv.npy, gt_uv.npy (network-input pixels), names.txt and
-overlay.jpg. The model is chosen on a validation split, never on the test split. As in the paper, test pictures are
+test split pred_xyz.npy, gt_xyz.npy (mm), valid.npy (of AssemblyHands wrist.npy too), pred_uv.npy, gt_uv.npy
+(network-input pixels), names.txt and overlay.jpg. The model is chosen on a validation split, never on the test split. As in the paper, test pictures are
 cropped by their true joints or boxes, and the wrist's place and the length of the bone 0-9, which one picture cannot
 tell, are taken from the ground truth. Stop it at any moment and run the same command again: it goes on.
 
@@ -122,7 +122,8 @@ def main():
     groups = [dict(params=heads, peak=args.lr), dict(params=list(model.backbone.parameters()), peak=args.backbone_lr)]
     optimizer = torch.optim.Adam(groups[:1] if args.freeze else groups, fused=True)
     require(not (out / "keypoints.npy").exists(), f"{out}: is a hands folder, choose another --out")
-    lock = open_folder(out) if rank == 0 else None  # held until the process ends
+    if rank == 0:
+        open_folder(out)  # locked until the script ends
     step, best, digest, kept = 0, math.inf, 0, resume(out, args, FREE)
     for samples in (train, validation, test):
         digest = zlib.crc32(samples, digest)
@@ -249,7 +250,7 @@ def predict_folder(args):
         samples = make_set(1, path=names)
         sizes = np.array([read_picture(samples, i, source).shape[1::-1] for i in range(len(names))])
         samples.centre, samples.side = (sizes - 1) / 2, sizes.max(1)
-    lock = open_folder(out)  # held until the process ends
+    open_folder(out)  # locked until the script ends
     require(not any((out / name).exists() for name in ("checkpoint.pt", "gt_xyz.npy", "keypoints.npy")),
             f"{out}: holds a fine-tuning run or hands, choose another --out")
     if (out / "log.jsonl").exists():
@@ -263,9 +264,10 @@ def predict_folder(args):
 
 # ---------------------------------------------------------------------------------------------- readers
 
-# A set is a record array. path: below the root; index: the official one; group: unique sample, whose versions share
-# it; scene: what validation must not share with training; camera: DexYCB's; width: the picture's, 0 where it does
-# not matter; uv: its pixels; xyz: mm in the camera's frame; valid: joints; centre and side: the square test crop.
+# A set is a record array. path: below the root; index: the official one, -1 where it cannot be known; group: unique
+# sample, whose versions share it; scene: what validation must not share with training; camera: DexYCB's; width: the
+# picture's, 0 where it does not matter; uv: its pixels; xyz: mm in the camera's frame, of AssemblyHands 0 where it is
+# not known; valid: joints; centre and side: the square test crop.
 SAMPLE = np.dtype([("path", "S255"), ("left", "?"), ("index", "<i8"), ("group", "<i8"), ("scene", "<i8"),
                    ("camera", "<i8"), ("width", "<i8"), ("uv", "<f8", (21, 2)), ("xyz", "<f8", (21, 3)),
                    ("valid", "?", 21), ("centre", "<f8", 2), ("side", "<f8")])
@@ -372,7 +374,8 @@ def read_dexycb(args):
     sets, notes = [], [f"DexYCB {args.setup}: chosen on val, tested on test", *notes]
     for number, name in enumerate(("train", "val", "test")):
         mine = part == number
-        every.index[mine] = np.arange(mine.sum())  # frames without a label count
+        # frames without a label count; what is missing would shift the indices
+        every.index[mine] = np.arange(mine.sum()) if len(places) == 8000 else -1
         kept = mine & labelled & (clear | (not args.paper_filter))
         sets.append(every[kept])
         notes.append(f"{name}: {kept.sum()} of {mine.sum()} frames kept, {(kept & ~every.valid.all(1)).sum()} of them "
@@ -404,7 +407,7 @@ def read_sequences(args, files):
                                                           for folder, frames, *_ in cameras for k in range(frames)])
     count = sum(map(len, files))
     return [every], [f"{count} of 1000 sequences and {len(cameras)} of 8000 cameras are there"
-                     + ("" if len(cameras) == 8000 else ": the indices of names.txt are not official")]
+                     + ("" if len(cameras) == 8000 else ": names.txt has no official indices but -1")]
 
 
 def read_labels(camera):
@@ -413,7 +416,8 @@ def read_labels(camera):
     for frame in range(camera[1]):
         file = camera[0] / f"labels_{frame:06d}.npz"
         try:
-            with np.load(file, allow_pickle=False) as labels:
+            # opened here: np.load leaves a damaged file open
+            with open(file, "rb") as content, np.load(content, allow_pickle=False) as labels:
                 made.append((labels["joint_3d"].reshape(21, 3), labels["joint_2d"].reshape(21, 2)))
             require(np.isfinite(made[-1][0]).all() and np.isfinite(made[-1][1]).all(), "not finite")
         except Exception as error:  # what a damaged file raises depends on where it is damaged
@@ -467,7 +471,7 @@ def read_annotations(data_file, calib_file, pose_file):
                 if valid.sum() < 10:
                     dropped["with fewer than 10 valid joints"] += 1
                     continue
-                xyz = np.where(np.isfinite(xyz), xyz, 0)
+                xyz[~np.isfinite(xyz).all(1)] = 0
                 uv = (xyz @ matrix.T)[:, :2] / np.maximum(xyz[:, 2:], 1)  # rectified pictures: a pinhole
                 low, high = np.array(box, float).reshape(2, 2)
                 rows.append((f"images/{image['file_name']}", hand == 1, int(annotation["id"]), len(rows),
@@ -778,12 +782,17 @@ def crop_uv(samples, args):
 
 def write_predictions(out, samples, uv, pose, args, length=None):
     """The files of a run, from uv and pose as of `predict`. With a length of the bone 0-9 in mm there is no truth."""
-    xyz = pose * (bone(samples.xyz)[:, None, None] if length is None else length) + samples.xyz[:, :1]
     arrays, error = dict(pred_uv=uv), None
     if length is None:
         error = pose_error(pose, samples)
         arrays |= dict(gt_uv=crop_uv(samples, args), gt_xyz=samples.xyz)
         save_array(out / "valid.npy", samples.valid)
+        known = samples.xyz.any(2)
+        whole = known[:, 0] & known[:, 9]  # the others have no bone 0-9: a median one takes its place
+        length = np.where(whole, bone(samples.xyz), np.median(bone(samples.xyz[whole])))[:, None, None]
+        if args.dataset == "assemblyhands":  # its toolkit aligns by every wrist with a place, valid or not
+            save_array(out / "wrist.npy", known[:, 0])
+    xyz = pose * length + samples.xyz[:, :1]
     for name, array in arrays.items():
         save_array(out / f"{name}.npy", array.astype(np.float32))
     with atomic(out / "names.txt") as file:

@@ -41,7 +41,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     stage = parser.parse_args().stage
-    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    processor = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":")[1].strip() for line in processor if line.startswith("model name")]
     versions = [f"{name} {importlib.metadata.version(name)}"
                 for name in ("torch", "opencv-python-headless", "mediapipe")]
     print(f"{len(os.sched_getaffinity(0))} cores of {model[0] if model else platform.machine()}, "
@@ -434,14 +435,15 @@ def loss(folder):
 def measure_loss(pairs, device, reference):
     """In a process of its own -> seconds, and GB used beyond what was in use before."""
     code = f"""if True:
-        import sys, time, torch
+        import pathlib, sys, time, torch
         sys.path.insert(0, {str(ROOT)!r})
         from common import nt_xent, pair_weights
 
         def used():
             if {device!r} == "cuda":
                 return torch.cuda.max_memory_allocated()
-            return [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+            status = pathlib.Path("/proc/self/status").read_text().splitlines()
+            return [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")][0]
 
         def broadcast(k1, k2):
             every = torch.cat([k1, k2])

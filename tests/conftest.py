@@ -21,10 +21,23 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--workers", "0")
 
 
+OURS = ("common", "extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate", "conftest", "test_[a-z_]+",
+        "synthetic", "bench", "study", "demo")
+
+
+def pytest_configure(config):
+    """A warning of our own code fails its test. Other packages' warnings are theirs to mend. What a
+    warning becomes that is raised where an object is cleaned up, such as a file left open, fails too."""
+    config.addinivalue_line("filterwarnings", rf"error:::({'|'.join(OURS)})\Z")
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnraisableExceptionWarning")
+
+
 def run(script, *arguments, status=0):
-    """Run a script as a user would. -> CompletedProcess; a wrong exit status shows all that it printed."""
-    result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
-                            env=ENVIRONMENT)
+    """Run a script as a user would, but that its own warnings are errors. -> CompletedProcess; a wrong exit status
+    shows all that it printed."""
+    strict = ["-W", "error:::__main__", "-W", "error:::common"]
+    command = [sys.executable, *strict, ROOT / script, *arguments]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == status, f"{script} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

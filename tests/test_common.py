@@ -42,7 +42,7 @@ def test_a_dot_at_a_keypoint_is_found_at_the_transformed_keypoint():
         image = np.zeros((224, 224, 3), np.float32)
         where = np.round(keypoints[rng.integers(21)])
         cv2.circle(image, where.astype(int).tolist(), 4, (1, 1, 1), -1)
-        seen, (there,) = apply_view(view, image, where[None], 128)
+        seen, (there,) = apply_view(view, image, where[None], 128, "black")  # one dot, not its mirror too
         mass = seen[..., 0]
         if 12 < there.min() and there.max() < 115:
             found = np.array([(mass.sum(k) * np.arange(128)).sum() / mass.sum() for k in (0, 1)])
@@ -56,8 +56,44 @@ def test_a_view_is_turned_as_opencv_turns_and_shows_black_outside():
     turn = view["matrix"][:, :2]
     expected = cv2.getRotationMatrix2D((0, 0), view["angle"], 1)[:, :2]
     assert np.allclose(turn / np.linalg.norm(turn[0]), expected, atol=1e-6)
-    image, _ = apply_view(view, np.full((224, 224, 3), 200, np.uint8), keypoints, 128)
+    image, _ = apply_view(view, np.full((224, 224, 3), 200, np.uint8), keypoints, 128, "black")
     assert not image[0].any() and image.max() == 200  # a margin of 6 sees far beyond the crop
+
+
+def test_beyond_a_crop_a_view_shows_the_mirrored_crop():
+    keypoints = random_hand(np.random.default_rng(1), side=20)
+    image = np.random.default_rng(2).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    view = dict(matrix=np.float64([[1, 0, 14], [0, 1, 14]]), colour=None)  # moved by 14 pixels, 48 wide
+    seen, _ = apply_view(view, image, keypoints, 48)
+    place = np.abs((np.arange(48) - 14 + 19) % 38 - 19)  # 14 13 .. 1 0 1 .. 19 18 ..
+    assert np.array_equal(seen, image[place][:, place])
+
+
+def test_the_best_turn_against_a_search_over_all_turns():
+    rng = np.random.default_rng(3)
+    keypoints, others = rng.normal(size=(2, 40, 21, 2)) * (30, 50)
+    angles = np.radians(np.arange(0, 360, 0.25))
+    for mine, other, found in zip(keypoints, others, common.best_turns(keypoints, others)):
+        x, y = (other - other.mean(0)).T
+        turned = np.stack([np.outer(np.cos(angles), x) + np.outer(np.sin(angles), y),
+                           np.outer(np.cos(angles), y) - np.outer(np.sin(angles), x)], 2)  # counter-clockwise, y down
+        gaps = np.square(turned - (mine - mine.mean(0))).sum((1, 2))
+        best = np.degrees(angles[gaps.argmin()])
+        assert abs((best - found + 180) % 360 - 180) < 0.2
+
+
+def test_a_turned_view_shows_the_hand_as_its_partner_lies():
+    """A hand and its picture turned by 70 degrees: with a turn of -70 both views of one generator are the same."""
+    rng = np.random.default_rng(4)
+    keypoints = random_hand(rng)
+    matrix = cv2.getRotationMatrix2D((111.5, 111.5), 70, 1)
+    turned = (keypoints @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+    straight = sample_view(np.random.default_rng(5), keypoints, 224, 128)
+    back = sample_view(np.random.default_rng(5), turned, 224, 128, turn=-70.0)
+    assert back["angle"] == straight["angle"] and np.allclose(back["shift"], straight["shift"])
+    empty = np.zeros((224, 224, 3), np.uint8)
+    seen, also = (apply_view(view, empty, points, 128)[1] for view, points in ((straight, keypoints), (back, turned)))
+    assert np.abs(seen - also).max() < 1e-3
 
 
 def test_keypoints_follow_from_the_reported_shift_and_angle():
@@ -164,13 +200,37 @@ def test_weights_against_a_slow_loop(kind):
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(single, expected))
 
 
-@pytest.mark.parametrize("kind", ["linear", "nonlinear"])
+@pytest.mark.parametrize("kind", ["linear", "nonlinear", "balanced"])
 def test_equal_distances_weigh_one(kind):
     keypoints = torch.rand(1, 21, 2).expand(4, -1, -1) * 100
     pos, neg = pair_weights(keypoints, keypoints.clone(), kind)
     assert torch.equal(pos, torch.ones(4)) and torch.equal(neg, torch.ones(8, 8))
     shifted = pair_weights(torch.rand(4, 21, 2) * 100, torch.rand(4, 21, 2) * 100, kind)
-    assert all(torch.isfinite(w).all() and 0 <= w.min() and w.max() <= 1 for w in shifted)
+    assert all(torch.isfinite(w).all() and 0 <= w.min() for w in shifted)
+    assert kind == "balanced" or all(w.max() <= 1 for w in shifted)
+
+
+def test_balanced_weights_are_linear_ones_over_their_mean():
+    rng = np.random.default_rng(0)
+    keypoints1, keypoints2 = torch.from_numpy(rng.normal(size=(2, 9, 21, 2)) * 20)
+    linear = pair_weights(keypoints1, keypoints2, "linear")
+    for found, plain in zip(pair_weights(keypoints1, keypoints2, "balanced"), linear):
+        assert torch.allclose(found.mean(), torch.ones((), dtype=found.dtype))
+        assert torch.allclose(found * plain.mean(), plain)
+
+
+def test_with_balanced_weights_drawing_everything_together_does_not_pay():
+    """Near pairs, far others: the linear loss is lower where all embeddings are one point than where none are alike."""
+    rng = np.random.default_rng(1)
+    keypoints1 = torch.from_numpy(rng.normal(size=(64, 21, 2)) * 20)
+    keypoints2 = keypoints1 + torch.from_numpy(rng.normal(size=(64, 21, 2)))
+    apart = torch.eye(128, dtype=torch.float64)
+    together = torch.ones_like(apart) / 128 ** 0.5
+    gain = {}
+    for kind in ("linear", "balanced"):
+        weights = pair_weights(keypoints1, keypoints2, kind)
+        gain[kind] = nt_xent(apart[:64], apart[64:], *weights) - nt_xent(together[:64], together[64:], *weights)
+    assert gain["linear"] > 0.1 and gain["balanced"] < 0.01
 
 
 def slow_nt_xent(z1, z2, pos_weight, neg_weight, temperature):
@@ -402,15 +462,16 @@ def test_a_second_live_run_is_refused(tmp_path):
     lock = common.open_folder(tmp_path / "run")
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another run is writing" in second.stderr
-    child = os.fork()
-    if not child:  # a loader process that outlives its parent must not hold the lock
-        time.sleep(3)
-        os._exit(0)
+    # a loader process that outlives its parent must not hold the lock
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
     lock.close()
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    os.waitpid(child, 0)
+    assert child.is_alive()
+    child.kill()
+    child.join()
     (tmp_path / "run" / ".a.npy.123.tmp").write_text("left by a killed run")
-    common.open_folder(tmp_path / "run")
+    common.open_folder(tmp_path / "run").close()
     assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
 
 
@@ -443,6 +504,22 @@ def test_items_come_in_order_and_what_breaks_a_loader_process_is_told():
             list(common.load_items(Items(), [1, item], args))
     for child in multiprocessing.active_children():
         child.kill()  # as run_script does: they ignore SIGTERM, and Python would wait for them
+
+
+def test_loader_processes_share_what_they_read_however_python_starts_others(tmp_path):
+    """Sent to a process, the items would be copied: gigabytes of crops."""
+    code = ("import multiprocessing, types, numpy, common\n"
+            "class Items:\n"
+            "    kept = numpy.arange(5)\n"
+            "    def __getitem__(self, k):\n"
+            "        return int(self.kept[k])\n"
+            "    def __reduce__(self):\n"
+            "        raise AssertionError('the items were copied')\n"
+            "multiprocessing.set_start_method('forkserver')\n"
+            "print(list(common.load_items(Items(), [3, 1], types.SimpleNamespace(workers=1))))")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
+                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert result.stdout == "[3, 1]\n", result.stderr
 
 
 @pytest.mark.parametrize("torchrun", [False, True])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import statistics
 import zipfile
@@ -35,6 +36,11 @@ def save_run(folder, prediction, truth, valid=None):
     if valid is not None:
         np.save(folder / "valid.npy", valid)
     return folder
+
+
+def rows_of(path):
+    """A .csv file -> a dict a row."""
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def test_perfect_and_hopeless():
@@ -123,7 +129,8 @@ def test_every_metric_against_a_slow_loop():
         for name, steps in (("auc_0_50", np.linspace(0, 50, 100)), ("auc_20_50", np.linspace(20, 50, 15))):
             if prefix + name in result:
                 pck = [np.mean([np.mean(np.array(e) <= s) for e in lists]) for s in steps]
-                assert result[prefix + name] == pytest.approx(np.trapz(pck, steps) / (steps[-1] - steps[0]), rel=1e-6)
+                area = np.trapezoid(pck, steps) / (steps[-1] - steps[0])
+                assert result[prefix + name] == pytest.approx(area, rel=1e-6)
     steps = np.linspace(0, 50, 100)
     assert np.allclose(curve, [np.mean([np.mean(np.array(e) <= s) for e in errors[""]]) for s in steps], atol=1e-12)
     assert result["samples_without_wrist"] == (~valid[:, 0]).sum()
@@ -147,12 +154,12 @@ def test_a_few_samples_with_a_wrist_still_have_intervals(tmp_path):
     valid[3:, 0] = False
     run = save_run(tmp_path / "run", truth + rng.normal(0, 10, truth.shape), truth, valid)
     printed = run_here("evaluate.py", run)
-    assert "37 of 40 samples have no valid wrist" in printed
+    assert "37 of 40 samples have no wrist to align by" in printed
     low, high = json.loads((run / "metrics.json").read_text())["intervals"]["mpjpe"]
     assert 0 < low < high
     valid[:, 0] = False
     run_here("evaluate.py", save_run(tmp_path / "none", truth, truth, valid), "--out", tmp_path / "out")
-    row, = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    row, = rows_of(tmp_path / "out" / "table.csv")
     assert row["MPJPE"] == row["MPJPE low"] == "" and row["PA-MPJPE"] == "0.00"
 
 
@@ -164,6 +171,48 @@ def test_invalid_joints_change_nothing():
     a, _ = evaluate.score(prediction, truth, valid)
     b, _ = evaluate.score(other, truth, valid)
     assert keep.any() and not keep.all() and all(a[k] == pytest.approx(b[k]) for k in a)
+
+
+def toolkit_error(prediction, truth, valid, wrist):
+    """AssemblyHands' protocol, from its description: poses relative to the wrist's place, whether that joint is valid
+    or not; the valid joints' errors; the mean of each joint, then of the joints that have one."""
+    errors = [[] for _ in range(21)]
+    for p, t, v, known in zip(prediction, truth, valid, wrist):
+        for j in range(21):
+            if v[j] and known:
+                errors[j].append(math.dist(p[j] - p[0], t[j] - t[0]))
+    return np.mean([np.mean(each) for each in errors if each])
+
+
+def test_a_wrist_that_is_known_but_not_valid_aligns_its_sample(tmp_path):
+    truth, rng = poses(60)
+    prediction, valid = truth + rng.normal(0, 15, truth.shape), rng.uniform(size=truth.shape[:2]) > 0.2
+    valid[:25, 0] = False
+    prediction[:25, 1:] += (20, 0, 0)  # so that it matters whether they count
+    truth[:5, 0] = 0
+    truth[5, 0] = np.nan
+    wrist = np.arange(60) > 5  # of six the place is not known
+    known = save_run(tmp_path / "known", prediction, truth, valid)
+    np.save(known / "wrist.npy", wrist)
+    plain = save_run(tmp_path / "plain", prediction, truth, valid)
+    run_here("evaluate.py", known, plain, "--out", tmp_path / "out")
+    ours, strict = (json.loads((run / "metrics.json").read_text()) for run in (known, plain))
+    assert ours["mpjpe"] == pytest.approx(toolkit_error(prediction, truth, valid, wrist), rel=1e-6)
+    assert strict["mpjpe"] == pytest.approx(toolkit_error(prediction, truth, valid, valid[:, 0]), rel=1e-6)
+    assert ours["mpjpe"] > strict["mpjpe"] + 1
+    assert ours["samples_without_wrist"] == 6 < strict["samples_without_wrist"] == (~valid[:, 0]).sum()
+    assert ours["samples_without_bone"] == 60 - (wrist & valid[:, 9]).sum()
+    some = valid[:, 9] & wrist  # its length needs joint 9 as well, which must be valid
+    length = [np.linalg.norm(pose[:, 9] - pose[:, 0], axis=1) for pose in (truth, prediction)]
+    scaled = (prediction - prediction[:, :1]) * (length[0] / length[1])[:, None, None]
+    relative = truth - truth[:, :1]
+    assert ours["scaled_mpjpe"] == pytest.approx(toolkit_error(scaled, relative, valid, some), rel=1e-6)
+    for key in ("abs_mpjpe", "pa_mpjpe", "abs_auc_0_50", "pa_auc_0_50"):  # they align by no wrist
+        assert ours[key] == strict[key]
+    np.save(known / "wrist.npy", wrist[:-1])
+    assert "wrist.npy: is bool (59,), expected bool (60)" in refused("evaluate.py", known)
+    np.save(known / "wrist.npy", np.ones(60, bool))
+    assert "gt_xyz.npy: valid joints must be finite, those of 1 samples are not: 5" in refused("evaluate.py", known)
 
 
 KEYS = ("samples", "abs_mpjpe", "abs_auc_0_50", "mpjpe", "auc_0_50", "auc_20_50", "scaled_mpjpe", "scaled_auc_0_50",
@@ -183,7 +232,7 @@ def test_intervals_against_scipys_bootstrap():
 
     def auc(rows):
         known = ~np.isnan(errors[rows])
-        return np.trapz([np.mean([np.mean(errors[rows][k, j] <= step) for j, k in enumerate(known.T)])
+        return np.trapezoid([np.mean([np.mean(errors[rows][k, j] <= step) for j, k in enumerate(known.T)])
                          for step in steps], steps) / 30
 
     for key, statistic, tolerance in (("mpjpe", lambda rows: np.nanmean(errors[rows], 0).mean(), 0.06),
@@ -229,7 +278,7 @@ def test_runs_are_compared_in_one_table(tmp_path):
     assert f"**{metrics[1]['mpjpe']:.2f}** ({low:.2f}-{high:.2f})" in table
     assert f"**{metrics[1]['auc_0_50']:.3f}** (" in table and metrics[1]["auc_0_50"] > metrics[0]["auc_0_50"]
     assert f"| {metrics[0]['mpjpe']:.2f} (" in table
-    rows = list(csv.DictReader((out / "table.csv").open()))
+    rows = rows_of(out / "table.csv")
     assert [row["run"] for row in rows] == ["first", "second"] and rows[1]["MPJPE"] == f"{metrics[1]['mpjpe']:.2f}"
     assert rows[1]["MPJPE low"] == f"{low:.2f}" and rows[1]["gain, %"] == "+50.0"
     for name in ("pck", "joints"):
@@ -274,7 +323,7 @@ def test_columns_are_grouped_by_data_set(tmp_path):
     latex = (tmp_path / "out" / "table.tex").read_text()
     assert len(set(columns_of(latex))) == 1 and len(columns_of(latex)) == 4 and "a\\_b" in latex
     assert latex.count("{") == latex.count("}") and latex.count("\\textbf") == 14  # a best one a column and data set
-    first, second = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    first, second = rows_of(tmp_path / "out" / "table.csv")
     assert (first["run"], second["run"]) == ("a_b", "simhand")
     assert second["FreiHAND gain, %"] == "+20.0" and second["DexYCB s1 gain, %"] == "-25.0"
     assert first["DexYCB s1 gain, %"] == "+0.0"
@@ -290,12 +339,12 @@ def test_seeds_share_a_row(tmp_path):
     errors = [json.loads((folder / "metrics.json").read_text())["mpjpe"] for folder in runs]
     assert f"{statistics.mean(errors[:3]):.2f} ± {statistics.stdev(errors[:3]):.2f}" in table
     assert f"**{statistics.mean(errors[3:]):.2f}** ± {statistics.stdev(errors[3:]):.2f}" in table
-    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    rows = rows_of(tmp_path / "out" / "table.csv")
     assert [row["runs"] for row in rows] == ["3", "3"]
     assert rows[0]["MPJPE deviation"] == f"{statistics.stdev(errors[:3]):.2f}"
     assert rows[1]["gain, %"] == f"{100 * (1 - statistics.mean(errors[3:]) / statistics.mean(errors[:3])):+.1f}"
     run_here("evaluate.py", runs[0], "--seeds", "--out", tmp_path / "one")
-    only, = csv.DictReader((tmp_path / "one" / "table.csv").open())
+    only, = rows_of(tmp_path / "one" / "table.csv")
     assert only["MPJPE deviation"] == ""  # of one there is none
     plain = save_run(tmp_path / "plain", truth, truth)
     assert "expects a seed in each name" in refused("evaluate.py", *runs, plain, "--seeds", "--out", tmp_path / "out")
@@ -361,8 +410,9 @@ def official_scores(keypoints, truth):
     aligned = np.stack([freihand_align(t, p) for t, p in zip(truth, keypoints)])
     for p, t in ((keypoints, truth), (keypoints - keypoints[:, :1], truth - truth[:, :1]), (aligned, truth)):
         errors, steps = np.sqrt(((p - t) ** 2).sum(2)), np.linspace(0, 50, 100)
-        pck = [[(errors[:, j] <= step).mean() for step in steps] for j in range(21)]
-        yield errors.mean(0).mean(), np.mean([np.trapz(curve, steps) / np.trapz(np.ones(100), steps) for curve in pck])
+        pck = np.array([(errors <= step).mean(0) for step in steps])
+        areas = np.trapezoid(pck, steps, axis=0) / np.trapezoid(np.ones(100), steps)
+        yield errors.mean(0).mean(), areas.mean()
 
 
 def test_submissions_score_as_we_do(tmp_path):
@@ -372,8 +422,10 @@ def test_submissions_score_as_we_do(tmp_path):
     left = rng.uniform(size=30) < 0.5
     folder = save_run(tmp_path / "run", truth + rng.normal(0, 12, truth.shape), truth)
     (folder / "names.txt").write_text("".join(f"{i}\tsome where/{i}.jpg\tright\n" for i in order))
-    assert "3960" in run_here("evaluate.py", folder, "--submission", "freihand")
-    xyz, vertices = json.loads(zipfile.ZipFile(folder / "pred.zip").read("pred.json"))
+    printed = run_here("evaluate.py", folder, "--submission", "freihand")
+    assert "3960" in printed and "its mesh is zeros" in printed and "only those of xyz" in printed
+    with zipfile.ZipFile(folder / "pred.zip") as archive:
+        xyz, vertices = json.loads(archive.read("pred.json"))
     assert np.shape(xyz) == (30, 21, 3) and np.shape(vertices) == (30, 778, 3) and not np.any(vertices)
     official_truth = np.empty_like(truth)
     official_truth[order] = truth.astype(np.float32)
@@ -392,12 +444,15 @@ def test_submissions_score_as_we_do(tmp_path):
     run_here("evaluate.py", folder, "--submission", "dexycb")
     rows = np.array([line.split(",") for line in (folder / "dexycb.txt").read_text().splitlines()], float)
     assert rows.shape == (30, 64) and rows[:, 0].tolist() == list(range(0, 90, 3))
-    seen = truth.astype(np.float32).astype(float) * np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
-    official_truth[order] = seen
+    mirrored = np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
+    official_truth[order] = truth.astype(np.float32).astype(float) * mirrored
+    predicted = np.load(folder / "pred_xyz.npy").astype(float) * mirrored
+    assert np.array_equal(rows[:, 1:].reshape(30, 21, 3)[order], predicted)  # every digit
     scores = official_scores(rows[:, 1:].reshape(30, 21, 3), official_truth)
     assert list(scores) == [pytest.approx(w, rel=1e-6) for w in wanted]
 
-    for text, words in (("0\tx\tright\n" * 30, "an index occurs twice"), ("0\tx\n", "index, tab, picture"),
+    for text, words in (("-1\tx\tright\n" * 30, "no official indices but -1"),
+                        ("0\tx\tright\n" * 30, "an index occurs twice"), ("0\tx\n", "index, tab, picture"),
                         ("a\tx\tleft\n", "index, tab, picture"), ("0\tx\tup\n", "left or right"),
                         ("0\tx\tleft\n", "pred_xyz.npy")):
         (folder / "names.txt").write_text(text)

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 
+import common
 import extract_hands
 from common import HANDS_DTYPE, InputError, load_hands, open_folder, read_crop
 from conftest import ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run, torchrun
@@ -95,21 +96,48 @@ def test_crops_are_square_padded_and_carry_their_keypoints(left):
         image = np.full((160, 280, 3), 40, np.uint8)
         inside = [k for k in range(21) if 3 < points[k, 0] < 276 and 3 < points[k, 1] < 156]
         square = extract_hands.square_around(points, 1.3)
-        crop, keypoints = extract_hands.cut_out(image, points, left, square, 224)
+        crop, keypoints = extract_hands.cut_out(image, points, left, square, 224, "black")
         assert crop.shape == (224, 224, 3) and square[2] == 156
         k = inside[len(inside) // 2]
         dotted = image.copy()
         x, y = np.round(points[k]).astype(int)
         dotted[y, x] = 255
-        seen, _ = extract_hands.cut_out(dotted, points, left, square, 224)
+        seen, _ = extract_hands.cut_out(dotted, points, left, square, 224, "black")
         mass = seen[..., 0].astype(float) - crop[..., 0]
         found = np.array([(mass.sum(a) * np.arange(224)).sum() / mass.sum() for a in (0, 1)])
         assert np.abs(found - keypoints[k]).max() < 224 / 156
         width = image.shape[1]
         outside = max(-square[0], 0) + max(square[0] + 156 - width, 0)
         assert abs((crop[112, :, 0] == 0).sum() - outside * 224 / 156) <= 2
-    away, _ = extract_hands.cut_out(image, points, left, (1000, 1000, 156), 224)
+    away, _ = extract_hands.cut_out(image, points, left, (1000, 1000, 156), 224, "black")
     assert away.shape == (224, 224, 3) and not away.any()  # wholly outside the picture
+
+
+@pytest.mark.parametrize("margin", [1.3, 2.6])
+def test_no_view_of_a_hand_at_a_corner_shows_black_that_the_picture_did_not_have(margin):
+    rng = np.random.default_rng(0)
+    image = rng.integers(90, 256, (240, 320, 3), dtype=np.uint8)
+    darkest = {}
+    for border in ("mirror", "black"):
+        values = []
+        for corner in ((2, 2), (238, 2), (2, 158), (238, 158)):
+            points = corner + rng.uniform(0, 1, (21, 2)) * 80
+            crop, seen = extract_hands.cut_out(image, points, False, extract_hands.square_around(points, margin), 112,
+                                               border)
+            for _ in range(50):
+                view = common.sample_view(rng, seen, 112, 64, colour=False)
+                values.append(common.apply_view(view, crop, seen, 64, border)[0].min())
+        darkest[border] = np.array(values)
+    assert darkest["mirror"].min() >= 90
+    assert (darkest["black"] == 0).mean() > 0.5  # what the test would find
+
+
+def test_beyond_the_frame_a_crop_shows_the_mirrored_frame():
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    crop, _ = extract_hands.cut_out(image, np.zeros((21, 2)), False, (-20, -5, 50), 50)  # beyond it on three sides
+    rows = np.abs((np.arange(50) - 5 + 29) % 58 - 29)
+    columns = np.abs((np.arange(50) - 20 + 39) % 78 - 39)
+    assert np.array_equal(crop, image[rows][:, columns])
 
 
 def test_the_same_hand_twice_gives_one_row():

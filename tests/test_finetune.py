@@ -202,7 +202,8 @@ def test_dexycb_is_read_to_the_letter(dexycb, tmp_path, setup, parts, paper):
         if paper:
             kept = [(i, path) for i, path in kept if visible(*truth[path][:2]).sum() >= 10
                     and visible(*truth[path][:2])[[0, 9]].all()]
-        assert [(i, p.decode()) for i, p in zip(found.index, found.path)] == kept
+        assert [p.decode() for p in found.path] == [path for _, path in kept]
+        assert (found.index == -1).all()  # a part of the data set cannot tell them
         for k, (_, path) in enumerate(kept):
             xyz, uv, side = truth[path]
             sign = np.array([-1 if side == "left" else 1, 1, 1])
@@ -242,6 +243,38 @@ def test_dexycb_setups_against_the_officials_lists():
         assert all(a == b for a, b in zip(members(setup), expected))
     assert [len(part) // 8 for part in members("s0")] == [800, 40, 160]
     assert [len(part) // 8 for part in members("s3")] == [750, 100, 150]
+
+
+def test_official_indices_of_the_whole_dexycb(tmp_path):
+    """All 1000 sequences and 8 cameras: the positions in dex-ycb-toolkit's lists, frames without a label counted."""
+    rng, root = np.random.default_rng(0), tmp_path / "set"
+    root.mkdir()
+    for name in ("labelled", "empty"):
+        xyz, uv = a_hand(rng) / 1000, rng.uniform(100, 400, (21, 2))
+        shown = (xyz, uv) if name == "labelled" else (np.full((21, 3), -1), np.full((21, 2), -1))
+        np.savez(root / f"{name}.npz", joint_3d=shown[0][None].astype(np.float32),
+                 joint_2d=shown[1][None].astype(np.float32))
+    serials, every = "\n".join(f"- '{s}'" for s in SERIALS), []
+    for s, subject in enumerate(SUBJECTS):
+        for q in range(100):
+            folder, frames = root / subject / f"20200709_14{q:04d}", 1 + (q % 9 == 4)
+            folder.mkdir(parents=True)
+            (folder / "meta.yml").write_text(META.format(serials=serials, frames=frames, side="right"))
+            for c, serial in enumerate(SERIALS):
+                (folder / serial).mkdir()
+                for f in range(frames):
+                    name = "empty" if (s + q + c + f) % 7 == 0 else "labelled"
+                    os.link(root / f"{name}.npz", folder / serial / f"labels_{f:06d}.npz")
+                    path = f"{subject}/{folder.name}/{serial}/color_{f:06d}.jpg"
+                    every.append((s, q, c, path, name == "labelled"))
+    tests = {"s0": lambda s, q, c: s >= 2 and q % 5 == 4, "s1": lambda s, q, c: s in (7, 8),
+             "s2": lambda s, q, c: c == 7, "s3": lambda s, q, c: q // 5 in (7, 11, 15)}
+    for setup, inside in tests.items():
+        mine = [(path, labelled) for s, q, c, path, labelled in every if inside(s, q, c)]
+        expected = [(i, path) for i, (path, labelled) in enumerate(mine) if labelled]
+        test = finetune.split(parse("--root", root, "--out", tmp_path / "run", "--setup", setup, "--workers", 2,
+                                    dataset="dexycb"))[2]
+        assert [(i, path.decode()) for i, path in zip(test.index, test.path)] == expected
 
 
 def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
@@ -366,6 +399,8 @@ def test_a_dot_at_a_joint_is_found_there_by_the_network_and_the_known_answer_com
     assert outside.any() and not images[outside].any()  # far outside: black, never another sample
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[1]["split"].startswith("DexYCB s1") and any("without a label" in note for note in log[1]["notes"])
+    line = refused("evaluate.py", out, "--submission", "dexycb")
+    assert f"{out / 'names.txt'}: has no official indices but -1" in line and not (out / "dexycb.txt").exists()
 
 
 # ------------------------------------------------------------------------------------------------ AssemblyHands
@@ -541,6 +576,40 @@ def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
     for some in (left, ~left):
         assert dots_found(images[some], 10 * uv[some] + 4.5, (valid & drawn)[some]) > 20
     assert np.isfinite(np.load(out / "pred_xyz.npy")).all()
+
+
+def test_assemblyhands_is_scored_as_by_its_toolkit(assembly, tmp_path):
+    """The wrist's place serves where that joint is not valid; without a place, the sample is not aligned."""
+    root, out = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(assembly[0] / "annotations", root / "annotations")
+    (root / "images").symlink_to(assembly[0] / "images")
+    kept = assembly[1]["val"]
+    poses = root / "annotations" / "val" / "assemblyhands_val_joint_3d_v1-1.json"
+    world = json.loads(poses.read_text())
+    frames = world["annotations"]["nusar-val_1"]
+    frames["000005"]["world_coord"][20] = [math.nan] * 3  # the right wrist
+    frames["000019"]["world_coord"][21 + 11] = [math.nan] * 3  # the left hand's joint 9
+    poses.write_text(json.dumps(world))
+    run_here("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY, "--epochs", 1)
+    xyz, predicted, valid, wrist = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "pred_xyz", "valid", "wrist"))
+    lost = np.array(["nusar-val_1" in path and "000005" in path and side == "right" for path, side, *_ in kept])
+    assert (wrist == ~lost).all() and lost.any() and (~valid[~lost, 0]).any() and not valid[lost, 0].any()
+    no_bone = np.array(["nusar-val_1" in path and "000019" in path and side == "left" for path, side, *_ in kept])
+    assert no_bone.any() and not valid[no_bone, 9].any()
+    lengths = np.linalg.norm(xyz[:, 9] - xyz[:, 0], axis=1)
+    predicted_lengths = np.linalg.norm(predicted[:, 9] - predicted[:, 0], axis=1)
+    assert lengths[lost | no_bone].min() > 300 > predicted_lengths[lost | no_bone].max()  # 0 stands for no place
+    assert np.allclose(predicted[:, 0], xyz[:, 0], atol=1e-3)
+    run_here("evaluate.py", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    errors = [[] for _ in range(21)]
+    for k, (_, side, _, truth, _, seen, _) in enumerate(kept):
+        truth = truth * (-1 if side == "left" else 1, 1, 1)
+        for j in range(21):
+            if seen[j] and not lost[k] and not (no_bone[k] and j == 9):
+                errors[j].append(math.dist(predicted[k, j] - predicted[k, 0], truth[j] - truth[0]))
+    assert metrics["mpjpe"] == pytest.approx(np.mean([np.mean(each) for each in errors]), rel=1e-5)
+    assert metrics["samples_without_wrist"] == lost.sum()
 
 
 # ------------------------------------------------------------------------------------------------ pictures and targets

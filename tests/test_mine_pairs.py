@@ -280,3 +280,29 @@ def test_same_video_allows_the_own_video(hands):
     run_here("mine_pairs.py", hands, "--same-video")
     neighbours = np.load(hands / "neighbours.npy")[:, 0]
     assert (neighbours >= 0).all() and (neighbours != np.arange(len(rows))).all()
+
+
+def test_rotation_free_poses_against_complex_numbers():
+    """A pose as complex numbers: its mean is taken away, it is divided by its size and by the direction of its palm."""
+    keypoints = np.random.default_rng(0).normal(size=(50, 21, 2)).astype(np.float32) * 40 + 100
+    found = mine_pairs.as_poses(keypoints, 224, rotation_free=True).reshape(50, 21, 2)
+    z = keypoints[..., 0].astype(np.float64) - 1j * keypoints[..., 1]  # y up
+    z -= z.mean(1, keepdims=True)
+    z /= np.sqrt((abs(z) ** 2).mean(1, keepdims=True))
+    palm = z[:, [5, 9, 13, 17]].mean(1) - z[:, 0]
+    z *= 1j / (palm / abs(palm))[:, None]
+    assert np.allclose(found[..., 0], z.real) and np.allclose(found[..., 1], -z.imag)
+
+
+def test_rotation_free_pairs_are_the_nearest_upright_poses(hands):
+    run_here("mine_pairs.py", hands, "--rotation-free", "--top-k", 2, "--dims", 42)
+    folder = mine_pairs.load_hands(hands)
+    poses = mine_pairs.as_poses(folder.keypoints, folder.side, rotation_free=True)
+    neighbours, distances = np.load(hands / "neighbours.npy"), np.load(hands / "distances.npy")
+    video = folder.hands["video"]
+    for i, pose in enumerate(poses):
+        gaps = np.where(video == video[i], np.inf, np.linalg.norm(poses - pose, axis=1))
+        assert np.allclose(np.sort(gaps)[:2], distances[i], atol=1e-5)
+        assert np.allclose(gaps[neighbours[i]], distances[i], atol=1e-5)
+    assert np.isfinite(np.load(hands / "turns.npy")).all()
+    assert "--rotation-free" in refused("mine_pairs.py", hands, "--temporal", "--rotation-free")

@@ -20,8 +20,8 @@ import torch
 import torchvision
 
 import pretrain
-from common import (BACKBONES, apply_view, load_array, load_checkpoint, load_hands, nt_xent, pair_weights, sample_view,
-                    undo_view)
+from common import (BACKBONES, apply_view, load_array, load_checkpoint, load_hands, nt_xent, pair_weights, read_crop,
+                    sample_view, undo_view)
 from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
 
 
@@ -55,6 +55,18 @@ def setting(mined):
     return args, pretrain.load_data(args), pretrain.SimHandModel("resnet18", "none")
 
 
+def smooth(net):
+    """The same network without corners. Where the input of a ReLU lies within rounding of 0, or two of a
+    max-pooling's are that close to each other, two ways to compute a gradient may both be right and differ."""
+    for module in net.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.ReLU):
+                setattr(module, name, torch.nn.SiLU())
+            if isinstance(child, torch.nn.MaxPool2d):
+                setattr(module, name, torch.nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+    return net.eval()
+
+
 def test_views_hardly_show_the_border_of_their_crop(mined):
     """A view is centred on the mean of the keypoints, a crop on their box: what lies between depends on the pose, and a
     border that is seen gives it away. Crops of the paper's size, half as wide as ours, show it in nearly all views."""
@@ -64,7 +76,7 @@ def test_views_hardly_show_the_border_of_their_crop(mined):
             side, move = hands.side / smaller, 15 / 448 * smaller
             view = sample_view(rng, points - (hands.side - side) / 2, side, 64, move=move, colour=False)
             white = np.full((round(side),) * 2, 255, np.uint8)
-            shares.append((apply_view(view, white, points, 64)[0] < 128).mean())
+            shares.append((apply_view(view, white, points, 64, "black")[0] < 128).mean())
     shares = {smaller: np.array(values) for smaller, values in seen.items()}
     assert shares[1].mean() < 0.02 and (shares[1] > 0).mean() < 0.3
     assert shares[2].mean() > 0.25 and (shares[2] > 0).mean() > 0.9
@@ -101,7 +113,7 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
     args.precision, data = "fp32", pretrain.load_data(args)
     (batch,) = small_batch(args, data, 1, 12)
     optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
-    net.eval()
+    smooth(net)
     values = pretrain.train_step(net, optimizer, [batch], None, 0, 1, args)
     ours = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
@@ -310,6 +322,79 @@ def test_every_hand_at_most_once_an_epoch_and_positives_are_the_mined_neighbours
             assert np.allclose(view["keypoints"], expected, atol=1e-3)
 
 
+@pytest.fixture
+def twins(hands, tmp_path):
+    """A hands folder of two videos: the hands of one, and the same turned and resized, pictures too. -> folder, the
+    angles by which they were turned (N,), as in cv2.getRotationMatrix2D."""
+    one = load_hands(hands)
+    rng = np.random.default_rng(0)
+    count = 40
+    angles = rng.uniform(-180, 180, count)
+    crops, keypoints = [], []
+    for twin in (False, True):
+        for i in range(count):
+            image, points = read_crop(one, i), one.keypoints[i]
+            if twin:
+                middle = points.mean(0, dtype=np.float64)
+                matrix = cv2.getRotationMatrix2D(middle.tolist(), angles[i], rng.uniform(0.6, 0.9))
+                image = cv2.warpAffine(image, matrix, (one.side, one.side), borderMode=cv2.BORDER_REFLECT_101)
+                points = points @ matrix[:, :2].T + matrix[:, 2]
+            crops.append(cv2.imencode(".jpg", image[:, :, ::-1])[1])
+            keypoints.append(points)
+    rows = np.concatenate([one.hands[:count]] * 2)
+    rows["video"] = np.repeat([0, 1], count)
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    np.save(folder / "crops.npy", np.concatenate(crops))
+    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, crops)]))
+    np.save(folder / "keypoints.npy", np.float32(keypoints))
+    np.save(folder / "hands.npy", rows)
+    (folder / "videos.txt").write_text("a\nb\n")
+    run_here("mine_pairs.py", folder, "--rotation-free", "--top-k", 2)
+    return folder, angles
+
+
+def test_a_turned_and_resized_twin_is_found_and_the_pair_lies_alike(twins):
+    folder, angles = twins
+    neighbours, turns = np.load(folder / "neighbours.npy"), np.load(folder / "turns.npy")
+    assert np.array_equal(neighbours[:, 0], np.roll(np.arange(80), 40))
+    for found, expected in ((turns[:40, 0], -angles), (turns[40:, 0], angles)):
+        assert np.abs((found - expected + 180) % 360 - 180).max() < 1
+    args = parse(folder, "--out", "unused", *TINY, "--batch-size", 12)
+    data = pretrain.load_data(args)
+    for i in range(80):
+        undone = []
+        for view in pretrain.make_pair(data, i, 0, args):
+            moved = view["keypoints"] - 15.5 - view["shift"] * 32
+            back = cv2.getRotationMatrix2D((0, 0), -float(view["angle"][0]), 1)[:, :2]
+            moved = (moved - moved.mean(0)) @ back.T
+            undone.append(moved / np.linalg.norm(moved))
+        assert np.abs(undone[0] - undone[1]).max() < 1e-3
+    args.weight_keypoints = "original"
+    for i in range(80):
+        first, second = (view["weight_keypoints"] for view in pretrain.make_pair(data, i, 0, args))
+        first, second = (points - points.mean(0) for points in (first, second))
+        cosine = (first * second).sum() / np.linalg.norm(first) / np.linalg.norm(second)
+        assert cosine > 1 - 1e-4  # the same way up; the sizes differ
+
+
+def test_turns_of_another_mining_are_refused(twins, tmp_path):
+    folder, _ = twins
+    out = tmp_path / "run"
+    flags = (folder, "--out", out, *TINY, "--batch-size", 12)
+    turns, neighbours = np.load(folder / "turns.npy"), np.load(folder / "neighbours.npy")
+    assert "--weight-pca" in refused("pretrain.py", *flags, "--weight-pca")
+    np.save(folder / "neighbours.npy", neighbours[:, ::-1].copy())
+    assert "two minings" in refused("pretrain.py", *flags)
+    np.save(folder / "neighbours.npy", neighbours)
+    for change in (lambda t: t[:, :1], lambda t: t.astype(float), lambda t: np.where(t == t[3, 0], np.nan, t),
+                   lambda t: np.where(t == t[3, 0], t + 5, t)):
+        np.save(folder / "turns.npy", change(turns))
+        assert "turns.npy" in refused("pretrain.py", *flags)
+    run_here("mine_pairs.py", folder)  # as the hands lie: no turns any more
+    assert not (folder / "turns.npy").exists()
+
+
 def test_the_unit_of_the_shift_is_the_side_or_the_hand(setting):
     args, data, _ = setting
     side = pretrain.make_pair(data, 7, 0, args)
@@ -496,16 +581,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--weight-on", "neg", "--weight-pca", "--accumulate", 2), ("--method", "peclr")])
-def test_variants_run(mined, tmp_path, flags, monkeypatch):
+def test_variants_run(mined, tmp_path, flags):
     arguments = ("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, *flags)
-    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-    handler = signal.getsignal(signal.SIGTERM)
-    pretrain.main()
-    signal.signal(signal.SIGTERM, handler)
+    run_here(*arguments)
     assert (tmp_path / "run" / "backbone.pt").exists() and (tmp_path / "run" / "views.jpg").exists()
 
 
-def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path, monkeypatch):
+def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
     arguments = (*TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2, "--steps", 6)
     result = run("pretrain.py", mined, "--out", tmp_path / "run", *arguments)
     rate, seconds, memory, steps, hours = map(float, re.search(
@@ -516,8 +598,7 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path, 
     assert not (tmp_path / "run").exists()
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
     command = ("pretrain.py", mined, "--out", straight, *arguments[:-1], 2, "--lr", 1)  # beside a run of other ones
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    pretrain.main()
+    run_here(*command)
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
 
 
