@@ -1,10 +1,11 @@
-"""The whole of SiMHand on rendered hands, from videos to the tables, on two CPU cores in about twelve minutes.
+"""The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in about
+twelve minutes.
 
-Makes its own data (synthetic.py, the small world), then runs the five scripts as a user would, each command printed
-before it runs. SiMHand and PeCLR are pre-trained on the same hands, cut out of the same videos, none of them labelled;
-labelled pictures of other persons then show what each learnt, beside a network that was not pre-trained. Ends with two
-tables. A second call goes on where the first one stopped. Another --seed makes other persons, poses and pictures, and
-trains anew, in a folder of its own.
+Makes its own data (synthetic.py, the small world), then runs the five scripts as a user would, each
+command printed before it runs. SiMHand and PeCLR are pre-trained on the same hands, cut out of the
+same videos, none of them labelled; labelled pictures of other persons then show what each learnt,
+beside a network that was not pre-trained. A second call goes on where the first one stopped.
+Another --seed makes other persons, poses and pictures, and trains anew, in a folder of its own.
 
     python tests/demo.py
     python tests/demo.py --seed 1
@@ -22,16 +23,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
-PRETRAINING = {"peclr": ("--method", "peclr", "--weighting", "none"), "simhand": ("--weighting", "none")}
 PERSONS = 64  # in the videos, one in each
-SMALL = ("--backbone", "resnet18", "--input-size", 64)
+METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
+PRETRAINING = {"peclr": ("--method", "peclr", "--weighting", "none"),
+               "simhand": ("--weighting", "none")}
+TITLES = {"frozen": "Frozen: the network stays as pre-training left it, and each test picture "
+                    "takes the pose of the labelled picture that looks most alike to the network.",
+          "finetuned": "Fine-tuned: the network goes on to learn, from the labelled pictures."}
+PICTURES = ("hands/hands.jpg", "hands/pairs.jpg", "hands/distances.png", "simhand/views.jpg",
+            "simhand/curves.png", "finetuned-simhand/overlay.jpg", "finetuned/pck.png",
+            "finetuned/joints.png")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="folder for data and runs (default: demo, or demo/seedN with --seed N)")
-    parser.add_argument("--seed", type=int, default=0, help="of rendering, pre-training and fine-tuning (default: 0)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="folder for data and runs (default: demo, or demo/seedN with "
+                        "--seed N)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of rendering, pre-training and fine-tuning (default: 0)")
     args = parser.parse_args()
     args.out = Path(args.out or (f"demo/seed{args.seed}" if args.seed else "demo"))
     return args
@@ -42,38 +52,40 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     times = {}
-    for name, *command in commands(args.out, args.seed):
-        times[name] = times.get(name, 0) + run(*command)
-    print("\nseconds: " + "  ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())
+    for stage, *command in commands(args.out, args.seed):
+        times[stage] = times.get(stage, 0) + run(*command)
+    print("\nseconds: " + "  ".join(f"{stage} {seconds:.0f}" for stage, seconds in times.items())
           + f"  together {time.time() - start:.0f}")
-    print("pictures: " + "  ".join(str(args.out / name) for name in (
-        "hands/hands.jpg", "hands/pairs.jpg", "hands/distances.png", "simhand/views.jpg", "simhand/curves.png",
-        "finetuned-simhand/overlay.jpg", "finetuned/pck.png", "finetuned/joints.png")))
+    print("pictures: " + "  ".join(str(args.out / name) for name in PICTURES))
     text = report(args.out)
     (args.out / "demo.md").write_text(text)
     print(f"\n{text}")
 
 
 def commands(out, seed):
-    """-> name of the stage, script and arguments of each command, in the order in which they run."""
-    labels = ("--dataset", "freihand", "--root", out / "freihand", "--seed", seed, *SMALL, *precision())
-    yield ("render", "tests/synthetic.py", "videos", out / "videos", "--world", "small", "--videos", PERSONS,
-           "--seconds", 8, "--fps", 3, "--seed", seed, "--workers", len(os.sched_getaffinity(0)))
-    yield ("render", "tests/synthetic.py", "freihand", out / "freihand", "--world", "small", "--train", 160,
-           "--evaluation", 240, "--seed", seed)
-    yield "extract", "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 3, "--size", 128
+    """-> stage, script and arguments of each command, in the order in which they run."""
+    world = ("--world", "small", "--seed", seed)
+    network = ("--backbone", "resnet18", "--input-size", 64, "--seed", seed, *precision())
+    labels = ("--dataset", "freihand", "--root", out / "freihand", *network)
+    yield ("render", "tests/synthetic.py", "videos", out / "videos", *world, "--videos", PERSONS,
+           "--seconds", 8, "--fps", 3, "--workers", len(os.sched_getaffinity(0)))
+    yield ("render", "tests/synthetic.py", "freihand", out / "freihand", *world, "--train", 160,
+           "--evaluation", 240)
+    yield ("extract", "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 3,
+           "--size", 128)
     yield "mine", "mine_pairs.py", out / "hands", "--rotation-free"
     for method, flags in PRETRAINING.items():
-        yield ("pre-train", "pretrain.py", out / "hands", "--out", out / method, *flags, "--weights", "none",
-               "--batch-size", 64, "--epochs", 12, "--optimizer", "adam", "--lr", 1e-3, "--seed", seed, *SMALL,
-               *precision())
+        yield ("pre-train", "pretrain.py", out / "hands", "--out", out / method, *flags,
+               "--weights", "none", "--batch-size", 64, "--epochs", 12, "--optimizer", "adam",
+               "--lr", 1e-3, *network)
     for method in METHODS:
         weights = out / method / "backbone.pt" if method in PRETRAINING else "none"
-        yield ("probe", "finetune.py", *labels, "--weights", weights, "--out", out / f"frozen-{method}",
-               "--head", "knn")
-        yield ("fine-tune", "finetune.py", *labels, "--weights", weights, "--out", out / f"finetuned-{method}",
-               "--batch-size", 8, "--epochs", 12, "--rotation", 15, "--no-colour")
-    for kind in ("frozen", "finetuned"):
+        yield ("probe", "finetune.py", *labels, "--weights", weights,
+               "--out", out / f"frozen-{method}", "--head", "knn")
+        yield ("fine-tune", "finetune.py", *labels, "--weights", weights,
+               "--out", out / f"finetuned-{method}", "--batch-size", 8, "--epochs", 6,
+               "--rotation", 15, "--no-colour")
+    for kind in TITLES:
         runs = [out / f"{kind}-{method}" for method in METHODS]
         yield "evaluate", "evaluate.py", *runs, "--out", out / kind
 
@@ -93,7 +105,8 @@ def run(script, *arguments):
     start = time.time()
     status = subprocess.run(command).returncode
     if status:
-        sys.exit(f"demo.py: {script} ended with status {status}; the same command goes on where this stopped")
+        sys.exit(f"demo.py: {script} ended with status {status}; "
+                 "the same command goes on where this stopped")
     return time.time() - start
 
 
@@ -101,26 +114,27 @@ def report(out):
     """-> the two tables, each with what it says in plain words, as Markdown."""
     rows = map(json.loads, (out / "simhand" / "log.jsonl").read_text().splitlines())
     hands = next(row["hands"] for row in rows if "hands" in row)
-    tables = [f"Pre-trained on {hands} hands of {PERSONS} persons, without labels, and tested on pictures of other persons. "
-              "Error: how far the 21 joints are from the truth on average, in mm, the wrists laid on each other."]
-    for kind, title in (
-            ("frozen", "Frozen: the network stays as pre-training left it, and each test picture takes the pose of the "
-             "labelled picture that looks most alike to it"),
-            ("finetuned", "Fine-tuned: the network goes on to learn from the labelled pictures")):
-        metrics = {method: json.loads((out / f"{kind}-{method}" / "metrics.json").read_text()) for method in METHODS}
-        tables.append(f"{title}.")
-        tables.append(table(metrics) + "\n" + conclusion(metrics))
-    return "\n\n".join(tables) + "\n"
+    parts = [f"Pre-trained on {hands} hands of {PERSONS} persons, without labels, and tested on "
+             "pictures of other persons. Error: how far the 21 joints are from the truth on "
+             "average, in mm, the wrists laid on each other."]
+    for kind, title in TITLES.items():
+        metrics = {method: json.loads((out / f"{kind}-{method}" / "metrics.json").read_text())
+                   for method in METHODS}
+        parts += [title, table(metrics), conclusion(metrics)]
+    return "\n\n".join(parts) + "\n"
 
 
 def table(metrics):
-    lines = ["| pre-training | error, mm | 95 % interval | error less by |", "| --- | --- | --- | --- |"]
+    lines = ["| pre-training | error, mm | 95 % interval | error less by |",
+             "| --- | --- | --- | --- |"]
     for method, name in METHODS.items():
         error = metrics[method]["mpjpe"]
         low, high = metrics[method]["intervals"]["mpjpe"]
-        gain = f"{100 * (1 - error / metrics['none']['mpjpe']):.0f} %" if method != "none" else ""
+        gain = ""
+        if method != "none":
+            gain = f"{100 * (1 - error / metrics['none']['mpjpe']):.1f} %"
         lines.append(f"| {name} | {error:.1f} | {low:.1f} to {high:.1f} | {gain} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def conclusion(metrics):
@@ -129,7 +143,7 @@ def conclusion(metrics):
     words = []
     for other, name in (("none", "without pre-training"), ("peclr", "with PeCLR")):
         change = 100 * (1 - error["simhand"] / error[other])
-        words.append(f"{abs(change):.0f} % {'smaller' if change > 0 else 'larger'} than {name}")
+        words.append(f"{abs(change):.1f} % {'smaller' if change > 0 else 'larger'} than {name}")
     return f"With SiMHand the error is {' and '.join(words)}."
 
 

@@ -1,4 +1,4 @@
-"""The demo's commands: they parse, build on each other, and compare nothing but the pre-training."""
+"""The demo's commands parse, build on each other, and compare nothing but the pre-training."""
 
 import json
 from pathlib import Path
@@ -39,6 +39,6 @@ def test_report_says_who_is_better(tmp_path):
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
     frozen, tuned = demo.report(tmp_path).split("Fine-tuned:")
     assert "1234 hands" in frozen
-    assert "| SiMHand | 20.0 | 19.0 to 21.0 | 50 % |" in frozen
-    assert "50 % smaller than without pre-training and 20 % smaller than with PeCLR" in frozen
-    assert "25 % smaller than without pre-training and 50 % larger than with PeCLR" in tuned
+    assert "| SiMHand | 20.0 | 19.0 to 21.0 | 50.0 % |" in frozen
+    assert "50.0 % smaller than without pre-training and 20.0 % smaller than with PeCLR" in frozen
+    assert "25.0 % smaller than without pre-training and 50.0 % larger than with PeCLR" in tuned
