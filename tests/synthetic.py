@@ -5,19 +5,24 @@ tracing in batches (torch, on the GPU when there is one) and coloured by where a
 knuckles. Everything follows from the seed. Hands are right-handed, a left one is the mirror image. Lengths are mm,
 angles degrees.
 
-The full world, the default, has 16 poses, seen from all around the forearm: a few thousand hands leave most of them
-without a really similar one. The small world is for short runs: eight poses that nobody takes for one another, the palm
-towards the camera, and another person in each video, so that every hand has similar ones of other persons.
+The full world, the default, has 16 poses, seen from all around the forearm: among a few thousand
+hands, most have none that is really similar. The small world is for short runs: eight poses that
+nobody takes for one another, the palm towards the camera, and another person in each video, so that
+every hand has similar ones of other persons.
 
     python tests/synthetic.py videos data/videos --videos 24 --seconds 10 --fps 5     # NAME.mp4 and its truth, NAME.npy
     python tests/synthetic.py freihand data/freihand --train 300 --evaluation 100     # FreiHAND's own layout
-    python tests/synthetic.py videos data/small --videos 48 --world small             # eight poses, palms alone
+    python tests/synthetic.py videos data/small --videos 48 --world small             # the small world
     python tests/synthetic.py sheet sheet.jpg                                         # some hands, to look at
     python tests/synthetic.py report data/videos                                      # what MediaPipe finds in them
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -57,7 +62,8 @@ POSES = {
     "gun": ((UP, DOWN, DOWN, DOWN), 0.0, (55, 10, 40, 0, -5)),
 }
 NAMES = list(POSES)
-WORLDS = {"full": NAMES, "small": ["open", "fist", "point", "victory", "ok", "grasp", "call", "rock"]}
+WORLDS = {"full": NAMES,
+          "small": ["open", "fist", "point", "victory", "ok", "grasp", "call", "rock"]}
 SPREAD = np.array((14, 2, -9, -20), float)  # of the knuckles at spread 1, positive to the thumb
 SKINS = np.array([(238, 200, 178), (222, 176, 146), (196, 146, 112), (150, 105, 76), (104, 72, 54)], float)  # RGB
 BARE, NAILED, CLOTH = 0, 1, 2  # what a cone shows
@@ -289,7 +295,8 @@ def find_tiles(cones, cameras, width, height):
     length2 = axis.square().sum(-1).clamp_min(1e-6)
 
     def touch(hand, first, side):
-        """Tiles `side` pixels wide, of these hands (T,), from these pixels (T, 2) on -> touched (T, C)."""
+        """Tiles `side` pixels wide, of these hands (T,), from these pixels (T, 2) on -> touched
+        (T, C)."""
         x, y = (first[:, None] + (side - 1) / 2 - a[hand]).unbind(-1)
         axis_x, axis_y = axis[hand].unbind(-1)
         along = ((x * axis_x + y * axis_y) / length2[hand]).clamp(0, 1)
@@ -361,7 +368,8 @@ def trace(ray, radius, cone):
 
 
 def magnitude(vectors, dim):
-    """As torch's norm, which takes several times as long where vectors are short. The dimension stays, with size 1."""
+    """As torch's norm, which takes several times as long where vectors are short. The dimension
+    stays, with size 1."""
     return vectors.square().sum(dim, keepdim=True).sqrt()
 
 
@@ -601,7 +609,8 @@ def draw_view(rng, side=None, upright=False, world="full"):
     """-> degrees: turn about the forearm's axis (0 shows the palm, 180 the back), tilt, roll in the picture.
 
     The turn is uniform over the circle, over one half of it where side says "palm" or "back"; upright: little roll.
-    This was fixed before any detector saw a hand. The small world shows the palm, whatever else is asked for."""
+    This was fixed before any detector saw a hand. The small world shows the palm, whatever else is
+    asked for."""
     if world == "small":
         return rng.uniform(-40, 40), rng.uniform(-20, 20), rng.uniform(-45, 45)
     turn = rng.uniform(-90, 90) + (180 if (side == "back" if side else rng.random() < 0.5) else 0)
@@ -685,13 +694,14 @@ def plan_videos(videos, seconds, fps, seed, world="full"):
                              "length": low * (high / low) ** rng.random()})
             tracks.append((left, keys))
         person, clip = divmod(v, clips)
-        plan.append({"name": f"person{person:03d}_clip{clip + 1}", "person": person, "tracks": tracks, "gap": gap})
+        plan.append({"name": f"person{person:03d}_clip{clip + 1}", "person": person,
+                     "tracks": tracks, "gap": gap})
     return plan
 
 
 def draw_spot(rng):
-    """-> where a hand lies in the room that it has, (2,) in 0..1: in the frame, or now and then at its edge, below or
-    at a side, where the hands of a person who wears the camera come from."""
+    """-> where a hand lies in the room that it has, (2,) in 0..1: in the frame, or now and then at
+    its edge, below or at a side, where the hands of a person who wears the camera come from."""
     spot = rng.uniform(0.1, 0.9, 2)
     if rng.random() < AT_EDGE:
         axis, end = ((0, 0), (0, 1), (1, 1))[rng.integers(3)]
@@ -722,7 +732,8 @@ def make_object(rng, width, height):
 
 
 def cover_of(thing, keypoints, time):
-    """What the object covers at that time, seconds, in front of the hand with these keypoints, (H, W) in 0..1."""
+    """What the object covers at that time, seconds, in front of the hand with these keypoints,
+    (H, W) in 0..1."""
     half = np.ptp(keypoints, axis=0).max() * thing["half"]
     way = np.sin(thing["phase"] + 2 * np.pi * thing["speed"] * time) * 0.45
     centre = (keypoints.min(0) + keypoints.max(0)) / 2 + way * np.ptp(keypoints, axis=0)
@@ -736,32 +747,47 @@ def cover_of(thing, keypoints, time):
 
 
 def write_videos(folder, videos=24, seconds=10, fps=5, size=FRAME, seed=0, device=None, objects=0.0,
-                 world="full"):
+                 world="full", workers=1):
     """Videos of one person each, NAME.mp4, and the truth, NAME.npy: one row (TRUTH) for each hand of each frame.
-    objects: share of the videos in which something moves in front of the hands. world: a key of WORLDS.
+    objects: share of the videos in which something moves in front of the hands. world: a key of
+    WORLDS. workers: processes, a video at a time each; their number changes nothing in the files.
 
     keypoints are pixels of the picture (centres at integers), xyz mm in the camera frame, pose an index into NAMES."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = plan_videos(videos, seconds, fps, seed, world)
-    for v, video in enumerate(tqdm(plan, desc="videos", unit="video")):
-        target, truth = folder / f"{video['name']}.mp4", folder / f"{video['name']}.npy"
-        if target.exists() and truth.exists():
-            continue
-        rng = np.random.default_rng((seed, 3, v))
-        hidden = np.random.default_rng((seed, 6, v)).random() < objects
-        frames, rows = draw_video(video, rng, round(seconds * fps), fps, size, seed, device, v if hidden else None)
-        partial = folder / f".{video['name']}.partial.mp4"
-        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-        if not writer.isOpened():
-            raise OSError(f"{partial}: OpenCV cannot write mp4v videos")
-        for frame in frames:
-            writer.write(frame)
-        writer.release()
-        with open(partial.with_suffix(".npy"), "wb") as file:
-            np.save(file, rows)
-        os.replace(partial.with_suffix(".npy"), truth)
-        os.replace(partial, target)
+    count = round(seconds * fps)
+    write = functools.partial(write_video, folder, count, fps, size, seed, device, objects)
+    plan = list(enumerate(plan_videos(videos, seconds, fps, seed, world)))
+    with contextlib.ExitStack() as stack:
+        each = map
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would break torch's threads
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+            each = stack.enter_context(pool).map
+        for _ in tqdm(each(write, plan), desc="videos", unit="video", total=videos):
+            pass
+
+
+def write_video(folder, count, fps, size, seed, device, objects, numbered):
+    """numbered: a number v and the video of that number in the plan."""
+    v, video = numbered
+    target, truth = folder / f"{video['name']}.mp4", folder / f"{video['name']}.npy"
+    if target.exists() and truth.exists():
+        return
+    rng = np.random.default_rng((seed, 3, v))
+    hidden = np.random.default_rng((seed, 6, v)).random() < objects
+    frames, rows = draw_video(video, rng, count, fps, size, seed, device, v if hidden else None)
+    partial = folder / f".{video['name']}.partial.mp4"
+    writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    if not writer.isOpened():
+        raise OSError(f"{partial}: OpenCV cannot write mp4v videos")
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    with open(partial.with_suffix(".npy"), "wb") as file:
+        np.save(file, rows)
+    os.replace(partial.with_suffix(".npy"), truth)
+    os.replace(partial, target)
 
 
 def draw_video(video, rng, count, fps, size, seed, device, thing=None):
@@ -966,6 +992,8 @@ def parse_args():
     videos.add_argument("--seconds", type=float, default=10, help="length of each")
     videos.add_argument("--fps", type=float, default=5, help="frames a second")
     videos.add_argument("--objects", type=float, default=0, help="share of the videos with objects in front of hands")
+    videos.add_argument("--workers", type=int, default=1, help="processes, a video at a time each; "
+                        "the files are the same with any number (default: 1)")
     freihand = tasks.add_parser("freihand", help="a labelled set in FreiHAND's layout")
     freihand.add_argument("out")
     freihand.add_argument("--train", type=int, default=300, help="training hands, four pictures each")
@@ -975,9 +1003,9 @@ def parse_args():
     check = tasks.add_parser("report", help="what MediaPipe finds")
     check.add_argument("out", metavar="FOLDER")
     for task in (videos, freihand):
-        task.add_argument("--world", choices=sorted(WORLDS), default="full", help="full: 16 poses from all sides; "
-                          "small: eight, the palm towards the camera, so that hands of different persons look alike "
-                          "(default: full)")
+        task.add_argument("--world", choices=sorted(WORLDS), default="full",
+                          help="full: 16 poses from all sides; small: eight, the palm towards the "
+                          "camera, so that hands of different persons look alike (default: full)")
     for task in (videos, freihand, pictures):
         task.add_argument("--seed", type=int, default=0)
         task.add_argument("--device", help="cuda or cpu; default: cuda when there is one")
@@ -988,7 +1016,7 @@ def main():
     args = parse_args()
     if args.task == "videos":
         write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed, device=args.device,
-                     objects=args.objects, world=args.world)
+                     objects=args.objects, world=args.world, workers=args.workers)
     elif args.task == "freihand":
         write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device,
                        world=args.world)

@@ -44,6 +44,13 @@ def test_same_seed_same_files(tmp_path):
     assert a.keys() == c.keys() and all(a[path] != c[path] for path in a)
 
 
+def test_two_workers_write_the_same_files(tmp_path):
+    for workers in (1, 2):
+        synthetic.write_videos(tmp_path / str(workers), videos=3, seconds=1, fps=2, size=(160, 120),
+                               workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
 def test_restart_keeps_files_and_fills_gaps(tmp_path):
     synthetic.write_videos(tmp_path, videos=2, seconds=1, fps=5, seed=1)
     synthetic.write_freihand(tmp_path / "freihand", train=2, evaluation=2, seed=1)
