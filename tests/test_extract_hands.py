@@ -384,8 +384,11 @@ def test_after_ctrl_c_it_goes_on_to_the_same_bytes(rendered, extracted, tmp_path
     out = tmp_path / "hands"
     arguments = (rendered / "videos", "--out", out, "--fps", 5, "--workers", 2)
     command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
+    # A shell's background job ignores Ctrl-C, and so would every process that it starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=ENVIRONMENT, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, handler)
     wait_for_a_part(out, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=100)
