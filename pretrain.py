@@ -769,7 +769,7 @@ def open_tensorboard(folder, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise InputError(f"--tensorboard: {error} (pip install tensorboard)")
+        raise InputError(f"--tensorboard: {error} (pip install 'tensorboard<2.20')")
     return SummaryWriter(folder, purge_step=step + 1)
 
 
