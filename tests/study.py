@@ -250,7 +250,7 @@ def pair_report(out):
     hands, lines = load_hands(out / "hands"), []
     truth = {name: np.load((out / "videos" / name).with_suffix(".npy")) for name in hands.videos}
     rows = []
-    for hand in hands.hands:
+    for hand in hands.rows:
         mine = truth[hands.videos[hand["video"]]]
         mine = mine[mine["frame"] == hand["frame"]]
         low, high = mine["keypoints"].min(1), mine["keypoints"].max(1)
