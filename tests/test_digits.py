@@ -44,7 +44,7 @@ def test_retrieval_against_loops():
     rows = np.zeros(count, [("video", "<i4")])
     rows["video"] = np.arange(count) // 6
     keypoints = rng.normal(size=(count, 21, 2)).astype(np.float32)
-    hands = SimpleNamespace(hands=rows, keypoints=keypoints, side=64)
+    hands = SimpleNamespace(rows=rows, keypoints=keypoints, side=64)
     nearest, metrics = digits.retrieve(features, hands, shown)
     right, voted = [], []
     for i in range(count):
