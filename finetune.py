@@ -196,9 +196,9 @@ def main():
         if stopping or due:
             row = report(step, recent, since, model, optimizer, plan, args)
             if end_of_epoch:
-                row["validation_mpjpe"] = validate(model, data.validation, crops, plan, args)
-                if row["validation_mpjpe"] < best:
-                    best = row["validation_mpjpe"]
+                row["validation_error"] = validate(model, data.validation, crops, plan, args)
+                if row["validation_error"] < best:
+                    best = row["validation_error"]
                     save_model(model, data.train, plan, args)
             rows.append(row)
             if plan.rank == 0:
@@ -456,43 +456,21 @@ def nearest(model, data, crops, plan, args):
 
 
 def validate(model, samples, crops, plan, args):
-    """The MPJPE by which the model is chosen, defined as evaluate.py's."""
+    """The error in mm by which the model is chosen: the mean over the samples. Not called MPJPE,
+    since evaluate.py's is the mean over samples joint by joint, and counts samples without a
+    valid joint 9 too."""
     _, pose = predict(model, Pictures(samples, crops), plan, args)
-    return mpjpe(joint_errors(pose, samples, args.dataset))
+    return float(np.nanmean(sample_errors(pose, samples)))
 
 
-def joint_errors(pose, samples, dataset):
-    """pose (N, 21, 3) in lengths of the bone 0-9 -> wrist-aligned distances in mm (N, 21), NaN
-    where a joint does not count."""
-    predicted = pose * bone_lengths(samples)[:, None, None]
-    truth = samples.xyz - samples.xyz[:, :1]
-    counts = samples.valid & aligns(samples, dataset)[:, None]
-    return np.where(counts, np.linalg.norm(predicted - truth, axis=2), np.nan)
-
-
-def mpjpe(errors):
-    """(N, 21) -> the mean of each joint over its samples, then over the joints that occur."""
-    counts = ~np.isnan(errors)
-    occurs = counts.any(0)
-    means = np.where(counts, errors, 0).sum(0)[occurs] / counts.sum(0)[occurs]
-    return float(means.mean())
-
-
-def aligns(samples, dataset):
-    """(N,): samples that their wrist aligns. AssemblyHands' toolkit takes every wrist with a place,
-    valid or not."""
-    return known(samples.xyz)[:, 0] if dataset == "assemblyhands" else samples.valid[:, 0]
-
-
-def bone_lengths(samples):
-    """(N,) mm, the true bone 0-9; where one of its ends has no place, the median of the others."""
-    whole = has_wrist_and_bone(known(samples.xyz))
-    return np.where(whole, bone_length(samples.xyz), np.median(bone_length(samples.xyz[whole])))
-
-
-def known(xyz):
-    """(..., 21, 3) -> (..., 21), joints that have a place: the others lie at 0."""
-    return xyz.any(-1)
+def sample_errors(pose, samples):
+    """pose (N, 21, 3) in lengths of the bone 0-9 -> (N,) mm, the mean distance of each sample's
+    valid joints, wrists aligned; NaN where the wrist or joint 9 is not valid."""
+    difference = pose - scaled_pose(samples.xyz)
+    millimetres = bone_length(samples.xyz)[:, None, None]
+    distance = np.linalg.norm(difference * millimetres, axis=2)
+    counts = samples.valid & has_wrist_and_bone(samples.valid)[:, None]
+    return (distance * counts).sum(1) / np.where(counts.any(1), counts.sum(1), np.nan)
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -575,7 +553,7 @@ def sample_crop(sample, crops, rng):
     side = float(sample.side)
     angle = rng.uniform(-crops.rotation, crops.rotation)
     centre = sample.centre + rng.uniform(-0.1, 0.1, 2) * side
-    side = side * np.clip(rng.normal(1, 0.1), 0.9, 1.1)
+    side *= min(max(rng.normal(1, 0.1), 0.9), 1.1)
     return View(crop_matrix(centre, max(side, 1e-3), crops.side, angle), angle)
 
 
@@ -669,7 +647,7 @@ def default_precision(device):
 
 def restore(kept, model, optimizer, data, args):
     """Put a checkpoint's content into its places -> the step that it was written after, and the
-    best validation MPJPE so far."""
+    best validation error so far."""
     require(kept["data"] == data.digest,
             f"{args.root}: other labels than {args.out} was trained on; choose another --out")
     model.load_state_dict(kept["model"])
@@ -754,25 +732,29 @@ def finish(rows, best, model, data, crops, plan, args):
     else:
         if plan.rank == 0:
             curves = Path(args.out) / "curves.png"
-            plot_curves(curves, rows, [["loss"], ["lr"], ["validation_mpjpe"]])
+            plot_curves(curves, rows, [["loss"], ["lr"], ["validation_error"]])
             model.load_state_dict(load_checkpoint(Path(args.out) / "model.pt")["model"])
-            print(f"chosen at a validation MPJPE of {best:.2f} mm, see {curves}")
+            print(f"chosen at a validation error of {best:.2f} mm, see {curves}")
         name = "test" if plan.rank == 0 else ""
         uv, pose = predict(model, Pictures(data.test, crops), plan, args, name)
     if plan.rank != 0:
         return
     truth_uv = write_truth(data.test, crops, args)
     xyz = pose * bone_lengths(data.test)[:, None, None] + data.test.xyz[:, :1]
-    error = sample_errors(joint_errors(pose, data.test, args.dataset), data.test)
+    error = sample_errors(pose, data.test)
     write_predictions(data.test, uv, xyz, crops, args.root, args.out, truth_uv, error)
     print(f"next: python evaluate.py {args.out}")
 
 
-def sample_errors(errors, samples):
-    """(N, 21) -> (N,), the mean over each sample's joints; NaN without wrist and joint 9."""
-    counts = ~np.isnan(errors) & has_wrist_and_bone(samples.valid)[:, None]
-    total = np.where(counts, errors, 0).sum(1)
-    return total / np.where(counts.any(1), counts.sum(1), np.nan)
+def bone_lengths(samples):
+    """(N,) mm, the true bone 0-9; where one of its ends has no place, the median of the others."""
+    whole = has_wrist_and_bone(known(samples.xyz))
+    return np.where(whole, bone_length(samples.xyz), np.median(bone_length(samples.xyz[whole])))
+
+
+def known(xyz):
+    """(..., 21, 3) -> (..., 21), joints that have a place: the others lie at 0."""
+    return xyz.any(-1)
 
 
 def write_truth(samples, crops, args):
@@ -780,8 +762,8 @@ def write_truth(samples, crops, args):
     out = Path(args.out)
     uv = crop_uv(samples, crops)
     save_array(out / "valid.npy", samples.valid)
-    if args.dataset == "assemblyhands":
-        save_array(out / "wrist.npy", aligns(samples, args.dataset))
+    if args.dataset == "assemblyhands":  # its toolkit aligns by every wrist that has a place
+        save_array(out / "wrist.npy", known(samples.xyz)[:, 0])
     save_array(out / "gt_uv.npy", uv.astype(np.float32))
     save_array(out / "gt_xyz.npy", samples.xyz.astype(np.float32))
     return uv

@@ -22,7 +22,7 @@ TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--
 
 
 OURS = ("common", "extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate", "conftest", "test_[a-z_]+",
-        "synthetic", "bench", "study", "demo")
+        "synthetic", "bench", "study", "demo", "datasets")
 
 
 def pytest_configure(config):
