@@ -1372,7 +1372,8 @@ def read_assemblyhands(args):
     files = assemblyhands_files(args)
     train, train_note = read_annotations(*files[:3])
     test, test_note = read_annotations(*files[3:])
-    notes = [f"AssemblyHands {args.modality}: tested on val, as the public test split has no labels",
+    notes = [f"AssemblyHands {args.modality}: tested on val, as the public test split has no "
+             "labels",
              f"train: {train_note}", f"val: {test_note}"]
     return Labels(train, None, test, notes)
 
