@@ -84,6 +84,11 @@ def make_parser():
     flag("--freeze", action="store_true", help="keep the backbone as it is, train the heads alone")
     flag("--input-size", type=int, default=128, help="side of the network's input in pixels, a "
          "multiple of 32; heat-maps have a quarter (128)")
+    add_training_flags(flag)
+    return parser
+
+
+def add_training_flags(flag):
     # labels
     flag("--labels", metavar="FOLDER", help="keep what was read of the label files here, for later "
          "runs: train.npy, val.npy (may be missing) and test.npy. With --dataset own these are "
@@ -111,7 +116,6 @@ def make_parser():
          help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
     flag("--save-minutes", type=float, default=10,
          help="checkpoint this often, and after every epoch")
-    return parser
 
 
 def parse_args():

@@ -779,8 +779,8 @@ def draw_views(path, data, args, pairs=6, others=250):
     count = min(pairs + others, len(data.pool), args.batch_size)
     chosen = np.random.default_rng(args.seed).choice(len(data.pool), count, replace=False)
     drawn = [make_pair(data, hand, 0, args) for hand in chosen.tolist()]
-    first, second = (torch.from_numpy(np.stack([pair[k].weight_keypoints for pair in drawn]))
-                     for k in (0, 1))
+    first = torch.from_numpy(np.stack([pair[0].weight_keypoints for pair in drawn]))
+    second = torch.from_numpy(np.stack([pair[1].weight_keypoints for pair in drawn]))
     weights = weigh(first, second, data.pca, args)[0]
     zoom = max(1, 192 // args.input_size)
     tiles = []
