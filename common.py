@@ -689,6 +689,8 @@ def load_items(items, batches, workers, collate, **more):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from loader
     except (EOFError, ConnectionError, RuntimeError) as error:
+        if not workers:
+            raise
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise InputError(f"a loader process failed ({reason}); where memory or /dev/shm is full, "
                          "lower --workers, --micro-batch or --batch-size")
