@@ -35,7 +35,7 @@ def random_unit(n, dims, seed=0, dtype=torch.float64):
     return [torch.nn.functional.normalize(torch.randn(n, dims, generator=generator, dtype=dtype), dim=1) for _ in "12"]
 
 
-# ------------------------------------------------------------------------------------------------ geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 def dot(side, x, y):
     """A picture of one soft dot, 0 to 1."""
@@ -85,7 +85,8 @@ def test_a_dot_is_found_in_a_crop_where_its_point_is_moved_to():
     for angle, shift in ((0, (0, 0)), (40, (0, 0)), (-75, (0.1, -0.05))):
         matrix = crop_matrix((50, 55), 60, 100, angle, shift)
         shown = cv2.warpAffine(dot(120, 44, 62.5), matrix, (100, 100))
-        assert np.abs(centre_of_mass(shown) - move_points(matrix, np.array([44, 62.5]))).max() < 0.03
+        expected = move_points(matrix, np.array([44, 62.5]))
+        assert np.abs(centre_of_mass(shown) - expected).max() < 0.03
 
 
 def test_points_of_any_shape_are_moved_as_opencv_moves_them():
@@ -98,7 +99,7 @@ def test_points_of_any_shape_are_moved_as_opencv_moves_them():
     assert np.allclose(move_points(matrix, points[3, 7]), expected[3, 7])
 
 
-# ------------------------------------------------------------------------------------------------ views
+# -------------------------------------------------------------------------------------------- views
 
 def test_a_dot_at_a_keypoint_is_found_at_the_transformed_keypoint():
     rng = np.random.default_rng(0)
@@ -191,7 +192,8 @@ def test_undo_view_undoes_views_of_keypoints_in_the_unit_of_the_hand():
             _, seen = apply_view(view, np.zeros((224, 224, 3), np.uint8), keypoints, 128)
             shift = view.shift * 128 / np.ptp(seen, axis=0)
             projection = torch.nn.functional.normalize(torch.from_numpy(seen - 63.5)[None].flatten(1), dim=1)
-            back = undo_view(projection.view(1, 21, 2), torch.tensor([view.angle]), torch.from_numpy(shift)[None])
+            back = undo_view(projection.view(1, 21, 2), torch.tensor([view.angle]),
+                             torch.from_numpy(shift)[None])
             undone.append(torch.nn.functional.normalize(back.flatten(1), dim=1))
         assert (undone[0] - undone[1]).abs().max() < 1e-3
 
@@ -248,7 +250,7 @@ def test_colour_factors_act_in_hsv_with_red_and_blue_exchanged():
     assert np.abs(apply_view(view, skin, np.zeros((21, 2)), 4)[0][0, 0] - expected).max() < 5
 
 
-# ------------------------------------------------------------------------------------------------ loss
+# --------------------------------------------------------------------------------------------- loss
 
 @pytest.mark.parametrize("kind", ["linear", "nonlinear"])
 def test_weights_against_a_slow_loop(kind):
@@ -385,7 +387,7 @@ def test_loss_is_float32_under_autocast():
     assert inside.dtype == torch.float32 and torch.equal(inside, nt_xent(z1, z2))
 
 
-# ------------------------------------------------------------------------------------------------ backbone
+# ----------------------------------------------------------------------------------------- backbone
 
 @pytest.fixture(scope="module")
 def reference():
@@ -418,7 +420,8 @@ def test_every_published_layout_loads(reference, layout, tmp_path):
     network = load_backbone("resnet18", save(tmp_path / "weights.pt", content)).eval()
     x = torch.rand(2, 3, 32, 32)
     reference.fc, head = torch.nn.Identity(), reference.fc
-    assert torch.equal(network(x), reference(x)) and network(x).shape == (2, network.width) == (2, 512)
+    assert torch.equal(network(x), reference(x))
+    assert network(x).shape == (2, network.width) == (2, 512)
     reference.fc = head
 
 
@@ -457,7 +460,7 @@ def test_pickled_objects_are_never_run(reference, tmp_path):
         load_backbone("resnet18", tmp_path / "pickle.pt")
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 def test_arrays_are_checked(tmp_path):
     good = np.zeros((3, 2), np.float32)
@@ -498,7 +501,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, write):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 def test_the_settings_of_a_run_are_plain_values():
     args = argparse.Namespace(lr=1.0, out=Path("runs/a"), margin=(0.9, 1.5), seed=None)
@@ -616,7 +619,7 @@ def test_a_second_live_run_is_refused(tmp_path):
     assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 
 class Cut:
     """Fails while it is read, as what a loader process was handing over when it died."""
@@ -635,7 +638,8 @@ class Items:
         if k == 9:
             return Cut()
         if k == 10:  # as torch words it
-            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device")
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: "
+                               "No space left on device")
         return torch.full((), 1 / k)
 
 
@@ -665,7 +669,8 @@ def test_loading_leaves_the_random_state_and_the_handler_of_dead_children_alone(
 @pytest.mark.parametrize("item, reason", [(7, "exited unexpectedly"), (9, "EOFError"),
                                           (10, "No space left on device")])
 def test_a_loader_process_that_dies_or_complains_is_told_in_one_line(item, reason):
-    with pytest.raises(InputError, match=f"^a loader process failed .*{reason}.*--workers") as error:
+    words = f"^a loader process failed .*{reason}.*--workers"
+    with pytest.raises(InputError, match=words) as error:
         load([[1], [item]])
     assert "\n" not in str(error.value)
 
@@ -675,6 +680,11 @@ def test_a_loader_process_that_dies_or_complains_is_told_in_one_line(item, reaso
 def test_other_errors_of_a_loader_process_stay_what_they_are(item, error, words):
     with pytest.raises(error, match=words):
         load([[1], [item]])
+
+
+def test_without_loader_processes_an_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="^unable to allocate"):
+        load([[1], [10]], workers=0)
 
 
 def test_loader_processes_share_what_they_read_however_python_starts_others():
@@ -720,7 +730,7 @@ def test_the_first_sigterm_is_noted_and_the_second_ends_the_process(torchrun, tm
         assert result.returncode == -signal.SIGTERM
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 def test_a_drawn_skeleton_passes_through_its_joints_and_leaves_the_picture_alone():
     image = np.zeros((224, 224, 3), np.uint8)

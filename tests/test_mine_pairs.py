@@ -142,7 +142,8 @@ def seen_again():
     return rows, np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
 
 
-def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame(seen_again, tmp_path):
+def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame(seen_again,
+                                                                               tmp_path):
     neighbours, _ = next_frames(*seen_again, tmp_path)
     # Row 0: of two hands of its side the nearer; row 1: the other side; row 5 lies in frame 60,
     # which is followed by 150: not the next one.

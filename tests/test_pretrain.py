@@ -61,11 +61,11 @@ def first_step(args, data):
 
 
 def standing_still(net):
-    """An optimiser that leaves the network as it is: what a step computed is seen in the gradients."""
+    """An optimiser that leaves the network as it is: what a step computed shows in the gradients."""
     return torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
 
 
-# ------------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------- the step
 
 @pytest.fixture
 def setting(mined):
@@ -222,7 +222,8 @@ def test_embedding_without_gradient_leaves_the_running_statistics_alone(setting)
     with pretrain.no_gradient(net):
         z = pretrain.embed(net, batch, "fp32", args)
     assert not z.requires_grad and same(before, net.state_dict())
-    assert torch.allclose(z, pretrain.embed(net, batch, "fp32", args), atol=1e-6)  # in training mode
+    in_training_mode = pretrain.embed(net, batch, "fp32", args)
+    assert torch.allclose(z, in_training_mode, atol=1e-6)
 
 
 def test_running_statistics_are_those_of_one_pass_over_the_pieces(setting):
@@ -313,7 +314,7 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     assert pretrain.learning_rate(0, 5, 0, 2.0) == 2.0
 
 
-# ------------------------------------------------------------------------------------------------ the data
+# ----------------------------------------------------------------------------------------- the data
 
 def test_every_hand_comes_at_most_once_an_epoch_in_a_new_order(setting):
     args, data, _ = setting
@@ -528,7 +529,7 @@ def test_pca_distances_use_the_frozen_components(mined):
     assert np.array_equal(pca, load_array(mined / "pca.npy", np.float32, (15, 42))[1:])
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
 def straight(mined, tmp_path_factory):
@@ -591,7 +592,8 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(straight, mined, tmp_pat
     out = Path(shutil.copytree(straight, tmp_path / "run"))
     damaged = (out / "checkpoint.pt").read_bytes()[:-1000]
     (out / "checkpoint.pt").write_bytes(damaged)
-    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20,
+                   "--micro-batch", 10, "--epochs", 2)
     assert f"{out / 'checkpoint.pt'}: truncated" in line
     assert (out / "checkpoint.pt").read_bytes() == damaged
     assert (out / "log.jsonl").read_bytes() == (straight / "log.jsonl").read_bytes()
@@ -747,7 +749,8 @@ def test_unmined_folders_are_used_whole_by_peclr_only(extracted, tmp_path):
     args = parse(extracted, "--out", "unused", *TINY, "--method", "simclr")
     assert args.rotation == 0 and args.crop_margin == [1.25, 1.25]
     data = pretrain.load_data(args)
-    assert len(data.pool) == len(np.load(extracted / "keypoints.npy")) and "was not mined" in data.notes[0]
+    assert len(data.pool) == len(np.load(extracted / "keypoints.npy"))
+    assert "was not mined" in data.notes[0]
 
 
 def test_several_folders_and_pairs_elsewhere(mined, extracted, tmp_path):
