@@ -24,7 +24,7 @@ COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun)
 def parse(words, monkeypatch):
     """A script's name and arguments -> what its own parser makes of them."""
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    return __import__(sys.argv[0].removesuffix(".py")).parse_args()
+    return __import__(Path(sys.argv[0]).stem).parse_args()
 
 
 def test_every_stage_has_a_command():
