@@ -229,11 +229,11 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
     keypoints1, keypoints2: (N, J, C), row i of both is a positive pair; network-input pixels, or
     J = 1 PCA embedding. With d the mean over J of the Euclidean distances, positives and all
     pairs apart:
-        linear     w = (d_max - d) / (d_max - d_min) nonlinear  w = 1 / (1 + exp(slope (d - mean
-        d))) balanced   ours: the linear w over their mean. Linear weights of positives are larger
-        than those of all
-                   pairs, so that the loss falls when all embeddings draw together; balanced ones
-                   are not.
+        linear     w = (d_max - d) / (d_max - d_min)
+        nonlinear  w = 1 / (1 + exp(slope (d - mean d)))
+        balanced   ours: the linear w over their mean. Linear weights of positives are larger than
+                   those of all pairs, so that the loss falls when all embeddings draw together;
+                   balanced ones are not.
     Where no two d differ by 1e-4 px or more, every weight is 1.
     """
     if kind not in ("linear", "nonlinear", "balanced"):
@@ -538,6 +538,7 @@ def open_folder(folder, rank=0, ranks=1):
     try:  # a child process does not inherit the lock
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
     except BlockingIOError:
+        lock.close()
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another "
                          "folder")
     if ranks == 1:
@@ -688,6 +689,8 @@ def load_items(items, batches, workers, collate, **more):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from loader
     except (EOFError, ConnectionError, RuntimeError) as error:
+        if not workers:
+            raise
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise InputError(f"a loader process failed ({reason}); where memory or /dev/shm is full, "
                          "lower --workers, --micro-batch or --batch-size")

@@ -1,18 +1,25 @@
-"""Score 3D hand poses: MPJPE and PCK-AUC, for any method's predictions, and compare runs.
+"""Score 3D hand poses, of any method, by MPJPE and PCK-AUC, and compare runs.
 
-Reads pred_xyz.npy and gt_xyz.npy (T, 21, 3) in mm, and where there are such valid.npy (T, 21), joints that count, and
-wrist.npy (T,), samples whose wrist aligns them even where that joint does not count, from each run's folder; log.jsonl, where there is one, for the data set's name and the plots that need a run's settings. Writes metrics.json
-beside the predictions, and into --out table.md, table.csv, table.tex, and as .png and .pdf: pck, joints (error of each
-joint), and labels and pool (error against label fraction and size of pre-training) where the runs differ in those.
+Reads from each run's folder pred_xyz.npy and gt_xyz.npy (T, 21, 3) in mm. Reads as well, where
+they exist: valid.npy (T, 21), the joints that count; wrist.npy (T,), the samples that their wrist
+aligns even where that joint does not count; log.jsonl, for the data set's name and the settings
+that plots need. Writes metrics.json beside the predictions. Writes into --out table.md, table.csv
+and table.tex, and as .png and .pdf: pck; joints (the error of each joint); labels and pool (the
+error against the label fraction and against the size of pre-training) where the runs differ in
+these.
 
     python evaluate.py runs/freihand-imagenet runs/freihand-simhand --out runs/comparison
     python evaluate.py runs/freihand-*-seed? --seeds --baseline peclr --out runs/comparison
     python evaluate.py runs/freihand-simhand --submission freihand
     python evaluate.py runs/tiny
+
+To read: arguments, main, then the metrics, and how a run is read. Whoever wants the metrics may
+stop at the banner "tables".
 """
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -26,246 +33,276 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from common import PARENTS, InputError, atomic, load_array, print_settings, read_log, require, run_script
+from common import (PARENTS, InputError, atomic, load_array, print_settings, read_log, require,
+                    run_script)
 
-HINT = "finetune.py writes it; any method's predictions will do"
-THRESHOLDS = {"auc_0_50": np.linspace(0, 50, 100), "auc_20_50": np.linspace(20, 50, 15)}  # mm
-COLUMNS = {"mpjpe": "MPJPE", "auc_0_50": "AUC 0-50", "auc_20_50": "AUC 20-50", "scaled_mpjpe": "scaled MPJPE",
-           "scaled_auc_20_50": "scaled AUC 20-50", "pa_mpjpe": "PA-MPJPE", "pa_auc_0_50": "PA-AUC 0-50"}
-ABSOLUTE = {"abs_mpjpe": "abs. MPJPE", "abs_auc_0_50": "abs. AUC 0-50"}
-LEGEND = "MPJPE in mm, wrist-aligned; scaled: by the true bone 0-9 over the predicted; PA: after Procrustes; AUC " \
-         "over the thresholds named, mm; "
+# Metrics of the table, by their keys in metrics.json.
+COLUMNS = {
+    "mpjpe": "MPJPE",
+    "auc_0_50": "AUC 0-50",
+    "auc_20_50": "AUC 20-50",
+    "scaled_mpjpe": "scaled MPJPE",
+    "scaled_auc_20_50": "scaled AUC 20-50",
+    "pa_mpjpe": "PA-MPJPE",
+    "pa_auc_0_50": "PA-AUC 0-50"}
+ABSOLUTE_COLUMNS = {"abs_mpjpe": "abs. MPJPE", "abs_auc_0_50": "abs. AUC 0-50"}
 DATASETS = {"freihand": "FreiHAND", "dexycb": "DexYCB", "assemblyhands": "AssemblyHands"}
-RESAMPLES, GROUPS = 1000, 50_000  # of the bootstrap
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("runs", nargs="+", help="folders with predictions. A run's row in the table is its name "
+         "without the data set's: freihand-simhand and dexycb-simhand share one")
+    flag("--out", help="folder for tables and plots (default: here; of a single run, its own)")
+    flag("--baseline", metavar="ROW",
+         help="row over whose MPJPE the gain is taken (default: the first)")
+    flag("--seeds", action="store_true", help="runs whose names differ only in a seed and its "
+         "number (simhand-seed0, simhand-seed1) share a row: mean and standard deviation over "
+         "them, instead of the 95 %% bootstrap interval over a run's samples")
+    flag("--absolute", action="store_true", help="absolute camera coordinates in the table too")
+    flag("--allow-missing", action="store_true",
+         help="leave samples out whose prediction is NaN, and count them (default: an error)")
+    flag("--submission", choices=("dexycb", "freihand"), help="also write each run's predictions "
+         "as the benchmark wants them, by names.txt: FreiHAND's pred.zip, or DexYCB's dexycb.txt")
+    return parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders with predictions. A run's row in the table is its name "
-                        "without the data set's: freihand-simhand and dexycb-simhand share one")
-    parser.add_argument("--out", help="folder for tables and plots (default: here; of a single run, its own)")
-    parser.add_argument("--baseline", metavar="ROW", help="row over whose MPJPE the gain is (default: the first)")
-    parser.add_argument("--seeds", action="store_true", help="runs whose names differ only in a seed and its number "
-                        "(simhand-seed0, simhand-seed1) share a row: mean and standard deviation over them, instead of "
-                        "the 95 %% bootstrap interval over a run's samples")
-    parser.add_argument("--absolute", action="store_true", help="absolute camera coordinates in the table too")
-    parser.add_argument("--allow-missing", action="store_true", help="leave samples out whose prediction is NaN, and "
-                        "count them (default: an error)")
-    parser.add_argument("--submission", choices=sorted(SUBMISSIONS), help="also write each run's predictions as the "
-                        "benchmark wants them, by names.txt: FreiHAND's pred.zip, or DexYCB's dexycb.txt")
-    return parser.parse_args()
+    return make_parser().parse_args()
+
+
+@dataclasses.dataclass
+class Run:
+    """A folder with predictions, and what is found out about it."""
+    folder: Path
+    name: str  # the shortest tail of its path that tells it from the others
+    data: str  # the data set's name, or ""
+    row: str  # the row of the table that it belongs to
+    settings: dict  # those that its log tells, as of `read_settings`
+    names: np.ndarray = None  # (T,) NAMES_DTYPE, for a submission
+    metrics: dict = None  # as in metrics.json
+    curve: np.ndarray = None  # (100,), PCK of the wrist-aligned error
+    truth_digest: int = 0  # tells whether two runs have the same true poses
 
 
 def main():
     args = parse_args()
-    out = Path(args.out or (args.runs[0] if len(args.runs) == 1 else "."))
+    default_out = args.runs[0] if len(args.runs) == 1 else "."
+    out = Path(args.out or default_out)
     require(not out.is_file(), f"{out}: is a file, expected a folder to write to")
-    print_settings(args)
+    print_settings(args, make_parser())
     runs = name_runs(args.runs, args.seeds)
     for run in runs:  # all of them first: a wrong folder costs no minutes
-        load_run(run["folder"], args.allow_missing)
-        if args.submission:
-            official(run["folder"], args.submission, run["settings"])
-    baseline = args.baseline or runs[0]["row"]
-    require(any(run["row"] == baseline for run in runs),
-            f"--baseline {baseline}: no such row, expected one of {', '.join(dict.fromkeys(r['row'] for r in runs))}")
+        check_run(run, args.submission)
+    rows = unique(run.row for run in runs)
+    baseline = args.baseline or rows[0]
+    require(baseline in rows,
+            f"--baseline {baseline}: no such row, expected one of {', '.join(rows)}")
     out.mkdir(parents=True, exist_ok=True)
+
     for run in runs:
-        prediction, truth, valid, wrist, missing, warnings = load_run(run["folder"], args.allow_missing)
-        run["metrics"], run["curve"] = score(prediction, truth, valid, RESAMPLES, wrist)
-        run["metrics"]["samples_missing"], run["truth"] = missing, zlib.crc32(truth)
-        without = run["metrics"]["samples_without_wrist"]
-        warnings += [f"{run['folder']}: {without} of {len(valid)} samples have no wrist to align by"] * bool(without)
-        first = next(r for r in runs if r["data"] == run["data"])
-        if run["truth"] != first["truth"]:
-            warnings.append(f"{run['folder']}: warning: other true poses than {first['folder']}; scores do not compare")
-        print(*warnings, sep="\n", end="\n" * bool(warnings))
-        write_text(run["folder"] / "metrics.json", json.dumps(run["metrics"], indent=1) + "\n")
-        if args.submission:
-            SUBMISSIONS[args.submission](run["folder"], *official(run["folder"], args.submission, run["settings"]))
-    tables = make_tables(runs, COLUMNS | (ABSOLUTE if args.absolute else {}), baseline, args.seeds)
+        score_run(run, args)
+        warn_of_other_truth(run, runs)
+
+    columns = COLUMNS | ABSOLUTE_COLUMNS if args.absolute else COLUMNS
+    tables = make_tables(runs, columns, baseline, args.seeds)
     print(tables["table.md"])
     for name, text in tables.items():
         write_text(out / name, text)
-    plots = {"pck": plot_pck(runs), "joints": plot_joints(runs),
+
+    plots = {"pck": plot_pck(runs),
+             "joints": plot_joints(runs),
              "labels": plot_against(runs, "label_fraction", "share of the labels"),
              "pool": plot_against(runs, "pool", "hands in pre-training")}
-    for path, figure in ((out / f"{name}.{kind}", figure) for name, figure in plots.items() for kind in ("png", "pdf")):
-        path.unlink(missing_ok=True)  # of other runs
-        if figure:
-            with atomic(path) as file:
-                figure.savefig(file, format=path.suffix[1:], dpi=110, bbox_inches="tight")
-    print(f"wrote metrics.json beside the predictions of {len(runs)} run{'s' * (len(runs) > 1)}; into {out}: "
-          + ", ".join([*tables, *(f"{name}.png and .pdf" for name, figure in plots.items() if figure)]))
+    drawn = [name for name, figure in plots.items() if figure]
+    for name, figure in plots.items():
+        write_plot(out, name, figure)
+
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    written = [*tables, *(f"{name}.png and .pdf" for name in drawn)]
+    print(f"wrote metrics.json beside the predictions of {count}; into {out}: "
+          f"{', '.join(written)}")
 
 
-# ---------------------------------------------------------------------------------------------- runs
-
-def load_run(folder, allow_missing=False):
-    """-> prediction, truth (T, 21, 3) float32 mm, 0 where not used; valid (T, 21): joints that count; wrist (T,): samples
-    that their wrist aligns; number of samples left out for a prediction that is not finite; warnings."""
-    require(folder.is_dir(), f"{folder}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
-    truth = load_array(folder / "gt_xyz.npy", np.float32, (None, 21, 3), hint=HINT, finite=False)
-    prediction = load_array(folder / "pred_xyz.npy", np.float32, (len(truth), 21, 3), hint=HINT, finite=False)
-    valid, warnings = np.ones(truth.shape[:2], bool), []
-    if (folder / "valid.npy").exists():
-        valid = load_array(folder / "valid.npy", bool, truth.shape[:2], hint=HINT)
-    used = valid.copy()
-    if (folder / "wrist.npy").exists():
-        used[:, 0] |= load_array(folder / "wrist.npy", bool, truth.shape[:1], hint=HINT)
-    bad = {name: (used & ~np.isfinite(array).all(2)).any(1) for name, array in (
-        ("gt_xyz.npy", truth), ("pred_xyz.npy", prediction))}
-    missing = bad.pop("pred_xyz.npy") if allow_missing else np.zeros(len(valid), bool)
-    for name, rows in bad.items():
-        require(not rows.any(), f"{folder / name}: valid joints must be finite, those of {rows.sum()} samples are not: "
-                f"{', '.join(map(str, np.flatnonzero(rows)[:5]))}" + ", ..." * int(rows.sum() > 5)
-                + " (--allow-missing leaves them out)" * (name == "pred_xyz.npy"))
-    if missing.any():
-        warnings.append(f"{folder}: warning: {missing.sum()} of {len(valid)} samples left out, their predictions are "
-                        "not finite; other runs are scored on more")
-        prediction, truth, valid, used = (array[~missing] for array in (prediction, truth, valid, used))
-    require(valid.any(), f"{folder}: holds no sample with a valid joint{' and a finite prediction' * allow_missing}")
-    both = used[:, 0] & used[:, 9]
-    for name, array in (("gt_xyz.npy", truth), ("pred_xyz.npy", prediction)):
-        array[~used] = 0
-        middle = np.median(np.linalg.norm(array[both, 9] - array[both, 0], axis=1)) if both.any() else 90
-        if not 40 <= middle <= 140:
-            warnings.append(f"{folder / name}: warning: the bone 0-9 has a median of {middle:.3g}, expected 40 to 140: "
-                            "are these mm" + (", not metres?" if middle < 1 else "?"))
-    return prediction, truth, valid, used[:, 0], int(missing.sum()), warnings
+def score_run(run, args):
+    """Read a run's poses, once; write its metrics.json, and its submission where one is wanted."""
+    poses = load_poses(run.folder)
+    if args.submission:  # before anything is left out
+        write_submission(run, poses.prediction, args.submission)
+    poses, missing = leave_out_unused(run.folder, poses, args.allow_missing)
+    run.metrics, run.curve = score(poses.prediction, poses.truth, poses.valid, RESAMPLES,
+                                   poses.wrist)
+    run.metrics["samples_missing"] = missing
+    run.truth_digest = zlib.crc32(poses.truth)
+    without = run.metrics["samples_without_wrist"]
+    if without:
+        print(f"{run.folder}: {without} of {len(poses.valid)} samples have no wrist to align by")
+    write_text(run.folder / "metrics.json", json.dumps(run.metrics, indent=1) + "\n")
 
 
-def name_runs(folders, seeds):
-    """-> a dict for each run: folder; name, the shortest tail of its path that tells it from the others; data, the
-    data set's name or ""; row in the table; settings, as far as its log tells."""
-    real, parts = [Path(folder).resolve() for folder in folders], [Path(os.path.abspath(f)).parts for f in folders]
-    twice = [str(folder) for folder, path in zip(folders, real) if real.count(path) > 1]
-    require(not twice, f"the same run is given twice: {', '.join(twice)}")
-    tail = next(k for k in range(1, 100) if len({p[-k:] for p in parts}) == len(parts))
-    runs = []
-    for folder, part in zip(folders, parts):
-        name, settings = "/".join(part[-tail:]), read_settings(Path(folder))
-        data = settings.get("data") or next((label for word, label in DATASETS.items() if word in name.lower()), "")
-        row = name
-        if seeds:
-            row, found = re.subn(r"[-_./]?seed[-_]?\d+", "", name)
-            require(found, f"{folder}: --seeds expects a seed in each name, as in simhand-seed0 or seed0/simhand")
-        for word in DATASETS:
-            row = re.sub(rf"(^|[-_./]){word}(?=$|[-_./])", "", row, flags=re.I)
-        row = row.strip("-_./") or part[-tail - 1]  # the folder around it, where the data set's name was all
-        runs.append(dict(folder=Path(folder), name=name, data=data, row=row, settings=settings))
-    if not seeds and len({(run["row"], run["data"]) for run in runs}) < len(runs):
-        runs = [run | {"row": run["name"]} for run in runs]
-    return runs
+def warn_of_other_truth(run, runs):
+    first = next(other for other in runs if other.data == run.data)
+    if run.truth_digest != first.truth_digest:
+        print(f"{run.folder}: warning: other true poses than {first.folder}; scores do not "
+              "compare")
 
 
-def read_settings(folder):
-    """What the log of a fine-tuning run says of it -> dict, empty where there is no such log."""
-    if not (folder / "log.jsonl").exists():
-        return {}
-    rows = read_log(folder / "log.jsonl") or [{}]
-    try:
-        args = rows[0].get("args") or {}
-        before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
-        settings = {"method": Path(str(args.get("weights", ""))).stem} | dict(before.get("args") or {})
-        settings |= {key: "+".join(map(str, settings[key])) for key in ("hands", "pairs") if settings.get(key)}
-        settings |= {key: args.get(key) for key in ("label_fraction", "backbone", "head", "freeze", "paper_filter")}
-        settings |= {"pool": before.get("hands"), "dataset": args.get("dataset")}
-        words = [DATASETS.get(args.get("dataset"), ""), args.get("setup"), args.get("modality")]
-        settings["data"] = " ".join(word for word in words if word)
-        numbers = [settings[key] for key in ("label_fraction", "pool") if settings[key] is not None]
-        if not all(0 < value < math.inf for value in numbers):
-            raise ValueError
-    except (AttributeError, TypeError, ValueError):
-        raise InputError(f"{folder / 'log.jsonl'}: expected the log of finetune.py, or none")
-    return settings
+def unique(items):
+    """Each item once, in the order of the first ones."""
+    return list(dict.fromkeys(items))
 
 
-# ---------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------- the metrics
+
+# Thresholds of PCK, mm.
+THRESHOLDS = {"auc_0_50": np.linspace(0, 50, 100), "auc_20_50": np.linspace(20, 50, 15)}
+# How the metrics' names begin for each alignment, and the metrics that are taken of it. The
+# alignments: none; wrist on wrist; that, and rescaled by the bone 0-9 (the paper's); Procrustes.
+ALIGNMENTS = {
+    "abs_": ("mpjpe", "auc_0_50"),
+    "": ("mpjpe", "auc_0_50", "auc_20_50"),
+    "scaled_": ("mpjpe", "auc_0_50", "auc_20_50"),
+    "pa_": ("mpjpe", "auc_0_50")}
+RESAMPLES = 1000  # of the bootstrap
+GROUPS = 50_000  # what it draws at most: samples, or groups of them where there are more
+
 
 def score(prediction, truth, valid, resamples=0, wrist=None):
-    """All metrics of one run -> dict as in metrics.json, and the PCK curve (100,) of the wrist-aligned error.
+    """All metrics of one run -> dict as in metrics.json, and the PCK curve (100,) of the
+    wrist-aligned error.
 
-    Means are taken per joint, then over joints. wrist (T,): samples that their wrist aligns, by default those where it
-    is valid. Others are left out of the wrist-aligned metrics, those without a valid joint 9 out of the rescaled ones
-    too; both are counted. An AUC is the mean of each error's own area, that under a step from 0 to 1 at the error: so
-    it can be averaged and resampled like an error. resamples: of the bootstrap over samples; with 0 there are no
-    intervals.
+    MPJPE is the mean error of each joint, then the mean over the joints; PCK likewise. An AUC is
+    the mean of each error's own area, that under a step from 0 to 1 at the error: so it can be
+    averaged and resampled like an error.
+
+    wrist (T,): samples that their wrist aligns, by default those where it is valid. Others are
+    left out of the wrist-aligned metrics, and those without a valid joint 9 out of the rescaled
+    ones too; both are counted. resamples: of the bootstrap over samples; 0: no intervals.
     """
-    wrist = valid[:, 0] if wrist is None else wrist
-    errors = distances(prediction, truth, valid, wrist)
-    result = {"samples": len(valid), "samples_without_wrist": int((~wrist).sum()),
+    if wrist is None:
+        wrist = valid[:, 0]
+    result = {"samples": len(valid),
+              "samples_without_wrist": int((~wrist).sum()),
               "samples_without_bone": int((~(wrist & valid[:, 9])).sum()),
               "samples_without_procrustes": int((valid.sum(1) < 3).sum())}
-    keys, tables, order = [], [], np.random.default_rng(0).permutation(len(valid))
-    for prefix in list(errors):
-        error = errors.pop(prefix)  # a million samples have 170 MB of each
+    errors = distances(prediction, truth, valid, wrist)
+    order = np.random.default_rng(0).permutation(len(valid))
+    keys = []
+    tables = []
+    for alignment, names in ALIGNMENTS.items():
+        error = errors.pop(alignment)  # a million samples have 170 MB of each
         counts = ~np.isnan(error)
-        n, values = counts.sum(0), {"mpjpe": np.where(counts, error, 0)}
-        for name, steps in THRESHOLDS.items():
-            if prefix in ("", "scaled_") or name == "auc_0_50":
-                areas = area_under(np.tri(len(steps), len(steps) + 1), steps)  # column k: 1 from threshold k on
-                first = np.searchsorted(steps, error)  # threshold that the error reaches; NaN comes last: 0
-                values[name] = areas[first]
-            if prefix + name == "auc_0_50":
-                reached = np.stack([np.bincount(first[counts[:, j], j], minlength=101)[:100] for j in range(21)])
-                curve = mean_over_joints(np.cumsum(reached, 1).T, n)
-        for name, value in values.items():
-            result[prefix + name] = number(mean_over_joints(value.sum(0), n))
-            keys.append(prefix + name)
-        if resamples:
-            tables.append([sum_groups(table, order) for table in (counts, *values.values())])
-        if prefix == "":
-            result["per_joint"] = [number(v) for v in values["mpjpe"].sum(0) / np.where(n, n, np.nan)]
+        n = counts.sum(0)
+        groups = [sum_groups(counts, order)]
+        for name in names:
+            key = alignment + name
+            keys.append(key)
+            sums, of_groups = add_up(values_of(error, name), order)
+            result[key] = number(mean_over_joints(sums, n))
+            groups.append(of_groups)
+        tables.append(groups)
+        if alignment == "":
+            sums = np.nansum(error, 0)
+            result["per_joint"] = [number(mean) for mean in sums / np.where(n, n, np.nan)]
+            curve = pck_curve(error, THRESHOLDS["auc_0_50"])
     if resamples:
-        drawn = bootstrap(tables, resamples)
-        result["intervals"] = {key: [None, None] if result[key] is None else  # a draw may miss the few that count
-                               np.nanpercentile(column, (2.5, 97.5)).tolist() for key, column in zip(keys, drawn)}
+        drawn = dict(zip(keys, bootstrap(tables, resamples)))
+        result["intervals"] = {key: interval(drawn[key], result[key]) for key in keys}
     return result, curve
 
 
 def distances(prediction, truth, valid, wrist):
-    """-> {kind: (T, 21) float64 mm, NaN where a joint does not count}, for the four alignments."""
-    found = {kind: np.full(valid.shape, np.nan) for kind in ("abs_", "", "scaled_", "pa_")}
-    for low in range(0, len(valid), 50_000):  # bounds the memory
-        rows = slice(low, low + 50_000)
-        p, t, v = prediction[rows].astype(np.float64), truth[rows].astype(np.float64), valid[rows]
-        relative_p, relative_t, aligned = p - p[:, :1], t - t[:, :1], v & wrist[rows, None]
-        predicted_bone = np.linalg.norm(relative_p[:, 9], axis=1)
-        factor = np.linalg.norm(relative_t[:, 9], axis=1) / np.where(predicted_bone > 0, predicted_bone, 1)
-        for kind, difference, counts in (
-                ("abs_", p - t, v), ("", relative_p - relative_t, aligned),
-                ("scaled_", relative_p * factor[:, None, None] - relative_t, aligned & v[:, 9:10]),
-                ("pa_", align(p, t, v) - t, v & (v.sum(1) >= 3)[:, None])):  # fewer points fit any pose
-            found[kind][rows] = np.where(counts, np.linalg.norm(difference, axis=2), np.nan)
+    """-> {alignment: (T, 21) float64 mm, NaN where a joint does not count}."""
+    found = {alignment: np.full(valid.shape, np.nan) for alignment in ALIGNMENTS}
+    for start in range(0, len(valid), 50_000):  # bounds the memory
+        rows = slice(start, start + 50_000)
+        some = distances_of_some(prediction[rows].astype(np.float64),
+                                 truth[rows].astype(np.float64), valid[rows], wrist[rows])
+        for alignment, values in some.items():
+            found[alignment][rows] = values
     return found
 
 
-def sum_groups(table, order):
-    """(T, 21) -> (T, 21) in another order, or with more than GROUPS samples the sums of as many random groups."""
-    sums = np.zeros((min(len(table), GROUPS), 21))
-    for low in range(0, len(table), GROUPS):
-        rows = order[low:low + GROUPS]
-        sums[:len(rows)] += table[rows]
-    return sums
+def distances_of_some(prediction, truth, valid, wrist):
+    """The same, of samples in float64, all at once."""
+    relative = prediction - prediction[:, :1]
+    relative_truth = truth - truth[:, :1]
+    with_wrist = valid & wrist[:, None]
+
+    bone = np.linalg.norm(relative[:, 9], axis=1)
+    true_bone = np.linalg.norm(relative_truth[:, 9], axis=1)
+    factor = true_bone / np.where(bone > 0, bone, 1)
+    scaled = relative * factor[:, None, None]
+    with_bone = with_wrist & valid[:, 9:10]
+
+    aligned = align(prediction, truth, valid)
+    enough = valid.sum(1, keepdims=True) >= 3  # fewer points fit any pose
+    return {"abs_": distance(prediction, truth, valid),
+            "": distance(relative, relative_truth, with_wrist),
+            "scaled_": distance(scaled, relative_truth, with_bone),
+            "pa_": distance(aligned, truth, valid & enough)}
 
 
-def bootstrap(tables, resamples, seed=0):
-    """For each alignment: how often joints count, and the sums of each metric, of each sample (G, 21) -> for each
-    metric (resamples,): that of G samples drawn with replacement, the same ones for all. Random groups in place of
-    samples have the same variance, and bound the time."""
-    rng, size, made = np.random.default_rng(seed), len(tables[0][0]), []
-    for _ in range(resamples):
-        times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
-        made.append([mean_over_joints(times @ s, n) for counts, *sums in tables
-                     for n in [times @ counts] for s in sums])
-    return np.transpose(made)
+def distance(prediction, truth, counts):
+    """(T, 21, 3) twice -> (T, 21), NaN where a joint does not count."""
+    return np.where(counts, np.linalg.norm(prediction - truth, axis=2), np.nan)
+
+
+def align(prediction, truth, valid):
+    """Each prediction (T, 21, 3) moved on its truth by the best similarity over the valid joints,
+    reflections allowed, as in FreiHAND's eval.py."""
+    weight = valid[..., None] / np.maximum(valid.sum(1), 1)[:, None, None]
+    mean_p = (prediction * weight).sum(1, keepdims=True)
+    mean_t = (truth * weight).sum(1, keepdims=True)
+    p = (prediction - mean_p) * valid[..., None]
+    t = (truth - mean_t) * valid[..., None]
+    norm_p = np.linalg.norm(p, axis=(1, 2), keepdims=True) + 1e-8
+    norm_t = np.linalg.norm(t, axis=(1, 2), keepdims=True) + 1e-8
+    u, singular, vt = np.linalg.svd((t / norm_t).transpose(0, 2, 1) @ (p / norm_p))
+    rotation = (u @ vt).transpose(0, 2, 1)
+    scale = singular.sum(1)[:, None, None] * norm_t
+    return (prediction - mean_p) / norm_p @ rotation * scale + mean_t
+
+
+def values_of(error, name):
+    """What each error adds to a metric, (T, 21), 0 for NaN."""
+    if name == "mpjpe":
+        return np.where(np.isnan(error), 0, error)
+    thresholds = THRESHOLDS[name]
+    count = len(thresholds)
+    steps = np.tri(count, count + 1)  # column k: a PCK of 1 from threshold k on
+    areas = area_under(steps, thresholds)
+    # The first threshold that is not below the error. NaN comes last, where the area is 0.
+    reached = np.searchsorted(thresholds, error)
+    return areas[reached]
+
+
+def area_under(pck, thresholds):
+    """(thresholds, ...) -> trapezoids, divided by the range: 1 where every error is below the
+    first threshold."""
+    return np.trapezoid(pck, thresholds, axis=0) / (thresholds[-1] - thresholds[0])
+
+
+def pck_curve(error, thresholds):
+    """(T, 21), NaN where a joint does not count -> PCK at each threshold."""
+    n = (~np.isnan(error)).sum(0)
+    count = len(thresholds)
+    found = []
+    for column in error.T:
+        reached = np.searchsorted(thresholds, column)
+        newly = np.bincount(reached, minlength=count + 1)[:count]  # the last: beyond all, or NaN
+        found.append(np.cumsum(newly))
+    return mean_over_joints(np.stack(found).T, n)
 
 
 def mean_over_joints(sums, n):
-    """(..., 21) over how many each -> mean over the joints that occur, NaN where none does."""
-    share = np.where(n > 0, sums / np.maximum(n, 1), 0)
-    return share.sum(-1) / np.where((n > 0).any(-1), (n > 0).sum(-1), np.nan)
+    """Sums (..., 21) of n values each -> mean of each joint, then over the joints that occur; NaN
+    where none does."""
+    means = np.where(n > 0, sums / np.maximum(n, 1), 0)
+    occur = (n > 0).sum(-1)
+    return means.sum(-1) / np.where(occur > 0, occur, np.nan)
 
 
 def number(value):
@@ -273,95 +310,220 @@ def number(value):
     return float(value) if np.isfinite(value) else None
 
 
-def area_under(pck, thresholds):
-    """(thresholds, ...) -> trapezoids, divided by the range: 1 where every error is below the first threshold."""
-    return np.trapezoid(pck, thresholds, axis=0) / (thresholds[-1] - thresholds[0])
+def add_up(values, order):
+    """(T, 21) -> (21,), their sums over all samples; (G, 21), those over groups of samples."""
+    return values.sum(0), sum_groups(values, order)
 
 
-def align(prediction, truth, valid):
-    """Each prediction (T, 21, 3) moved on its truth by the best similarity over the valid joints, reflections allowed,
-    as in FreiHAND's eval.py."""
-    weight = valid[..., None] / np.maximum(valid.sum(1), 1)[:, None, None]
-    mean_p, mean_t = (prediction * weight).sum(1, keepdims=True), (truth * weight).sum(1, keepdims=True)
-    p, t = (prediction - mean_p) * valid[..., None], (truth - mean_t) * valid[..., None]
-    norm_p, norm_t = (np.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8 for x in (p, t))
-    u, singular, vt = np.linalg.svd((t / norm_t).transpose(0, 2, 1) @ (p / norm_p))
-    scale = singular.sum(1)[:, None, None] * norm_t
-    return (prediction - mean_p) / norm_p @ (u @ vt).transpose(0, 2, 1) * scale + mean_t
+def sum_groups(table, order):
+    """(T, 21) -> (T, 21) in another order, or with more than GROUPS samples the sums of as many
+    random groups."""
+    sums = np.zeros((min(len(table), GROUPS), 21))
+    for start in range(0, len(table), GROUPS):
+        rows = order[start:start + GROUPS]
+        sums[:len(rows)] += table[rows]
+    return sums
 
 
-# ---------------------------------------------------------------------------------------------- tables
+def bootstrap(tables, resamples, seed=0):
+    """Metrics of samples that are drawn with replacement, as many as there are, the same ones for
+    all metrics -> (metrics, resamples).
 
-def fill_cells(runs, rows, groups, columns, baseline, seeds):
-    """-> for each row a list of cells, data set by data set: text; texts of what stands behind it, the ends of its 95 %
-    interval or the deviation over seeds; whether it is the best of its column."""
-    scores, found, best, lines = {}, {}, {}, []
-    for run in runs:
-        scores.setdefault((run["row"], run["data"]), []).append(run["metrics"])
-    for (row, group), mine in scores.items():
-        for key in columns:
-            values = [m[key] for m in mine if m[key] is not None]
-            if values:
-                behind = mine[0]["intervals"][key] if not seeds else [np.std(values, ddof=1)] if values[1:] else []
-                value, better = np.mean(values), min if "mpjpe" in key else max
-                found[row, group, key] = value, *behind
-                best[group, key] = better(value, best.get((group, key), value))
-    for row in rows:
-        cells = []
-        for group in groups:
-            mine = scores.get((row, group), [])
-            cells += [("/".join(sorted({str(m["samples"]) for m in mine})), (), False)]
-            cells += [(str(len(mine)), (), False)] * seeds
-            for key in columns:
-                value, *behind = found.get((row, group, key), [None])
-                text, *behind = ("" if v is None else f"{v:.{2 if 'mpjpe' in key else 3}f}" for v in (value, *behind))
-                cells.append((text, behind, len(rows) > 1 and value is not None and value == best[group, key]))
-            ours, theirs = (found.get((r, group, "mpjpe"), [0])[0] for r in (row, baseline))
-            gain = f"{100 * (1 - ours / theirs):+.1f}" if ours and theirs else ""
-            cells += [(gain, (), False)] * (len(rows) > 1)
-        lines.append(cells)
-    return lines
+    tables: for each alignment a list of (G, 21): how often each joint counts in each sample, and
+    then for each metric what the sample adds. Random groups in place of samples have the same
+    variance, and bound the time.
+    """
+    rng = np.random.default_rng(seed)
+    size = len(tables[0][0])
+    drawn = []
+    for _ in range(resamples):
+        times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
+        means = []
+        for counts, *metrics in tables:
+            n = times @ counts
+            means += [mean_over_joints(times @ values, n) for values in metrics]
+        drawn.append(means)
+    return np.transpose(drawn)
 
 
-def make_tables(runs, columns, baseline, seeds):
-    """-> {file: text}: a row for each name, columns grouped by data set, the gain in MPJPE over the baseline's in
-    percent, best in bold; behind each value its 95 % interval, or over seeds the standard deviation."""
-    rows, groups = (list(dict.fromkeys(run[key] for run in runs)) for key in ("row", "data"))
-    lines = fill_cells(runs, rows, groups, columns, baseline, seeds)
-    heads = ["samples", *["runs"] * seeds, *columns.values(), *["gain, %"] * (len(rows) > 1)]
-    titles = [f"{group} {head}".strip() if groups[1:] else head for group in groups for head in heads]
-    markdown = [["run", *titles], ["---"] * (1 + len(titles))]
-    latex = [" & ".join(["run", *map(escape, heads * len(groups))]) + " \\\\ \\midrule"]
-    if groups[1:]:
-        spans = (f"\\multicolumn{{{len(heads)}}}{{c}}{{{escape(group)}}}" for group in groups)
-        latex.insert(0, " & ".join(["", *spans]) + " \\\\")
-    ends = ("deviation",) if seeds else ("low", "high")
-    metrics = [head in columns.values() for head in heads] * len(groups)
-    table = [["run", *(t for title, of in zip(titles, metrics)
-                       for t in (title, *(f"{title} {end}" for end in ends if of)))]]
-    for row, cells in zip(rows, lines):
-        joined = ["", " ± {}", " ({}-{})"], ["", " $\\pm$ {}", " {{\\scriptsize ({}--{})}}"]
-        shown, typeset = ([(bold % text if best else text) + form[len(behind)].format(*behind)
-                           for text, behind, best in cells] for bold, form in zip(("**%s**", "\\textbf{%s}"), joined))
-        markdown.append([row.replace("|", "\\|"), *shown])
-        latex.append(" & ".join([escape(row), *typeset]) + " \\\\")
-        table.append([row, *(t for (text, behind, _), of in zip(cells, metrics)
-                             for t in (text, *(list(behind) + [""] * len(ends))[:len(ends) * of]))])
-    legend = f"{groups[0]}. " * bool(groups[0] and not groups[1:]) + LEGEND + (
-        "± standard deviation over the seeds." if seeds else
-        f"in brackets 95 % of {RESAMPLES} bootstrap resamples of the samples.")
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    return {"table.md": "\n".join("| " + " | ".join(line) + " |" for line in markdown) + f"\n\n{legend}"
-            + f" Gain: in MPJPE, over {baseline}." * (len(rows) > 1) + "\n", "table.csv": text.getvalue(),
-            "table.tex": "\n".join([f"% {legend} Needs \\usepackage{{booktabs}}.",
-                                    f"\\begin{{tabular}}{{l{'r' * len(titles)}}} \\toprule", *latex,
-                                    "\\bottomrule \\end{tabular}", ""])}
+def interval(drawn, value):
+    """The ends of the 95 % interval of a metric's resamples."""
+    if value is None:
+        return [None, None]
+    # A draw may miss the few samples that count, and is then NaN.
+    return np.nanpercentile(drawn, (2.5, 97.5)).tolist()
 
 
-def escape(text):
-    """Text as LaTeX prints it."""
-    return re.sub(r"[&%$#_{}]|([\\~^])", lambda m: f"\\symbol{{{ord(m[0])}}}" if m[1] else "\\" + m[0], text)
+# ------------------------------------------------------------------------------- files: runs' poses
+
+HINT = "finetune.py writes it; any method's predictions will do"
+
+
+@dataclasses.dataclass
+class Poses:
+    """The T samples of a run."""
+    prediction: np.ndarray  # (T, 21, 3) float32, mm
+    truth: np.ndarray  # (T, 21, 3) float32, mm
+    valid: np.ndarray  # (T, 21), joints that count
+    wrist: np.ndarray  # (T,), samples that their wrist aligns
+
+
+def check_run(run, benchmark):
+    """Find out whether all files are there and fit each other; the poses are not read yet."""
+    poses = load_poses(run.folder, mmap=True)
+    if benchmark:
+        run.names = read_names(run, benchmark, len(poses.truth))
+
+
+def load_poses(folder, mmap=False):
+    """A run's arrays as they are -> Poses. mmap: the poses are read only when they are looked
+    at."""
+    require(folder.is_dir(),
+            f"{folder}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
+    truth = load_array(folder / "gt_xyz.npy", np.float32, (None, 21, 3), hint=HINT, mmap=mmap,
+                       finite=False)
+    count = len(truth)
+    prediction = load_array(folder / "pred_xyz.npy", np.float32, (count, 21, 3), hint=HINT,
+                            mmap=mmap, finite=False)
+    valid = np.ones((count, 21), bool)
+    if (folder / "valid.npy").exists():
+        valid = load_array(folder / "valid.npy", bool, (count, 21), hint=HINT)
+    wrist = valid[:, 0]
+    if (folder / "wrist.npy").exists():
+        wrist = wrist | load_array(folder / "wrist.npy", bool, (count,), hint=HINT)
+    return Poses(prediction, truth, valid, wrist)
+
+
+def leave_out_unused(folder, poses, allow_missing):
+    """-> Poses without the samples whose prediction is not finite, and with 0 for the joints that
+    are not used; how many samples were left out. The arrays given may be overwritten."""
+    used = poses.valid.copy()
+    used[:, 0] = poses.wrist
+    refuse_samples(folder / "gt_xyz.npy", not_finite(poses.truth, used))
+    lost = not_finite(poses.prediction, used)
+    if not allow_missing:
+        refuse_samples(folder / "pred_xyz.npy", lost, " (--allow-missing leaves them out)")
+    missing = int(lost.sum())
+    if missing:
+        print(f"{folder}: warning: {missing} of {len(lost)} samples left out, their predictions "
+              "are not finite; other runs are scored on more")
+        used = used[~lost]
+        poses = Poses(poses.prediction[~lost], poses.truth[~lost], poses.valid[~lost],
+                      poses.wrist[~lost])
+    wanted = " and a finite prediction" if allow_missing else ""
+    require(poses.valid.any(), f"{folder}: holds no sample with a valid joint{wanted}")
+    for name, array in (("gt_xyz.npy", poses.truth), ("pred_xyz.npy", poses.prediction)):
+        array[~used] = 0
+        warn_of_unit(folder / name, array, used)
+    return poses, missing
+
+
+def not_finite(array, used):
+    """-> (T,), samples with a used joint that is NaN or infinite."""
+    return (used & ~np.isfinite(array).all(2)).any(1)
+
+
+def refuse_samples(path, lost, hint=""):
+    """An InputError that names the first samples that are lost, if any is."""
+    count = lost.sum()
+    first = ", ".join(map(str, np.flatnonzero(lost)[:5]))
+    more = ", ..." if count > 5 else ""
+    require(not count, f"{path}: valid joints must be finite, those of {count} samples are not: "
+            f"{first}{more}{hint}")
+
+
+def warn_of_unit(path, array, used):
+    """Warn where the bone 0-9 is not as long as a hand's in mm."""
+    both = used[:, 0] & used[:, 9]
+    if not both.any():
+        return
+    middle = np.median(np.linalg.norm(array[both, 9] - array[both, 0], axis=1))
+    if not 40 <= middle <= 140:
+        guess = "mm, not metres?" if middle < 1 else "mm?"
+        print(f"{path}: warning: the bone 0-9 has a median of {middle:.3g}, expected 40 to 140: "
+              f"are these {guess}")
+
+
+# --------------------------------------------------------------- files: runs' names and settings
+
+SEED = r"[-_./]?seed[-_]?\d+"  # in a run's name
+
+
+def name_runs(folders, seeds):
+    """-> a Run for each folder."""
+    real = [Path(folder).resolve() for folder in folders]
+    twice = [str(folder) for folder, path in zip(folders, real) if real.count(path) > 1]
+    require(not twice, f"the same run is given twice: {', '.join(twice)}")
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    tail = 1
+    while len({part[-tail:] for part in parts}) < len(parts):
+        tail += 1
+    runs = []
+    for folder, part in zip(folders, parts):
+        name = "/".join(part[-tail:])
+        if seeds:
+            require(re.search(SEED, name), f"{folder}: --seeds expects a seed in each name, as in "
+                    "simhand-seed0 or seed0/simhand")
+        # The folder around it serves where the data set's name was all.
+        row = row_of(name, seeds) or part[-tail - 1]
+        settings = read_settings(Path(folder))
+        data = settings.get("data") or data_of(name)
+        runs.append(Run(Path(folder), name, data, row, settings))
+    places = {(run.row, run.data) for run in runs}
+    if not seeds and len(places) < len(runs):  # one run would hide another
+        for run in runs:
+            run.row = run.name
+    return runs
+
+
+def row_of(name, seeds):
+    """A run's name without the data set's, and without the seed's where seeds share a row."""
+    if seeds:
+        name = re.sub(SEED, "", name)
+    for word in DATASETS:
+        name = re.sub(rf"(^|[-_./]){word}(?=$|[-_./])", "", name, flags=re.I)
+    return name.strip("-_./")
+
+
+def data_of(name):
+    """The data set that a run's name tells, or ""."""
+    for word, label in DATASETS.items():
+        if word in name.lower():
+            return label
+    return ""
+
+
+def read_settings(folder):
+    """What the log of a fine-tuning run says of it -> dict, empty where there is no such log."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return {}
+    rows = read_log(path) or [{}]
+    try:
+        return settings_of(rows)
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{path}: expected the log of finetune.py, or none")
+
+
+def settings_of(rows):
+    """The rows of a log -> settings of pre-training, of fine-tuning, `pool` (hands in
+    pre-training) and `data` (the data set's name)."""
+    args = rows[0].get("args") or {}
+    before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
+    settings = {"method": Path(str(args.get("weights", ""))).stem}
+    settings |= dict(before.get("args") or {})
+    for key in ("hands", "pairs"):
+        if settings.get(key):
+            settings[key] = "+".join(map(str, settings[key]))
+    for key in ("label_fraction", "backbone", "head", "freeze", "paper_filter", "dataset"):
+        settings[key] = args.get(key)
+    settings["pool"] = before.get("hands")
+    words = [DATASETS.get(args.get("dataset"), ""), args.get("setup"), args.get("modality")]
+    settings["data"] = " ".join(word for word in words if word)
+    for key in ("label_fraction", "pool"):
+        if settings[key] is not None and not 0 < settings[key] < math.inf:
+            raise ValueError
+    return settings
 
 
 def write_text(path, text):
@@ -369,148 +531,469 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-# ---------------------------------------------------------------------------------------------- plots
+# ------------------------------------------------------------------------------------------ tables
+
+LEGEND = ("MPJPE in mm, wrist-aligned; scaled: by the true bone 0-9 over the predicted; PA: after "
+          "Procrustes; AUC over the thresholds named, mm; ")
+
+
+@dataclasses.dataclass
+class Value:
+    """A metric of the runs that share a row."""
+    mean: float
+    behind: list  # the ends of its 95 % interval, or the deviation over seeds, if it is known
+
+
+@dataclasses.dataclass
+class Cell:
+    text: str
+    behind: list = None  # texts of what stands behind a metric; None: this is no metric
+    best: bool = False  # of its column
+
+
+@dataclasses.dataclass
+class Table:
+    """Rows of cells, data set by data set."""
+    datasets: list
+    heads: list  # of the columns, the same for each data set
+    rows: dict  # name -> cells
+    legend: str
+
+    def titles(self):
+        """Of all columns, with the data set's name where there are several."""
+        titles = []
+        for dataset in self.datasets:
+            for head in self.heads:
+                titles.append(f"{dataset} {head}".strip() if self.datasets[1:] else head)
+        return titles
+
+
+def make_tables(runs, columns, baseline, seeds):
+    """-> {file: text}: a row for each name, columns grouped by data set, the gain in MPJPE over
+    the baseline's in percent, the best in bold; behind each value its 95 % interval, or over
+    seeds the standard deviation."""
+    datasets = unique(run.data for run in runs)
+    rows = fill_rows(runs, columns, baseline, seeds)
+    heads = ["samples"]
+    if seeds:
+        heads.append("runs")
+    heads += columns.values()
+    if len(rows) > 1:
+        heads.append("gain, %")
+    legend = LEGEND
+    if datasets[0] and not datasets[1:]:
+        legend = f"{datasets[0]}. {legend}"
+    if seeds:
+        legend += "± standard deviation over the seeds."
+    else:
+        legend += f"in brackets 95 % of {RESAMPLES} bootstrap resamples of the samples."
+    table = Table(datasets, heads, rows, legend)
+    return {"table.md": markdown_table(table, baseline),
+            "table.csv": csv_table(table, ("deviation",) if seeds else ("low", "high")),
+            "table.tex": latex_table(table)}
+
+
+def fill_rows(runs, columns, baseline, seeds):
+    """-> {row: cells}, data set by data set."""
+    metrics = {}
+    for run in runs:
+        metrics.setdefault((run.row, run.data), []).append(run.metrics)
+    values = {}  # of each row, data set and metric that has one
+    for (row, dataset), same in metrics.items():
+        for key in columns:
+            value = summarise(same, key, seeds)
+            if value is not None:
+                values[row, dataset, key] = value
+    best = find_best(values)
+
+    names = unique(run.row for run in runs)
+    rows = {name: [] for name in names}
+    for name, cells in rows.items():
+        for dataset in unique(run.data for run in runs):
+            same = metrics.get((name, dataset), [])
+            counts = sorted({str(each["samples"]) for each in same})
+            cells.append(Cell("/".join(counts)))
+            if seeds:
+                cells.append(Cell(str(len(same))))
+            for key in columns:
+                cell = metric_cell(values.get((name, dataset, key)), key)
+                if len(names) > 1:
+                    cell.best = (name, dataset, key) in best
+                cells.append(cell)
+            if len(names) > 1:
+                ours = values.get((name, dataset, "mpjpe"))
+                theirs = values.get((baseline, dataset, "mpjpe"))
+                cells.append(Cell(gain(ours, theirs)))
+    return rows
+
+
+def summarise(metrics, key, seeds):
+    """A metric of the runs that share a row -> Value, or None where no run has one."""
+    values = [each[key] for each in metrics if each[key] is not None]
+    if not values:
+        return None
+    behind = []
+    if not seeds:  # there is one run a row
+        behind = metrics[0]["intervals"][key]
+    elif len(values) > 1:
+        behind = [np.std(values, ddof=1)]
+    return Value(np.mean(values), behind)
+
+
+def find_best(values):
+    """-> the (row, data set, metric) that no other row surpasses."""
+    columns = {}
+    for (_, dataset, key), value in values.items():
+        columns.setdefault((dataset, key), []).append(value.mean)
+    found = set()
+    for (row, dataset, key), value in values.items():
+        better = min if "mpjpe" in key else max
+        if value.mean == better(columns[dataset, key]):
+            found.add((row, dataset, key))
+    return found
+
+
+def metric_cell(value, key):
+    if value is None:
+        return Cell("", [])
+    digits = 2 if "mpjpe" in key else 3
+    return Cell(f"{value.mean:.{digits}f}", [f"{each:.{digits}f}" for each in value.behind])
+
+
+def gain(ours, theirs):
+    """How far an MPJPE lies below another one, in percent of that, as text; "" where it cannot be
+    said."""
+    if ours is None or theirs is None or not ours.mean or not theirs.mean:
+        return ""
+    return f"{100 * (1 - ours.mean / theirs.mean):+.1f}"
+
+
+def markdown_table(table, baseline):
+    titles = table.titles()
+    lines = [["run", *titles], ["---"] * (1 + len(titles))]
+    for name, cells in table.rows.items():
+        lines.append([name.replace("|", "\\|"), *map(markdown_cell, cells)])
+    text = ""
+    for line in lines:
+        text += f"| {' | '.join(line)} |\n"
+    text += f"\n{table.legend}"
+    if len(table.rows) > 1:
+        text += f" Gain: in MPJPE, over {baseline}."
+    return text + "\n"
+
+
+def markdown_cell(cell):
+    text = f"**{cell.text}**" if cell.best else cell.text
+    form = ("", " ± {}", " ({}-{})")[len(cell.behind or ())]
+    return text + form.format(*cell.behind or ())
+
+
+def csv_table(table, ends):
+    """ends: what stands behind a metric, each in a column of its own."""
+    heads = ["run"]
+    first, *_ = table.rows.values()
+    for title, cell in zip(table.titles(), first):
+        heads.append(title)
+        if cell.behind is not None:
+            heads += [f"{title} {end}" for end in ends]
+    lines = [heads]
+    for name, cells in table.rows.items():
+        line = [name]
+        for cell in cells:
+            line.append(cell.text)
+            if cell.behind is not None:
+                line += cell.behind or [""] * len(ends)
+        lines.append(line)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def latex_table(table):
+    width = len(table.heads)
+    columns = "r" * width * len(table.datasets)
+    lines = [f"% {table.legend} Needs \\usepackage{{booktabs}}.",
+             f"\\begin{{tabular}}{{l{columns}}} \\toprule"]
+    if table.datasets[1:]:
+        spans = [f"\\multicolumn{{{width}}}{{c}}{{{escape(name)}}}" for name in table.datasets]
+        lines.append(" & ".join(["", *spans]) + " \\\\")
+    heads = [escape(head) for head in table.heads]
+    lines.append(" & ".join(["run", *heads * len(table.datasets)]) + " \\\\ \\midrule")
+    for name, cells in table.rows.items():
+        lines.append(" & ".join([escape(name), *map(latex_cell, cells)]) + " \\\\")
+    lines.append("\\bottomrule \\end{tabular}")
+    return "\n".join(lines) + "\n"
+
+
+def latex_cell(cell):
+    text = f"\\textbf{{{cell.text}}}" if cell.best else cell.text
+    form = ("", " $\\pm$ {}", " {{\\scriptsize ({}--{})}}")[len(cell.behind or ())]
+    return text + form.format(*cell.behind or ())
+
+
+def escape(text):
+    """Text as LaTeX prints it."""
+    escaped = ""
+    for character in text:
+        if character in "\\~^":
+            escaped += f"\\symbol{{{ord(character)}}}"
+        elif character in "&%$#_{}":
+            escaped += f"\\{character}"
+        else:
+            escaped += character
+    return escaped
+
+
+# ------------------------------------------------------------------------------------------- plots
 
 # A hand to draw errors on, x right, y up; a real one's joints lie too close for bars.
-OPEN_HAND = np.array([(0, 0), (-.45, .2), (-.85, .5), (-1.15, .85), (-1.4, 1.2), (-.4, 1.0), (-.5, 1.45), (-.56, 1.85),
-                      (-.6, 2.2), (0, 1.05), (0, 1.55), (0, 1.97), (0, 2.35), (.37, .97), (.47, 1.42), (.53, 1.82),
-                      (.58, 2.17), (.7, .8), (.9, 1.15), (1.02, 1.48), (1.12, 1.8)])
+OPEN_HAND = np.array([
+    (0, 0),
+    (-.45, .2), (-.85, .5), (-1.15, .85), (-1.4, 1.2),
+    (-.4, 1.0), (-.5, 1.45), (-.56, 1.85), (-.6, 2.2),
+    (0, 1.05), (0, 1.55), (0, 1.97), (0, 2.35),
+    (.37, .97), (.47, 1.42), (.53, 1.82), (.58, 2.17),
+    (.7, .8), (.9, 1.15), (1.02, 1.48), (1.12, 1.8)])
 
 
 def panels(runs, width, height):
-    """-> figure, and for each data set its axis and runs. Names below it: there may be many, and long ones."""
-    groups = list(dict.fromkeys(run["data"] for run in runs))
+    """-> figure, and for each data set its axis and its runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.data, []).append(run)
     figure = Figure(figsize=(width * len(groups), height))
-    for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
-        axis.set_title(group)
-        yield figure, axis, [run for run in runs if run["data"] == group]
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.8 / height))
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axis, dataset in zip(axes, groups):
+        axis.set_title(dataset)
+    return figure, list(zip(axes, groups.values()))
+
+
+def add_legend(axis):
+    """Below the panel: there may be many names, and long ones."""
+    below = -0.8 / axis.figure.get_figheight()
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, below))
 
 
 def by_row(runs, mine):
-    """-> name, colour and runs of each row that has some among `mine`; rows keep their colours."""
-    rows = list(dict.fromkeys(run["row"] for run in runs))
+    """Yields label, colour and runs of each row that has some among `mine`. In all panels a row
+    has the same colour."""
+    rows = unique(run.row for run in runs)
     colours = colormaps["tab10" if len(rows) <= 10 else "tab20"].colors
     for k, row in enumerate(rows):
-        if any(run["row"] == row for run in mine):  # a dollar would start a formula
-            yield row.replace("$", "\\$"), colours[k % len(colours)], [run for run in mine if run["row"] == row]
+        same = [run for run in mine if run.row == row]
+        if same:
+            label = row.replace("$", "\\$")  # a dollar would start a formula
+            yield label, colours[k % len(colours)], same
 
 
 def plot_pck(runs):
-    for figure, axis, mine in panels(runs, 6, 4):
-        for name, colour, same in by_row(runs, mine):
-            curve = np.mean([run["curve"] for run in same], 0)
-            area = f"AUC 0-50 {area_under(curve, THRESHOLDS['auc_0_50']):.3f}"
-            axis.plot(THRESHOLDS["auc_0_50"], curve, color=colour,
-                      label=f"{name}  ({'no wrist' if np.isnan(curve).any() else area})")
-        axis.set(xlabel="threshold, mm, wrist-aligned", ylabel="share of joints (PCK)", xlim=(0, 50), ylim=(0, 1))
+    figure, parts = panels(runs, 6, 4)
+    thresholds = THRESHOLDS["auc_0_50"]
+    for axis, mine in parts:
+        for label, colour, same in by_row(runs, mine):
+            curve = np.mean([run.curve for run in same], 0)
+            area = f"AUC 0-50 {area_under(curve, thresholds):.3f}"
+            if np.isnan(curve).any():
+                area = "no wrist"
+            axis.plot(thresholds, curve, color=colour, label=f"{label}  ({area})")
+        axis.set(xlabel="threshold, mm, wrist-aligned", ylabel="share of joints (PCK)",
+                 xlim=(0, 50), ylim=(0, 1))
         axis.grid(alpha=0.3)
+        add_legend(axis)
     return figure
 
 
 def plot_joints(runs):
     """The error of each joint as a bar on a drawn hand, side by side for all rows."""
-    for figure, axis, mine in panels(runs, 6.5, 6.5):
+    figure, parts = panels(runs, 6.5, 6.5)
+    for axis, mine in parts:
         for joint, parent in enumerate(PARENTS):
-            axis.plot(*OPEN_HAND[[parent, joint]].T, color="0.8", linewidth=7, solid_capstyle="round", zorder=0)
-        bars = [(name, colour, np.array([run["metrics"]["per_joint"] for run in same], float).mean(0))
-                for name, colour, same in by_row(runs, mine)]
-        top, width = np.nan_to_num([error for *_, error in bars]).max(initial=1e-9), 0.2 / max(len(bars), 2)
-        for k, (name, colour, error) in enumerate(bars):
-            x = OPEN_HAND[:, 0] + (k - (len(bars) - 1) / 2) * width
-            drawn = axis.bar(x, error * 0.25 / top, width * 0.9, OPEN_HAND[:, 1], label=name, color=colour)
-            if len(bars) <= 2:
-                axis.bar_label(drawn, [f"{value:.0f}" for value in error], fontsize=5.5)
-        axis.bar(1.15, 0.25, 0.03, 0, color="0.3")
-        axis.text(1.12, 0.12, f"{top:.0f} mm", ha="right", va="center")
-        axis.set(xlim=(-1.9, 1.4), aspect="equal", xlabel="wrist-aligned error of each joint", xticks=(), yticks=())
+            axis.plot(*OPEN_HAND[[parent, joint]].T, color="0.8", linewidth=7,
+                      solid_capstyle="round", zorder=0)
+        draw_bars(axis, list(by_row(runs, mine)))
+        axis.set(xlim=(-1.9, 1.4), aspect="equal", xlabel="wrist-aligned error of each joint",
+                 xticks=(), yticks=())
+        add_legend(axis)
     return figure
 
 
+def draw_bars(axis, rows):
+    """A bar for each joint and row, and one beside the hand that tells the scale."""
+    errors = []
+    for _, _, same in rows:
+        per_joint = np.array([run.metrics["per_joint"] for run in same], float)  # None: NaN
+        errors.append(per_joint.mean(0))
+    top = np.nan_to_num(errors).max(initial=1e-9)
+    width = 0.2 / max(len(rows), 2)
+    for k, (label, colour, _) in enumerate(rows):
+        x = OPEN_HAND[:, 0] + (k - (len(rows) - 1) / 2) * width
+        drawn = axis.bar(x, errors[k] * 0.25 / top, width * 0.9, OPEN_HAND[:, 1], label=label,
+                         color=colour)
+        if len(rows) <= 2:
+            axis.bar_label(drawn, [f"{value:.0f}" for value in errors[k]], fontsize=5.5)
+    axis.bar(1.15, 0.25, 0.03, 0, color="0.3")
+    axis.text(1.12, 0.12, f"{top:.0f} mm", ha="right", va="center")
+
+
 def plot_against(runs, key, label):
-    """MPJPE against a setting, a line for each kind of run through the mean of its runs; None unless the setting takes
-    several values on a data set. Runs that have none are drawn as a level."""
-    values = {(run["data"], run["settings"].get(key)) for run in runs if run["settings"].get(key) is not None}
-    runs = [run for run in runs if sum(data == run["data"] for data, _ in values) > 1
-            and run["metrics"]["mpjpe"] is not None]
-    for figure, axis, mine in panels(runs, 5, 4) if runs else ():
-        kinds = kinds_of(mine, but=("label_fraction",) if key == "label_fraction" else ("pairs",))
-        for k, kind in enumerate(dict.fromkeys(kinds)):
-            points, means = [(run["settings"].get(key), run["metrics"]["mpjpe"])
-                             for run, of in zip(mine, kinds) if of == kind], {}
-            for x, y in sorted(points, key=lambda point: point[0] or 0):
-                means.setdefault(x, []).append(y)
-            if None in means:
-                axis.axhline(np.mean(means.pop(None)), linestyle="--", color=f"C{k % 10}", label=kind)
-            if means:
-                axis.plot(*zip(*(point for point in points if point[0])), "o", color=f"C{k % 10}", markersize=4)
-                axis.plot(list(means), list(map(np.mean, means.values())), color=f"C{k % 10}", label=kind)
+    """MPJPE against a setting, a line for each kind of run through the mean of its runs; None
+    unless the setting takes several values on a data set. Runs that have none are drawn as a
+    level."""
+    values = {}
+    for run in runs:
+        values.setdefault(run.data, set()).add(run.settings.get(key))
+    runs = [run for run in runs
+            if len(values[run.data] - {None}) > 1 and run.metrics["mpjpe"] is not None]
+    if not runs:
+        return None
+    figure, parts = panels(runs, 5, 4)
+    for axis, mine in parts:
+        kinds = {}
+        for run, kind in zip(mine, kinds_of(mine, key)):
+            kinds.setdefault(kind, []).append(run)
+        for k, (kind, same) in enumerate(kinds.items()):
+            draw_line(axis, same, key, kind, f"C{k % 10}")
         axis.set(xscale="log", xlabel=label, ylabel="MPJPE, mm, wrist-aligned")
         axis.minorticks_off()
-        ticks = sorted({run["settings"].get(key) for run in mine} - {None})
+        ticks = sorted({run.settings.get(key) for run in mine} - {None})
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
         axis.grid(alpha=0.3)
-    return figure if runs else None
+        add_legend(axis)
+    return figure
 
 
-def kinds_of(runs, but):
-    """-> what tells each run from the others: the settings, of those that can make a line in a plot, that differ."""
-    keys = [key for key in ("method", "weighting", "weight_on", "weight_keypoints", "top_k", "hands", "pairs",
-                            "backbone", "head", "freeze", "label_fraction")
-            if key not in but and len({run["settings"].get(key) for run in runs} - {None}) > 1]
-    return [", ".join(str(value) if key == "method" else f"{key} {value}" for key in keys
-                      if (value := run["settings"].get(key)) is not None) or "runs" for run in runs]
+def draw_line(axis, runs, key, label, colour):
+    """Runs of one kind: a dot for each, and a line through the means at each value of the
+    setting."""
+    errors = {}
+    for run in sorted(runs, key=lambda run: run.settings.get(key) or 0):
+        errors.setdefault(run.settings.get(key), []).append(run.metrics["mpjpe"])
+    if None in errors:
+        level = np.mean(errors.pop(None))
+        axis.axhline(level, linestyle="--", color=colour, label=label)
+    if errors:
+        with_value = [run for run in runs if run.settings.get(key)]
+        axis.plot([run.settings[key] for run in with_value],
+                  [run.metrics["mpjpe"] for run in with_value], "o", color=colour, markersize=4)
+        means = [np.mean(each) for each in errors.values()]
+        axis.plot(list(errors), means, color=colour, label=label)
 
 
-# ---------------------------------------------------------------------------------------------- submissions
+# Settings that can make a line in a plot.
+LINE_SETTINGS = ("method", "weighting", "weight_on", "weight_keypoints", "top_k", "hands", "pairs",
+                 "backbone", "head", "freeze", "label_fraction")
 
-def official(folder, benchmark, settings):
-    """-> official indices (T,) in their order, predictions (T, 21, 3) as the camera sees them: left hands, which
-    pred_xyz.npy mirrors, are left again."""
-    path, hint = folder / "names.txt", "expected a line a sample: index, tab, picture, tab, left or right"
-    require(settings.get("dataset") in (None, benchmark) and not settings.get("paper_filter"),
-            f"{folder}: --submission {benchmark}: was tested on {settings.get('dataset')}"
-            + " with --paper-filter, which leaves samples out" * bool(settings.get("paper_filter")))
+
+def kinds_of(runs, axis_setting):
+    """-> for each run what tells it from the others, but for what is on the axis: the settings
+    that differ."""
+    # With the size of pre-training the folder of pairs changes too.
+    on_axis = "label_fraction" if axis_setting == "label_fraction" else "pairs"
+    keys = []
+    for key in LINE_SETTINGS:
+        values = {run.settings.get(key) for run in runs} - {None}
+        if len(values) > 1 and key != on_axis:
+            keys.append(key)
+    kinds = []
+    for run in runs:
+        words = []
+        for key in keys:
+            value = run.settings.get(key)
+            if value is not None:
+                words.append(str(value) if key == "method" else f"{key} {value}")
+        kinds.append(", ".join(words) or "runs")
+    return kinds
+
+
+def write_plot(folder, name, figure):
+    """figure: None where there is nothing to draw; a plot of other runs goes all the same."""
+    for kind in ("png", "pdf"):
+        path = folder / f"{name}.{kind}"
+        path.unlink(missing_ok=True)
+        if figure:
+            with atomic(path) as file:
+                figure.savefig(file, format=kind, dpi=110, bbox_inches="tight")
+
+
+# ------------------------------------------------------------------------------------- submissions
+
+# A line of names.txt: the sample's index in the benchmark's list, and whether it is a left hand.
+NAMES_DTYPE = np.dtype([("index", np.int64), ("left", bool)])
+
+
+def read_names(run, benchmark, count):
+    """names.txt of a run of `count` samples -> (count,) NAMES_DTYPE."""
+    tested = run.settings.get("dataset")
+    filtered = run.settings.get("paper_filter")
+    how = " with --paper-filter, which leaves samples out" if filtered else ""
+    require(tested in (None, benchmark) and not filtered,
+            f"{run.folder}: --submission {benchmark}: was tested on {tested}{how}")
+    path = run.folder / "names.txt"
+    hint = "expected a line a sample: index, tab, picture, tab, left or right"
     require(path.is_file(), f"{path}: missing, {hint}")
+    lines = [line.split(b"\t") for line in path.read_bytes().splitlines()]
+    is_left = {b"left": True, b"right": False}
     try:
-        rows = [line.split(b"\t") for line in path.read_bytes().splitlines()]
-        index, left = np.array([int(row[0]) for row in rows]), np.array([row[-1] == b"left" for row in rows])
-    except ValueError:
-        rows = []
-    require(rows and all(len(row) == 3 and row[2] in (b"left", b"right") for row in rows), f"{path}: {hint}")
-    require(index.min() >= 0, f"{path}: has no official indices but -1, as finetune.py writes where it had only a part "
-            f"of the data set; a benchmark wants it whole")
-    require(len(np.unique(index)) == len(index), f"{path}: an index occurs twice")
-    require(benchmark != "freihand" or np.array_equal(np.sort(index), np.arange(len(index))),
+        names = [(int(index), is_left[side]) for index, _, side in lines]
+        names = np.array(names, NAMES_DTYPE)
+    except (KeyError, OverflowError, ValueError):  # a line of another number of parts, too
+        names = ()
+    require(len(names), f"{path}: {hint}")
+    index = np.sort(names["index"])
+    require(index[0] >= 0, f"{path}: has no official indices but -1, as finetune.py writes where "
+            "it had only a part of the data set; a benchmark wants it whole")
+    require((np.diff(index) > 0).all(), f"{path}: an index occurs twice")
+    require(benchmark != "freihand" or index[-1] == len(index) - 1,
             f"{path}: FreiHAND's list has no gaps, expected the indices 0 to {len(index) - 1}")
-    xyz = load_array(folder / "pred_xyz.npy", np.float32, (len(rows), 21, 3), hint="one for each line of names.txt; "
-                     "a benchmark wants them all")
-    xyz[left, :, 0] *= -1
-    order = np.argsort(index)
-    return index[order], xyz[order]
+    require(len(names) == count, f"{path}: has {len(names)} lines, expected {count}, one for each "
+            "sample of pred_xyz.npy; a benchmark wants them all")
+    return names
 
 
-def write_freihand(folder, index, xyz):
-    """pred.zip with pred.json: [keypoints (T, 21, 3), vertices (T, 778, 3)] in metres; there is no mesh, so zeros."""
-    none = json.dumps([[0] * 3] * 778)
-    text = f"[{json.dumps((xyz.astype(np.float64) / 1000).tolist())}, [{', '.join([none] * len(xyz))}]]"
-    with atomic(folder / "pred.zip") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("pred.json", text)
-    print(f"wrote {folder}/pred.zip, {len(xyz)} samples; its mesh is zeros: of the server's scores only those of xyz "
-          "mean anything" + ("" if len(xyz) == 3960 else
-                             "; FreiHAND's evaluation has 3960 samples, its server will refuse this"))
+def write_submission(run, prediction, benchmark):
+    finite = np.isfinite(prediction).all((1, 2))
+    require(finite.all(), f"{run.folder / 'pred_xyz.npy'}: values must be finite, row "
+            f"{finite.argmin()} is not; a benchmark wants every joint of every sample")
+    index, xyz = submission_order(run.names, prediction)
+    if benchmark == "freihand":
+        write_freihand(run.folder, xyz)
+    else:
+        write_dexycb(run.folder, index, xyz)
+
+
+def submission_order(names, prediction):
+    """-> official indices (T,) in their order, predictions (T, 21, 3) as the camera sees them:
+    left hands, which pred_xyz.npy mirrors, are left again."""
+    order = np.argsort(names["index"])
+    names = names[order]
+    xyz = prediction[order]
+    xyz[names["left"], :, 0] *= -1
+    return names["index"], xyz
+
+
+def write_freihand(folder, xyz):
+    """pred.zip with pred.json: [keypoints (T, 21, 3), vertices (T, 778, 3)] in metres; there is no
+    mesh, so zeros."""
+    keypoints = json.dumps((xyz.astype(np.float64) / 1000).tolist())
+    mesh = json.dumps([[0] * 3] * 778)
+    vertices = ", ".join([mesh] * len(xyz))
+    with atomic(folder / "pred.zip") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("pred.json", f"[{keypoints}, [{vertices}]]")
+    print(f"wrote {folder}/pred.zip, {len(xyz)} samples; its mesh is zeros: of the server's scores "
+          "only those of xyz mean anything")
+    if len(xyz) != 3960:
+        print("FreiHAND's evaluation has 3960 samples, its server will refuse this")
 
 
 def write_dexycb(folder, index, xyz):
-    """dexycb.txt, a line a sample: index and 63 coordinates in mm, as DexYCB's toolkit reads it; with all digits, as a
-    wrist that is the true one counts at the threshold 0."""
-    poses = xyz.reshape(-1, 63).astype(np.float64)
-    lines = (",".join([str(i), *map(repr, pose.tolist())]) for i, pose in zip(index, poses))
-    write_text(folder / "dexycb.txt", "\n".join(lines) + "\n")
+    """dexycb.txt, a line a sample: index and 63 coordinates in mm, as DexYCB's toolkit reads it;
+    with all digits, as a wrist that is the true one counts at the threshold 0."""
+    lines = []
+    for i, pose in zip(index, xyz.reshape(-1, 63).astype(np.float64)):
+        lines.append(",".join([str(i), *map(repr, pose.tolist())]) + "\n")
+    write_text(folder / "dexycb.txt", "".join(lines))
     print(f"wrote {folder}/dexycb.txt, {len(xyz)} samples")
-
-
-SUBMISSIONS = {"freihand": write_freihand, "dexycb": write_dexycb}
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ def make_parser():
     flag("--freeze", action="store_true", help="keep the backbone as it is, train the heads alone")
     flag("--input-size", type=int, default=128, help="side of the network's input in pixels, a "
          "multiple of 32; heat-maps have a quarter (128)")
+    add_training_flags(flag)
+    return parser
+
+
+def add_training_flags(flag):
     # labels
     flag("--labels", metavar="FOLDER", help="keep what was read of the label files here, for later "
          "runs: train.npy, val.npy (may be missing) and test.npy. With --dataset own these are "
@@ -111,7 +116,6 @@ def make_parser():
          help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
     flag("--save-minutes", type=float, default=10,
          help="checkpoint this often, and after every epoch")
-    return parser
 
 
 def parse_args():
@@ -1375,9 +1379,9 @@ def read_assemblyhands(args):
     files = assemblyhands_files(args)
     train, train_note = read_annotations(*files[:3])
     test, test_note = read_annotations(*files[3:])
-    split = "tested on val, as the public test split has no labels"
-    notes = [f"AssemblyHands {args.modality}: {split}", f"train: {train_note}",
-             f"val: {test_note}"]
+    notes = [f"AssemblyHands {args.modality}: tested on val, as the public test split has no "
+             "labels",
+             f"train: {train_note}", f"val: {test_note}"]
     return Labels(train, None, test, notes)
 
 

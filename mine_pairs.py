@@ -1,23 +1,27 @@
 """Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand.
 
-Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42 numbers) by PCA in 14 dimensions,
-and searches exactly: by a tree on the CPU, by brute force on a GPU, with the same result. Writes into the same folder
-(or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy, and to look at pairs.jpg, distances.png and
-mining.jsonl. Under torchrun each rank searches for its share of the hands. A search that was stopped starts again: it
-takes minutes.
+Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42
+numbers) by PCA in 14 dimensions, and searches exactly: by a tree on the CPU, by brute force
+on a GPU, with the same result. Writes into the same folder (or --out): pca.npy,
+embeddings.npy, distances.npy, neighbours.npy, with --rotation-free turns.npy, and to look
+at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches for its
+share of the hands. A search that was stopped starts again: it takes minutes.
 
     python mine_pairs.py data/ego4d
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
     python mine_pairs.py demo/hands --top-k 5
+
+To read: arguments, main, then what is compared (poses, turns, temporal pairs). The exact search is
+engineering, not method; whoever trusts brute force may stop at its banner.
 """
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -25,40 +29,53 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
-from tqdm import tqdm
 
-from common import (atomic, best_turns, check_flags, draw_crop, load_hands, open_folder, plain, print_settings, read_log, require,
-                    run_script, save_array, save_image, sheet, start_ranks)
+from common import (atomic, best_turns, check_flags, draw_crop, end_ranks, load_hands, open_folder,
+                    plain, print_settings, progress, read_log, require, run_script, save_array,
+                    save_image, sheet, start_ranks)
 
-NONE = torch.iinfo(torch.int64).max  # the key of no neighbour: it comes after all others
+PALM = (5, 9, 13, 17)  # the joints whose mean, seen from the wrist, says where a hand points
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("hands", help="hands folder, as extract_hands.py writes it")
+    flag("--out", help="folder for the pairs (default: the hands folder itself)")
+    flag("--dims", type=int, default=14,
+         help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
+    # which pairs
+    flag("--top-k", type=int, default=1,
+         help="neighbours kept for each hand (paper: 1); the search takes longer with more")
+    flag("--rotation-free", action="store_true", help="compare hands turned upright (wrist to the "
+         "mean of joints 5, 9, 13 and 17) and of one size, however they lie in the picture; "
+         "turns.npy says how a neighbour must be turned to lie as the hand does (paper: hands as "
+         "they lie)")
+    flag("--same-video", action="store_true", help="let a neighbour come from the hand's own video "
+         "(ablation: mostly near-duplicates)")
+    flag("--temporal", action="store_true", help="instead of similar hands: the hand of the same "
+         "side with the nearest box in the next sampled frame of the same video (as in TempCLR)")
+    flag("--limit", type=int, help="mine within so many hands, drawn at random, as if there were "
+         "no others (paper: 50k to 2M); of one seed the smaller set lies in the larger (default: "
+         "all)")
+    flag("--seed", type=int, default=0, help="of --limit")
+    # the machine
+    flag("--device",
+         help="cpu or cuda (default: the GPU when there is one); the result is the same")
+    return parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hands", help="hands folder, as extract_hands.py writes it")
-    parser.add_argument("--out", help="folder for the pairs (default: the hands folder itself)")
-    parser.add_argument("--dims", type=int, default=14, help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
-    # which pairs
-    parser.add_argument("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1); the search "
-                        "takes longer with more")
-    parser.add_argument("--rotation-free", action="store_true", help="compare hands turned upright (wrist to the mean "
-                        "of joints 5, 9, 13 and 17) and of one size, however they lie in the picture; turns.npy says "
-                        "how a neighbour must be turned to lie as the hand does (paper: hands as they lie)")
-    parser.add_argument("--same-video", action="store_true",
-                        help="let a neighbour come from the hand's own video (ablation: mostly near-duplicates)")
-    parser.add_argument("--temporal", action="store_true", help="instead of similar hands: the hand of the same side "
-                        "with the nearest box in the next sampled frame of the same video (as in TempCLR)")
-    parser.add_argument("--limit", type=int, help="mine within so many hands, drawn at random, as if there were no "
-                        "others (paper: 50k to 2M); of one seed the smaller set lies in the larger (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of --limit")
-    # the machine
-    parser.add_argument("--device", help="cpu or cuda (default: the GPU when there is one); the result is the same")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     check_flags(args)
-    require(1 <= args.dims <= 42 and args.top_k >= 1, "--dims must lie in 1..42, --top-k must be at least 1")
-    require(not args.temporal or (args.top_k == 1 and args.limit is None and not args.same_video
-                                  and not args.rotation_free), "--temporal pairs a hand with the next frame: it goes "
-            "without --top-k, --limit, --same-video and --rotation-free")
+    require(1 <= args.dims <= 42 and args.top_k >= 1,
+            "--dims must lie in 1..42, --top-k must be at least 1")
+    if args.temporal:
+        fits = args.top_k == 1 and args.limit is None
+        require(fits and not args.same_video and not args.rotation_free,
+                "--temporal pairs a hand with the next frame: it goes without --top-k, --limit, "
+                "--same-video and --rotation-free")
     return args
 
 
@@ -66,62 +83,411 @@ def main():
     args = parse_args()
     rank, ranks, device = start_ranks(args.device)
     hands = load_hands(args.hands)
-    listed, count = f"{hands.folder / 'hands.npy'}", len(hands.keypoints)
-    require(args.limit is None or args.limit <= count, f"{listed}: {count} hands, fewer than --limit {args.limit}")
-    listed += "" if args.limit is None else f", --limit {args.limit}"
-    mined = np.sort(np.random.default_rng(args.seed).permutation(count)[:args.limit])  # the rows that take part
-    video = hands.hands["video"][mined]
-    sizes = np.bincount(video)
-    videos = np.count_nonzero(sizes)
-    require(len(mined) > args.dims, f"{listed}: {len(mined)} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
-    if args.temporal:
-        order = hands.hands["video"].astype(np.int64) << 32 | hands.hands["frame"]
-        require((np.diff(order) >= 0).all(), f"{listed}: rows must be sorted by video, then frame")
-    else:
-        require(videos > 1 or args.same_video, f"{listed}: all {len(mined)} hands come from one video, but neighbours "
-                "are taken from other videos; extract more videos or allow --same-video")
-        most = len(mined) - (1 if args.same_video else sizes[sizes > 0].min())
-        require(args.top_k <= most, f"{listed}: no hand has more than {most} candidates, --top-k is {args.top_k}")
+    count = len(hands.keypoints)
+    mined = choose_rows(hands, args)
     out = Path(args.out or args.hands)
-    require(not (out / "keypoints.npy").exists() or out.resolve() == hands.folder.resolve(),
+    is_its_own = out.resolve() == hands.folder.resolve()
+    require(is_its_own or not (out / "keypoints.npy").exists(),
             f"{out}: is another hands folder, these pairs do not belong there")
-    lock = open_folder(out) if rank == 0 else None  # held until the process ends
     if rank == 0:
-        print_settings(args, count=count, mined=len(mined), videos=videos, ranks=ranks, device=device)
-    poses = as_poses(hands.keypoints[mined], hands.side, args.rotation_free)
-    require(np.ptp(poses, axis=0).max() > 1e-9,
-            f"{hands.folder / 'keypoints.npy'}: all hands are the same, a PCA needs them to vary")
-    mean, components, explained = fit_pca(poses, args.dims)
-    embeddings = np.empty((count, args.dims), np.float32)
-    for start in range(0, count, 1 << 16):
-        piece = slice(start, start + (1 << 16))
-        poses = as_poses(hands.keypoints[piece], hands.side, args.rotation_free)
-        embeddings[piece] = (poses - mean) @ components.T
-    del poses
+        open_folder(out)  # locked until the script ends
+        videos = len(np.unique(hands.rows["video"][mined]))
+        print_settings(args, make_parser(), count=count, mined=len(mined), videos=videos,
+                       ranks=ranks, device=device)
+
+    pca, explained, embeddings = embed(hands, mined, args)
     if ranks > 1:  # other processors may round otherwise
         shared = torch.from_numpy(embeddings).to(device)
         dist.broadcast(shared, 0)
         embeddings = shared.cpu().numpy()
-    neighbours, distances = np.full((count, args.top_k), -1), np.full((count, args.top_k), np.inf, np.float32)
+    neighbours = np.full((count, args.top_k), -1)
+    distances = np.full((count, args.top_k), np.inf, np.float32)
     if args.temporal:
-        log = hands.folder / "log.jsonl"
-        fps = read_log(log)[0]["args"].get("fps") if log.exists() else None
-        neighbours[:, 0], distances[:, 0] = next_frames(hands.hands, embeddings, fps)
-        require((neighbours >= 0).any(), f"{listed}: no hand is seen again in the next sampled frame of its video")
+        neighbours[:, 0], distances[:, 0] = next_frames(hands, embeddings)
     else:
-        found, distances[mined] = nearest(embeddings[mined], None if args.same_video else video, args.top_k, device,
+        video = None if args.same_video else hands.rows["video"][mined]
+        found, distances[mined] = nearest(embeddings[mined], video, args.top_k, device,
                                           slice(rank, None, ranks))
-        require((found[:, 0] >= 0).all(), "the ranks parted the hands differently; start them on machines of one kind")
         neighbours[mined] = np.where(found < 0, -1, mined[found])
     if rank == 0:
-        pca = np.concatenate([mean[None], components]).astype(np.float32)
-        summary = {"explained_variance": round(float(explained), 4), "mined": len(mined)}
-        write(out, hands, pca, embeddings, neighbours, distances, summary, args)
-    if ranks > 1:
-        dist.destroy_process_group()
+        write(out, hands, pca, embeddings, neighbours, distances, explained, len(mined), args)
+    end_ranks()
 
 
-def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
+def choose_rows(hands, args):
+    """The rows of the hands that take part, ascending; an InputError where there are too few."""
+    count = len(hands.keypoints)
+    name = f"{hands.folder / 'hands.npy'}"
+    require(args.limit is None or args.limit <= count,
+            f"{name}: {count} hands, fewer than --limit {args.limit}")
+    if args.limit is not None:
+        name += f", --limit {args.limit}"
+    mined = np.sort(np.random.default_rng(args.seed).permutation(count)[:args.limit])
+    require(len(mined) > args.dims,
+            f"{name}: {len(mined)} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
+    if args.temporal:
+        order = hands.rows["video"].astype(np.int64) << 32 | hands.rows["frame"]
+        require((np.diff(order) >= 0).all(), f"{name}: rows must be sorted by video, then frame")
+        return mined
+    sizes = np.unique(hands.rows["video"][mined], return_counts=True)[1]
+    require(len(sizes) > 1 or args.same_video, f"{name}: all {len(mined)} hands come from one "
+            "video, but neighbours are taken from other videos; extract more videos or allow "
+            "--same-video")
+    most = len(mined) - (1 if args.same_video else sizes.min())
+    require(args.top_k <= most,
+            f"{name}: no hand has more than {most} candidates, --top-k is {args.top_k}")
+    return mined
+
+
+# ------------------------------------------------------------------ the method: what is compared
+
+def embed(hands, mined, args):
+    """Fit the PCA on the mined rows and embed all hands -> pca (1 + D, 42), the mean and the
+    components; share of the variance explained; embeddings (N, D) float32."""
+    poses = as_poses(hands.keypoints[mined], hands.side, args.rotation_free)
+    require(np.ptp(poses, axis=0).max() > 1e-9, f"{hands.folder / 'keypoints.npy'}: all hands are "
+            "the same, a PCA needs them to vary")
+    mean, components, explained = fit_pca(poses, args.dims)
+    del poses
+    embeddings = np.empty((len(hands.keypoints), args.dims), np.float32)
+    for start in range(0, len(embeddings), 1 << 16):  # bounds the memory
+        some = slice(start, start + (1 << 16))
+        poses = as_poses(hands.keypoints[some], hands.side, args.rotation_free)
+        embeddings[some] = (poses - mean) @ components.T
+    return np.concatenate([mean[None], components]).astype(np.float32), explained, embeddings
+
+
+def as_poses(keypoints, side, rotation_free):
+    """keypoints (N, 21, 2) in pixels of crops of this side -> what is embedded, (N, 42) float64.
+
+    Their place in the crop, or, rotation-free, what is left of a hand without its place, size and
+    direction: its mean is 0, the root mean square distance from it 1, and the mean of joints 5, 9,
+    13 and 17 lies above the wrist.
+    """
+    if not rotation_free:
+        return keypoints.reshape(-1, 42) * np.float64(1 / side)
+    points = keypoints - keypoints.mean(1, keepdims=True, dtype=np.float64)
+    size = np.sqrt(np.square(points).sum(2).mean(1))
+    points /= np.maximum(size, 1e-9)[:, None, None]
+    palm = points[:, PALM].mean(1) - points[:, 0]
+    angle = np.arctan2(palm[:, 0], -palm[:, 1])  # from straight up, clockwise
+    cos = np.cos(angle)[:, None]
+    sin = np.sin(angle)[:, None]
+    x = cos * points[:, :, 0] + sin * points[:, :, 1]
+    y = cos * points[:, :, 1] - sin * points[:, :, 0]
+    return np.stack([x, y], 2).reshape(-1, 42)
+
+
+def fit_pca(poses, dims):
+    """poses (N, 42) float64 -> mean (42,), components (dims, 42), share of the variance explained.
+
+    A component's sign is free in a PCA; here its largest loading is positive, so that the result
+    does not depend on the library.
+    """
+    solver = "covariance_eigh" if len(poses) > 42 else "full"
+    pca = PCA(dims, svd_solver=solver).fit(poses)
+    largest = np.abs(pca.components_).argmax(1)
+    signs = np.sign(pca.components_[np.arange(dims), largest])
+    return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
+
+
+def pair_turns(keypoints, neighbours):
+    """-> turns (N, K) float32, degrees as in cv2.getRotationMatrix2D, by which the picture of each
+    neighbour must be turned so that its hand lies as the hand of that row does; NaN where there is
+    no neighbour."""
+    turns = np.full(neighbours.shape, np.nan, np.float32)
+    for k, column in enumerate(neighbours.T):
+        rows = np.flatnonzero(column >= 0)
+        for some in np.array_split(rows, len(rows) // (1 << 16) + 1):  # bounds the memory
+            turns[some, k] = best_turns(keypoints[some], keypoints[column[some]])
+    return turns
+
+
+def next_frames(hands, embeddings):
+    """Temporal pairs: the hand of the same side with the nearest box in the next sampled frame of
+    the same video -> its row (N,), -1 where there is none; its distance (N,), inf there.
+
+    Rows are sorted by video and frame. Frames without hands have no rows: two frames follow each
+    other when nothing lies between them in the source, or when they are at most 1.5 sampling
+    intervals apart (where the rate is not known: 1.5 times the median).
+    """
+    log = hands.folder / "log.jsonl"
+    fps = read_log(log)[0]["args"].get("fps") if log.exists() else None
+    rows = hands.rows
+    count = len(rows)
+    is_new = np.diff(rows["video"], prepend=-1) | np.diff(rows["frame"], prepend=-1)
+    first = np.flatnonzero(is_new)  # the first row of each frame
+    size = np.diff(first, append=count)
+    same = np.diff(rows["video"][first]) == 0
+    apart = np.diff(rows["time"][first])
+    usual = np.median(apart[same]) if same.any() else 0
+    if fps:
+        usual = 1 / fps
+    follows = same & ((apart <= 1.5 * usual) | (np.diff(rows["frame"][first]) == 1))
+    follows = np.append(follows, False)
+    # Of each row: the rows begin .. end of the next frame, none where none follows.
+    begin = np.repeat(np.where(follows, np.append(first[1:], 0), 0), size)
+    end = begin + np.repeat(np.where(follows, np.append(size[1:], 0), 0), size)
+    centre = (rows["box"][:, :2] + rows["box"][:, 2:]) / 2
+    neighbour = np.full(count, -1)
+    nearest_box = np.full(count, np.inf)
+    for k in range(size.max()):
+        other = np.minimum(begin + k, count - 1)
+        gap = np.linalg.norm(centre[other] - centre, axis=1)
+        alike = (begin + k < end) & (rows["left"][other] == rows["left"])
+        closer = alike & (gap < nearest_box)
+        neighbour[closer] = other[closer]
+        nearest_box[closer] = gap[closer]
+    require((neighbour >= 0).any(), f"{hands.folder / 'hands.npy'}: no hand is seen again in the "
+            "next sampled frame of its video")
+    difference = embeddings[neighbour].astype(np.float64) - embeddings
+    distance = np.sqrt((difference ** 2).sum(1))
+    return neighbour, np.where(neighbour < 0, np.inf, distance).astype(np.float32)
+
+
+# --------------------------------------------------------------------------- the exact search
+
+NONE = torch.iinfo(torch.int64).max  # the key of no neighbour: it comes after all others
+TILE = 16
+
+
+def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense=32,
+            budget=1 << 21):
+    """Exact nearest neighbours of every row among the rows of other videos (video None: among all
+    other rows).
+
+    embeddings (N, D) float32, finite; video (N,) -> neighbours (N, K) int64, -1 where there are
+    fewer; distances (N, K) float32, inf there. A distance is the root of the float64 sum of squared
+    differences, rounded to float32; of equal ones the lower index comes first.
+
+    The rows are parted into leaves of a k-d tree, and a leaf's rows are searched for
+    together; share: the leaves that this rank searches for. On a CPU boxes decide which
+    leaves are looked into, but for the `dense` nearest; a GPU looks into all: there a
+    product is cheaper than a decision. budget: products at a time.
+    """
+    if device.type == "cuda":
+        dense = len(embeddings)
+        budget = 1 << 26
+    group = np.arange(len(embeddings)) if video is None else video
+    tree = grow_tree(embeddings, group, leaf, device)
+    keys = torch.full((len(embeddings), top_k), NONE, device=device)
+
+    def work(block):
+        found = search(tree, block, top_k, dense, budget)
+        real = ~tree.extra[block]
+        keys[tree.row[block][real]] = found[real]
+
+    blocks = range(len(tree.row))[share]
+    sizes = (~tree.extra).sum(1)[share].tolist()
+    threads = torch.get_num_threads()
+    workers = 1 if device.type == "cuda" else threads
+    torch.set_num_threads(1)  # a block to a thread: its steps are too small to be parted
+    pool = ThreadPoolExecutor(workers, "search", torch.set_num_threads, (1,))
+    silent = len(blocks) < 20 or blocks[0] > 0  # one rank shows its bar
+    with pool, progress(total=sum(sizes), unit="hand", desc="neighbours", disable=silent) as bar:
+        for size, _ in zip(sizes, pool.map(work, blocks)):
+            bar.update(size)
+    torch.set_num_threads(threads)
+    if dist.is_initialized():
+        dist.all_reduce(keys, dist.ReduceOp.MIN)
+    keys = keys.cpu()
+    require(dist.is_initialized() is False or (keys[:, 0] != NONE).all(),
+            "the ranks parted the hands differently; start them on machines of one kind")
+    distances = (keys >> 32).int().view(torch.float32).masked_fill_(keys == NONE, torch.inf)
+    neighbours = (keys & 0xFFFFFFFF).masked_fill_(keys == NONE, -1)
+    return neighbours.numpy(), distances.numpy()
+
+
+@dataclasses.dataclass
+class Tree:
+    """n leaves of L places. A leaf with fewer rows repeats one of them in its last places,
+    which are marked as extra and lie at an infinite distance."""
+    row: torch.Tensor  # (n, L)
+    extra: torch.Tensor  # (n, L) bool
+    group: torch.Tensor  # (n, L), the video
+    point: torch.Tensor  # (n, L, D)
+    norm: torch.Tensor  # (n, L), squared
+    low: torch.Tensor  # (n, D), the corners of the leaf's box
+    high: torch.Tensor
+    column: torch.Tensor  # (n, L, D + 1), point and norm, for the products
+
+
+def grow_tree(embeddings, group, leaf, device):
+    """Halve the rows along their widest axis until at most `leaf` of them are together -> Tree."""
+    parts = [np.arange(len(embeddings))]
+    while max(map(len, parts)) > leaf:
+        halves = []
+        for part in parts:
+            values = embeddings[part]
+            widest = values.var(0).argmax()
+            half = (len(part) + 1) // 2
+            order = np.argpartition(values[:, widest], half - 1)
+            halves += [part[order[:half]], part[order[half:]]]
+        parts = halves
+    size = max(map(len, parts))
+    lengths = np.array([len(part) for part in parts])
+    extra = torch.from_numpy(np.arange(size) >= lengths[:, None]).to(device)
+    padded = [np.pad(part, (0, size - len(part)), "edge") for part in parts]
+    row = torch.from_numpy(np.stack(padded)).to(device)
+    point = torch.from_numpy(embeddings).to(device)[row]
+    norm = point.square().sum(2)
+    column = torch.cat([point, norm.masked_fill(extra, torch.inf)[:, :, None]], 2)
+    group = torch.from_numpy(group.astype(np.int32)).to(device)[row]
+    return Tree(row, extra, group, point, norm, point.amin(1), point.amax(1), column)
+
+
+@dataclasses.dataclass
+class Query:
+    """The rows of one leaf, whose neighbours are searched for."""
+    point: torch.Tensor  # (L, D)
+    group: torch.Tensor  # (L,)
+    norm: torch.Tensor  # (L,), squared
+    column: torch.Tensor  # (L, D + 1): its product with a tree's column is |p|^2 - 2 qp
+    best: torch.Tensor  # (L, K), the least squared distances in K leaves
+    limit: torch.Tensor  # (L,): in a leaf further away than that there is no neighbour
+
+
+def search(tree, block, top_k, dense, budget):
+    """Neighbours of the rows of one leaf -> keys (L, K), ascending: the bits of the float32
+    distance, which order like the number, above the row's index; NONE where there is no
+    neighbour.
+
+    Leaves are visited from the nearest box on, and rows leave the search when no box can
+    hold anything nearer. What is known of a row in a leaf is the least squared distance
+    there, from a product in float32. The K-th least over all leaves, plus what the products
+    may be wrong by, says which leaves can hold one of the K neighbours. Those alone are
+    compared in float64. What is equal, or a box away, up to rounding is let through: the
+    factors 1e-6 and 1e-5 are some ten times what rounding does.
+    """
+    n, size, dims = tree.point.shape
+    point = tree.point[block]
+    norm = tree.norm[block]
+    query = Query(point, tree.group[block], norm,
+                  column=torch.cat([-2 * point, torch.ones_like(point[:, :1])], 1),
+                  best=norm.new_full((size, top_k), torch.inf),
+                  limit=norm.new_full((size,), torch.inf))
+    below = (tree.low - tree.high[block]).clamp_(min=0)
+    above = (tree.low[block] - tree.high).clamp_(min=0)
+    gaps = (below + above).square_().sum(1).mul_(1 - 1e-5)
+    bound, near = gaps.sort()
+    active = torch.arange(size, device=near.device)  # places of the rows still searching
+    start = 0
+    found = []
+    while start < n and len(active):
+        if start < dense:
+            step = max(budget // (len(active) * size), 1)
+            leaf = near[start:min(start + step, dense)]
+            looked = look_into_all(tree, leaf, query, active)
+        else:
+            step = max(budget // (8 * len(active)), 1)
+            leaf = near[start:start + step]
+            looked = look_into_near(tree, leaf, query, active)
+        found.append(keep_possible(query, active, leaf, looked))
+        start += len(leaf)
+        if start < n:
+            active = active[query.limit[active] >= bound[start]]
+    place, leaf, least = (torch.cat(part) for part in zip(*found))
+    keep = least <= query.limit[place]
+    return compare(tree, query, place[keep], leaf[keep], top_k)
+
+
+def look_into_all(tree, leaf, query, active):
+    """Least squared distance of each active row in each of these leaves -> number of the row in
+    `active`, number of the leaf in `leaf`, squared distance; (rows x leaves,) each."""
+    count = len(active)
+    columns = tree.column[leaf].flatten(0, 1)
+    product = (query.column[active] @ columns.T).view(count, len(leaf), -1)
+    same = tree.group[leaf] == query.group[active][:, None, None]
+    least = product.masked_fill_(same, torch.inf).amin(2) + query.norm[active][:, None]
+    rows = torch.arange(count, device=leaf.device).repeat_interleave(len(leaf))
+    leaves = torch.arange(len(leaf), device=leaf.device).repeat(count)
+    return rows, leaves, least.flatten()
+
+
+def look_into_near(tree, leaf, query, active):
+    """The same, but only where a leaf's box is nearer to the row than its limit.
+
+    The rows that look into a leaf are few, so they are packed in tiles of 16, one or more for each
+    leaf: with 18 rows for leaf 0, none for leaf 1 and 3 for leaf 2, tiles 0 and 1 belong to leaf 0,
+    tile 2 to leaf 2, and 14 + 13 places stay unused.
+    """
+    point = query.point[active]
+    gap = query.limit.new_zeros(len(leaf), len(active))
+    for k in range(point.shape[1]):
+        before = tree.low[leaf][:, k, None] - point[:, k]
+        behind = point[:, k] - tree.high[leaf][:, k, None]
+        outside = torch.maximum(before, behind).clamp_(min=0)
+        gap.addcmul_(outside, outside)
+    wanted = gap.mul_(1 - 1e-5) <= query.limit[active]
+    leaves, rows = wanted.nonzero(as_tuple=True)  # by leaf, then row
+    times = wanted.sum(1)
+    tiles = (times + TILE - 1) // TILE
+    first = times.cumsum(0) - times  # of each leaf's rows
+    number = torch.arange(len(leaves), device=leaf.device) - first[leaves]
+    first_tile = tiles.cumsum(0) - tiles
+    place = TILE * first_tile[leaves] + number
+    packed = torch.zeros(int(tiles.sum()) * TILE, dtype=torch.int64, device=leaf.device)
+    packed[place] = active[rows]
+    packed = packed.view(-1, TILE)
+    leaf_of = leaf.repeat_interleave(tiles)
+    product = query.column[packed] @ tree.column[leaf_of].transpose(1, 2)
+    same = tree.group[leaf_of][:, None] == query.group[packed][:, :, None]
+    least = product.masked_fill_(same, torch.inf).amin(2).flatten()[place]
+    return rows, leaves, least + query.norm[active][rows]
+
+
+def keep_possible(query, active, leaf, looked):
+    """Update what the query's rows know -> places of rows, numbers of leaves and least squared
+    distances, of the pairs in which a neighbour may still be."""
+    rows, leaves, least = looked
+    top_k = query.best.shape[1]
+    table = least.new_full((len(active), len(leaf)), torch.inf)
+    table[rows, leaves] = least
+    both = torch.cat([query.best[active], table], 1)
+    query.best[active] = both.topk(top_k, 1, largest=False).values
+    worst = query.best[active, -1]
+    # |q|^2 + |p|^2 - 2 qp in float32 is wrong by less than (2 D + 8) 2^-24 (|q| + |p|)^2,
+    # where p is as far from q as `worst`, so that |p| <= |q| + sqrt(worst); it counts
+    # twice, once for `worst` and once for what is compared.
+    dims = query.point.shape[1]
+    reach = 2 * query.norm[active].sqrt() + worst.clamp(min=0).sqrt()
+    error = (dims + 4) * 2.0 ** -22 * reach.square()
+    query.limit[active] = worst * (1 + 1e-6) + error
+    place = active[rows]
+    keep = (least <= query.limit[place]) & (least < torch.inf)
+    return place[keep], leaf[leaves[keep]], least[keep]
+
+
+def compare(tree, query, place, leaf, top_k):
+    """Exact distances of the row at place[i] to all points of leaf[i] -> keys (L, K) of each row's
+    nearest, as in `search`."""
+    size = tree.row.shape[1]
+    order = place.argsort(stable=True)
+    place = place[order]
+    leaf = leaf[order]
+    keys = torch.full((len(place), min(top_k, size)), NONE, device=place.device)
+    for some in torch.arange(len(place), device=place.device).split(1 << 12):
+        points = tree.point[leaf[some]].double()
+        difference = points - query.point[place[some], None].double()
+        square = difference[:, :, 0] * difference[:, :, 0]
+        for k in range(1, difference.shape[2]):  # in order: how a sum is parted differs by device
+            square += difference[:, :, k] * difference[:, :, k]
+        bits = square.sqrt_().float().view(torch.int32).long()
+        key = bits << 32 | tree.row[leaf[some]]
+        same = tree.group[leaf[some]] == query.group[place[some], None]
+        key.masked_fill_(same | tree.extra[leaf[some]], NONE)
+        keys[some] = key.topk(keys.shape[1], 1, largest=False).values
+    first = torch.searchsorted(place, place)
+    number = torch.arange(len(place), device=place.device) - first  # of the leaf among its row's
+    most = int(number.max()) + 1 if len(place) else 1
+    table = torch.full((size, max(most, top_k), keys.shape[1]), NONE, device=place.device)
+    table[place, number] = keys
+    return table.flatten(1).topk(top_k, 1, largest=False).values
+
+
+# -------------------------------------------------------------------------- files and pictures
+
+def write(out, hands, pca, embeddings, neighbours, distances, explained, mined, args):
     """All files; neighbours.npy after the other arrays: where it is, they are of one mining."""
     if (out / "neighbours.npy").exists():
         print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
@@ -135,11 +501,14 @@ def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
         turns = pair_turns(hands.keypoints, neighbours)
         save_array(out / "turns.npy", turns)
     save_array(out / "neighbours.npy", neighbours)
+
     paired = neighbours[:, 0] >= 0
     chosen = np.bincount(neighbours[paired, 0])
-    summary = {"hands": len(neighbours), **summary, "without_neighbour": summary["mined"] - int(paired.sum()),
-               "neighbours_from_videos": len(np.unique(hands.hands["video"][neighbours[paired, 0]])),
-               "hubs_over_100": int((chosen > 100).sum()), "most_often_chosen": int(chosen.max()),
+    videos = np.unique(hands.rows["video"][neighbours[paired, 0]])
+    summary = {"hands": len(neighbours), "explained_variance": round(float(explained), 4),
+               "mined": mined, "without_neighbour": mined - int(paired.sum()),
+               "neighbours_from_videos": len(videos), "hubs_over_100": int((chosen > 100).sum()),
+               "most_often_chosen": int(chosen.max()),
                "median_distance": round(float(np.median(distances[paired, 0])), 4)}
     with atomic(out / "mining.jsonl") as file:
         for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, summary):
@@ -148,254 +517,48 @@ def write(out, hands, pca, embeddings, neighbours, distances, summary, args):
     draw_pairs(out / "pairs.jpg", hands, neighbours, distances, turns)
     unit = "hand's size" if args.rotation_free else "crop's side"
     plot_distances(out / "distances.png", embeddings, distances[paired, 0], unit)
-    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:\n"
-          f"python pretrain.py {args.hands} --out RUN" + (f" --pairs {out}" if args.out else ""))
+    print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:")
+    pairs = f" --pairs {out}" if args.out else ""
+    print(f"python pretrain.py {args.hands} --out RUN{pairs}")
 
-
-def as_poses(keypoints, side, rotation_free):
-    """keypoints (N, 21, 2) in pixels of crops of this side -> what the embedding is made of, (N, 42) float64: their
-    place in the crop, or rotation-free what is left of a hand once its place, size and direction are taken away: its
-    mean is 0, the root mean square distance from it 1, and the mean of joints 5, 9, 13 and 17 lies above the wrist."""
-    if not rotation_free:
-        return keypoints.reshape(-1, 42) * np.float64(1 / side)
-    points = keypoints - keypoints.mean(1, keepdims=True, dtype=np.float64)
-    size = np.sqrt(np.square(points).sum(2).mean(1))
-    points /= np.maximum(size, 1e-9)[:, None, None]
-    palm = points[:, [5, 9, 13, 17]].mean(1) - points[:, 0]
-    angle = np.arctan2(palm[:, 0], -palm[:, 1])  # from straight up, clockwise
-    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-    x = cos * points[:, :, 0] + sin * points[:, :, 1]
-    y = cos * points[:, :, 1] - sin * points[:, :, 0]
-    return np.stack([x, y], 2).reshape(-1, 42)
-
-
-def pair_turns(keypoints, neighbours):
-    """-> turns (N, K) float32, degrees as in cv2.getRotationMatrix2D, by which the picture of each neighbour must be
-    turned so that its hand lies as the hand of that row does; NaN where there is no neighbour."""
-    turns = np.full(neighbours.shape, np.nan, np.float32)
-    for k, column in enumerate(neighbours.T):
-        rows = np.flatnonzero(column >= 0)
-        for some in np.array_split(rows, len(rows) // (1 << 16) + 1):  # bounds the memory
-            turns[some, k] = best_turns(keypoints[some], keypoints[column[some]])
-    return turns
-
-
-def fit_pca(poses, dims):
-    """poses (N, 42) float64 -> mean (42,), components (dims, 42), share of the variance explained. The component's sign
-    is free in a PCA; here its largest loading is positive, so that the result does not depend on the library."""
-    pca = PCA(dims, svd_solver="covariance_eigh" if len(poses) > 42 else "full").fit(poses)
-    largest = np.abs(pca.components_).argmax(1)
-    signs = np.sign(pca.components_[np.arange(dims), largest])
-    return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
-
-
-def next_frames(rows, embeddings, fps=None):
-    """Temporal pairs. rows (N,) of hands.npy, sorted by video and frame -> neighbour (N,), -1 where the next sampled
-    frame shows no hand of that side; distance (N,), inf there. Frames without hands have no rows: two frames follow
-    each other when nothing lies between them in the source, or when they are at most 1.5 / fps apart (fps None: 1.5
-    times the median)."""
-    first = np.flatnonzero(np.diff(rows["video"], prepend=-1) | np.diff(rows["frame"], prepend=-1))  # row of each frame
-    size = np.diff(first, append=len(rows))
-    same, apart = np.diff(rows["video"][first]) == 0, np.diff(rows["time"][first])
-    usual = 1 / fps if fps else np.median(apart[same]) if same.any() else 0
-    follows = np.append(same & ((apart <= 1.5 * usual) | (np.diff(rows["frame"][first]) == 1)), False)
-    begin = np.repeat(np.where(follows, np.append(first[1:], 0), 0), size)
-    end = begin + np.repeat(np.where(follows, np.append(size[1:], 0), 0), size)
-    centre = (rows["box"][:, :2] + rows["box"][:, 2:]) / 2
-    neighbour, nearest_box = np.full(len(rows), -1), np.full(len(rows), np.inf)
-    for k in range(size.max()):
-        other = np.minimum(begin + k, len(rows) - 1)
-        gap = np.linalg.norm(centre[other] - centre, axis=1)
-        closer = (begin + k < end) & (rows["left"][other] == rows["left"]) & (gap < nearest_box)
-        neighbour[closer], nearest_box[closer] = other[closer], gap[closer]
-    difference = embeddings[neighbour].astype(np.float64) - embeddings
-    return neighbour, np.where(neighbour < 0, np.inf, np.sqrt((difference ** 2).sum(1))).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------- exact search
-
-def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense=32, budget=1 << 21):
-    """Exact nearest neighbours of every row among the rows of other videos (video None: among all other rows).
-
-    embeddings (N, D) float32, finite; video (N,) -> neighbours (N, K) int64, -1 where there are fewer; distances (N, K)
-    float32, inf there. A distance is the root of the float64 sum of squared differences, rounded to float32; of equal
-    ones the lower index comes first. The rows are parted into leaves of a k-d tree, and a leaf's rows are searched for
-    together; share: the leaves that this rank searches for. On a CPU boxes decide which leaves are looked into, but for
-    the `dense` nearest; a GPU looks into all: there a product is cheaper than a decision. budget: products at a time.
-    """
-    if device.type == "cuda":
-        dense, budget = len(embeddings), 1 << 26
-    tree = grow_tree(embeddings, np.arange(len(embeddings)) if video is None else video, leaf, device)
-    keys = torch.full((len(embeddings), top_k), NONE, device=device)
-
-    def work(block):
-        found, real = search(tree, block, top_k, dense, budget), ~tree.extra[block]
-        keys[tree.row[block][real]] = found[real]
-
-    blocks, threads = range(len(tree.row))[share], torch.get_num_threads()
-    torch.set_num_threads(1)  # a block to a thread: its steps are too small to be parted
-    pool = ThreadPoolExecutor(1 if device.type == "cuda" else threads, "search", torch.set_num_threads, (1,))
-    sizes, silent = (~tree.extra).sum(1)[share].tolist(), len(blocks) < 20 or blocks[0] > 0  # one rank shows it
-    with pool, tqdm(total=sum(sizes), unit="hand", desc="neighbours", disable=silent) as bar:
-        for size, _ in zip(sizes, pool.map(work, blocks)):
-            bar.update(size)
-    torch.set_num_threads(threads)
-    if dist.is_initialized():
-        dist.all_reduce(keys, dist.ReduceOp.MIN)
-    keys = keys.cpu()
-    distances = (keys >> 32).int().view(torch.float32).masked_fill_(keys == NONE, torch.inf)
-    return (keys & 0xFFFFFFFF).masked_fill_(keys == NONE, -1).numpy(), distances.numpy()
-
-
-def grow_tree(embeddings, group, leaf, device):
-    """Halve the rows along their widest axis until at most `leaf` of them are together. -> n leaves of L places:
-    row, extra, group (n, L); point (n, L, D); norm (n, L), squared; low, high (n, D), the leaf's box; column
-    (n, L, D + 1), point and norm for the products. Where a leaf has fewer rows, its last places are extra: they repeat
-    a row, at an infinite distance."""
-    parts = [np.arange(len(embeddings))]
-    while max(map(len, parts)) > leaf:
-        halves = []
-        for part in parts:
-            values, half = embeddings[part], (len(part) + 1) // 2
-            order = np.argpartition(values[:, values.var(0).argmax()], half - 1)
-            halves += [part[order[:half]], part[order[half:]]]
-        parts = halves
-    size = max(map(len, parts))
-    extra = torch.from_numpy(np.arange(size) >= np.array([len(part) for part in parts])[:, None]).to(device)
-    row = torch.from_numpy(np.stack([np.pad(part, (0, size - len(part)), "edge") for part in parts])).to(device)
-    point = torch.from_numpy(embeddings).to(device)[row]
-    norm = point.square().sum(2)
-    return SimpleNamespace(row=row, extra=extra, group=torch.from_numpy(group.astype(np.int32)).to(device)[row],
-                           point=point, norm=norm, low=point.amin(1), high=point.amax(1),
-                           column=torch.cat([point, norm.masked_fill(extra, torch.inf)[:, :, None]], 2))
-
-
-def search(tree, block, top_k, dense, budget):
-    """Neighbours of the rows of one leaf -> keys (L, K), ascending: the bits of the float32 distance (which order like
-    the number) above the row's index, NONE where there is no neighbour.
-
-    Leaves are visited from the nearest box on, and rows leave the search when no box can hold anything nearer. What is
-    known of a row in a leaf is the least squared distance there, from a product in float32. The K-th least over all
-    leaves, plus what the products may be wrong by, says which leaves can hold one of the K neighbours. Those alone
-    are compared in float64. What is equal, or a box away, up to rounding is let through: the factors 1e-6 and 1e-5 are
-    some ten times what rounding does.
-    """
-    n, size, dims = tree.point.shape
-    rows = SimpleNamespace(point=tree.point[block], group=tree.group[block], norm=tree.norm[block])
-    rows.column = torch.cat([-2 * rows.point, torch.ones_like(rows.point[:, :1])], 1)
-    between = (tree.low - tree.high[block]).clamp_(min=0) + (tree.low[block] - tree.high).clamp_(min=0)
-    bound, near = between.square_().sum(1).mul_(1 - 1e-5).sort()
-    best = rows.norm.new_full((size, top_k), torch.inf)  # the least distances in K leaves, squared
-    limit = rows.norm.new_full((size,), torch.inf)  # above it, in a leaf, there is no neighbour
-    active, start, found = torch.arange(size, device=near.device), 0, []
-    while start < n and len(active):
-        if start < dense:
-            leaf = near[start:min(start + max(budget // (len(active) * size), 1), dense)]
-            r, l, least = visit_all(tree, leaf, rows, active)
-        else:
-            leaf = near[start:start + max(budget // (8 * len(active)), 1)]
-            r, l, least = visit_near(tree, leaf, rows, active, limit)
-        table = least.new_full((len(active), len(leaf)), torch.inf)
-        table[r, l] = least
-        best[active] = torch.cat([best[active], table], 1).topk(top_k, 1, largest=False).values
-        worst = best[active, -1]
-        # |q|^2 + |p|^2 - 2 qp in float32 is wrong by less than (2 D + 8) 2^-24 (|q| + |p|)^2, where p is as far from q
-        # as `worst`, so that |p| <= |q| + sqrt(worst); it counts twice, once for `worst` and once for what is compared
-        error = (dims + 4) * 2.0 ** -22 * (2 * rows.norm[active].sqrt() + worst.clamp(min=0).sqrt()).square()
-        limit[active] = worst * (1 + 1e-6) + error
-        keep = (least <= limit[active[r]]) & (least < torch.inf)
-        found.append((active[r[keep]], leaf[l[keep]], least[keep]))
-        start += len(leaf)
-        if start < n:
-            active = active[limit[active] >= bound[start]]
-    r, l, least = (torch.cat(part) for part in zip(*found))
-    keep = least <= limit[r]
-    return compare(tree, rows, r[keep], l[keep], top_k)
-
-
-def visit_all(tree, leaf, rows, active):
-    """Least product of each active row in each of these leaves -> place of the row in `active`, of the leaf in `leaf`,
-    squared distance; (rows x leaves,) each."""
-    count, size = len(active), tree.row.shape[1]
-    product = (rows.column[active] @ tree.column[leaf].flatten(0, 1).T).view(count, len(leaf), size)
-    product.masked_fill_(tree.group[leaf] == rows.group[active][:, None, None], torch.inf)
-    least = product.amin(2) + rows.norm[active][:, None]
-    place = torch.arange(max(count, len(leaf)), device=leaf.device)
-    return place[:count].repeat_interleave(len(leaf)), place[:len(leaf)].repeat(count), least.flatten()
-
-
-def visit_near(tree, leaf, rows, active, limit, tile=16):
-    """The same, but only where a leaf's box is nearer to the row than its limit. The rows that look into a leaf are
-    few, so they are packed in tiles of 16, one or more for each leaf: with 18 rows for leaf 0, none for leaf 1 and 3
-    for leaf 2, tiles 0 and 1 belong to leaf 0, tile 2 to leaf 2, and 14 + 13 places stay unused."""
-    gap = limit.new_zeros(len(leaf), len(active))
-    low, high, point = tree.low[leaf], tree.high[leaf], rows.point[active]
-    for k in range(point.shape[1]):
-        outside = torch.maximum(low[:, k, None] - point[:, k], point[:, k] - high[:, k, None]).clamp_(min=0)
-        gap.addcmul_(outside, outside)
-    wanted = gap.mul_(1 - 1e-5) <= limit[active]
-    l, r = wanted.nonzero(as_tuple=True)  # by leaf, then row
-    times = wanted.sum(1)
-    tiles = (times + tile - 1) // tile
-    number = torch.arange(len(l), device=leaf.device) - (times.cumsum(0) - times)[l]  # of the row among its leaf's
-    place = tile * (tiles.cumsum(0) - tiles)[l] + number
-    row_of = torch.zeros(int(tiles.sum()) * tile, dtype=torch.int64, device=leaf.device)
-    row_of[place] = active[r]
-    row_of, leaf_of = row_of.view(-1, tile), leaf.repeat_interleave(tiles)
-    product = rows.column[row_of] @ tree.column[leaf_of].transpose(1, 2)
-    product.masked_fill_(tree.group[leaf_of][:, None] == rows.group[row_of][:, :, None], torch.inf)
-    return r, l, product.amin(2).flatten()[place] + rows.norm[active][r]
-
-
-def compare(tree, rows, r, l, top_k):
-    """Exact distances of row r[i] to all points of leaf l[i] -> keys (L, K) of each row's nearest, as in `search`."""
-    size = tree.row.shape[1]
-    order = r.argsort(stable=True)
-    r, l = r[order], l[order]
-    keys = torch.full((len(r), min(top_k, size)), NONE, device=r.device)
-    for piece in torch.arange(len(r), device=r.device).split(1 << 12):
-        difference = tree.point[l[piece]].double() - rows.point[r[piece], None].double()
-        square = difference[:, :, 0] * difference[:, :, 0]
-        for k in range(1, difference.shape[2]):  # one after another: how a sum is parted differs between devices
-            square += difference[:, :, k] * difference[:, :, k]
-        key = square.sqrt_().float().view(torch.int32).long() << 32 | tree.row[l[piece]]
-        key.masked_fill_((tree.group[l[piece]] == rows.group[r[piece], None]) | tree.extra[l[piece]], NONE)
-        keys[piece] = key.topk(keys.shape[1], 1, largest=False).values
-    number = torch.arange(len(r), device=r.device) - torch.searchsorted(r, r)  # of the leaf among its row's
-    most = int(number.max()) + 1 if len(r) else 1
-    table = torch.full((size, max(most, top_k), keys.shape[1]), NONE, device=r.device)
-    table[r, number] = keys
-    return table.flatten(1).topk(top_k, 1, largest=False).values
-
-
-# ---------------------------------------------------------------------------------------------- pictures
 
 def draw_pairs(path, hands, neighbours, distances, turns=None, seed=0):
-    """Queries beside their nearest neighbours, turned as pre-training will see them, skeletons drawn, the distance
-    under each; two rows each of the best, the median and the worst tenth."""
+    """Queries beside their nearest neighbours, turned as pre-training will see them, skeletons
+    drawn, the distance under each; two rows each of the best, the median and the worst tenth."""
     rng = np.random.default_rng(seed)
     order = np.argsort(distances[:, 0], kind="stable")
     order = order[neighbours[order, 0] >= 0]
-    tenth, shown = max(len(order) // 10, 1), min(neighbours.shape[1], 5)
-    middle, across = (len(order) - tenth) // 2, 12 // (1 + shown)
+    tenth = max(len(order) // 10, 1)
+    middle = (len(order) - tenth) // 2
+    parts = {"best": order[:tenth], "median": order[middle:middle + tenth],
+             "worst": order[-tenth:]}
+    shown = min(neighbours.shape[1], 5)
+    across = 12 // (1 + shown)
     tiles = []
-    for name, part in (("best", order[:tenth]), ("median", order[middle:middle + tenth]), ("worst", order[-tenth:])):
+    for name, part in parts.items():
         for i in rng.permutation(part)[:2 * across]:
             group = [caption(draw_crop(hands, i, 160), f"{name}: hand {i}")]
             for k in range(shown):
-                j, distance = neighbours[i, k], distances[i, k]
                 turn = 0.0 if turns is None else turns[i, k]
-                tile = draw_crop(hands, j, 160, turn=turn) if j >= 0 else np.zeros((160, 160, 3), np.uint8)
-                group.append(caption(tile, f"{distance:.3f}" if j >= 0 else "none"))
-            tiles.append(np.hstack([*group, np.zeros((180, 8, 3), np.uint8)]))
+                group.append(draw_neighbour(hands, neighbours[i, k], distances[i, k], turn))
+            gap = np.zeros((180, 8, 3), np.uint8)
+            tiles.append(np.hstack([*group, gap]))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
     save_image(path, sheet(tiles, across))
+
+
+def draw_neighbour(hands, row, distance, turn):
+    """A neighbour's crop with its distance under it; a black one where there is none."""
+    if row < 0:
+        return caption(np.zeros((160, 160, 3), np.uint8), "none")
+    return caption(draw_crop(hands, row, 160, turn=turn), f"{distance:.3f}")
 
 
 def caption(image, text):
     """A strip with a text under a picture."""
     strip = np.zeros((20, image.shape[1], 3), np.uint8)
-    return np.vstack([image, cv2.putText(strip, text, (4, 14), 0, 0.42, (255, 255, 255), 1, cv2.LINE_AA)])
+    cv2.putText(strip, text, (4, 14), 0, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
+    return np.vstack([image, strip])
 
 
 def plot_distances(path, embeddings, distances, unit, seed=0):

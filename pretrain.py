@@ -57,7 +57,13 @@ def make_parser():
     flag("--pairs", nargs="+", help="folders with the mined pairs, one for each hands folder "
          "(default: the hands folders themselves)")
     flag("--out", required=True, help="folder of this run")
-    # method
+    add_method_flags(flag)
+    add_view_flags(flag)
+    add_training_flags(flag)
+    return parser
+
+
+def add_method_flags(flag):
     flag("--method", choices=("simhand", "peclr", "simclr"), default="simhand",
          help="simhand: the positive is the mined neighbour; peclr: the same picture once more; "
          "simclr: the same, without equivariance and rotation")
@@ -83,10 +89,9 @@ def make_parser():
     flag("--equivariance", choices=("both", "rotation", "shift", "none"),
          help="what of a view is undone on the projection before the loss (default: both; simclr: "
          "none)")
-    # network
-    flag("--backbone", choices=BACKBONES, default="resnet50")
-    flag("--weights", default="imagenet", help="start from imagenet, none, or a file")
-    # views
+
+
+def add_view_flags(flag):
     flag("--input-size", type=int, default=128, help="side of a view in pixels (paper: 128)")
     flag("--rotation", type=float, help="degrees to either side (default: 45; simclr: 0)")
     flag("--crop-margin", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -99,6 +104,12 @@ def make_parser():
     flag("--no-colour", action="store_true", help="no colour jitter")
     for name, text in EXTRA_AUGMENTATIONS.items():
         flag(f"--{name.replace('_', '-')}", type=float, default=0, metavar="SHARE", help=text)
+
+
+def add_training_flags(flag):
+    # network
+    flag("--backbone", choices=BACKBONES, default="resnet50")
+    flag("--weights", default="imagenet", help="start from imagenet, none, or a file")
     # optimisation
     flag("--epochs", type=int, default=100)
     flag("--batch-size", type=int, default=8192, help="pairs a step over all ranks; each view has "
@@ -126,7 +137,6 @@ def make_parser():
          help="write the log for TensorBoard as well, into --out")
     flag("--steps", type=int, help="dry run: take so many steps, print rate, memory and the time "
          "that the whole run would take, write nothing")
-    return parser
 
 
 def parse_args():
@@ -759,7 +769,7 @@ def open_tensorboard(folder, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise InputError(f"--tensorboard: {error} (pip install tensorboard)")
+        raise InputError(f"--tensorboard: {error} (pip install 'tensorboard<2.20')")
     return SummaryWriter(folder, purge_step=step + 1)
 
 
@@ -769,8 +779,8 @@ def draw_views(path, data, args, pairs=6, others=250):
     count = min(pairs + others, len(data.pool), args.batch_size)
     chosen = np.random.default_rng(args.seed).choice(len(data.pool), count, replace=False)
     drawn = [make_pair(data, hand, 0, args) for hand in chosen.tolist()]
-    first, second = (torch.from_numpy(np.stack([pair[k].weight_keypoints for pair in drawn]))
-                     for k in (0, 1))
+    first = torch.from_numpy(np.stack([pair[0].weight_keypoints for pair in drawn]))
+    second = torch.from_numpy(np.stack([pair[1].weight_keypoints for pair in drawn]))
     weights = weigh(first, second, data.pca, args)[0]
     zoom = max(1, 192 // args.input_size)
     tiles = []

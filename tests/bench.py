@@ -332,7 +332,9 @@ def loader(folder, micro=128):
         return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
 
     rates = []
-    for views in (common.load_items(pretrain.Views(data, args, micro), [(step, 0) for step in range(batches)], args),
+    plan = pretrain.make_plan(args, len(data.pool), 0, 1, torch.device("cpu"))
+    items = pretrain.hands_of_steps(0, batches, len(data.pool), plan, args)
+    for views in (common.load_items(pretrain.Pairs(data, args), items, processes, pretrain.collate),
                   torch.utils.data.DataLoader(range(micro * batches), batch_size=micro, collate_fn=usual,
                                               num_workers=processes, worker_init_fn=common.start_worker)):
         views, times = iter(views), []

@@ -166,7 +166,7 @@ def probe(out, method, seed):
 def digits_of(out, hands):
     """-> the digit that each hand of a hands folder shows (N,): the name of its picture."""
     digits = []
-    for row in hands.hands:
+    for row in hands.rows:
         names = sorted(os.listdir(out / "photos" / "held-out" / hands.videos[row["video"]]))
         digits.append(int(names[row["frame"]][0]))
     return np.array(digits)
@@ -211,7 +211,7 @@ def embed(backbone, hands, border, rotation):
     views = []
     for row, points in enumerate(hands.keypoints):
         view = common.sample_view(np.random.default_rng(row), points, hands.side, SIDE, rotation=rotation, move=0,
-                                  margin=(1.2, 1.2), colour=False)
+                                  half_side=(1.2, 1.2), colour=False)
         views.append(common.apply_view(view, common.read_crop(hands, row), points, SIDE, border)[0])
     views = torch.from_numpy(np.stack(views))
     backbone.eval()
@@ -222,12 +222,12 @@ def embed(backbone, hands, border, rotation):
 
 def retrieve(features, hands, digits):
     """Each hand's nearest hands of other students -> their rows (N, 5), and the metrics."""
-    video = torch.from_numpy(hands.hands["video"].astype(np.int64))
+    video = torch.from_numpy(hands.rows["video"].astype(np.int64))
     similarity = features @ features.T
     similarity[video[:, None] == video] = -2
     nearest = similarity.topk(5, dim=1).indices.numpy()
-    votes = np.stack([(digits[nearest] == digit).sum(1) for digit in range(10)], 1) * 10
-    votes[np.arange(len(digits)), digits[nearest[:, 0]]] += 1  # the nearest one decides between equal votes
+    vote = 1 + 0.5 ** np.arange(1, 6)  # of equal numbers of votes those with the nearest hand win
+    votes = np.stack([((digits[nearest] == digit) * vote).sum(1) for digit in range(10)], 1)
     poses = as_poses(hands.keypoints, hands.side, rotation_free=True).reshape(-1, 21, 2)
     apart = np.linalg.norm(poses[nearest[:, 0]] - poses, axis=2).mean()
     return nearest, {"1-NN": float(np.mean(digits[nearest[:, 0]] == digits)),

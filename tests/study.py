@@ -2,8 +2,8 @@
 
 Renders videos (many persons, backgrounds and lights, things in front of the hands) as the pool, and labelled sets of
 other persons; finds the pool's hands with MediaPipe; pre-trains with each method, all else equal, pictures seen
-included; probes each backbone by nearest neighbours, fine-tunes the main methods on a share of the labels; 3 seeds.
-Every method is also pre-trained twice as long (1 seed); the ablations have 1 seed.
+included; probes each backbone by nearest neighbours, fine-tunes the main methods on shares of the labels; 3 seeds.
+Ablations, and pools of other sizes, have 1 seed. The CPU size takes about ten hours on two cores.
 Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends with OUT/study.md
 (what the mined pairs are, and a table for each experiment) and OUT/study.png.
 
@@ -31,35 +31,35 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# crop, input: px; train, test: labelled hands; shares: of the labels, for fine-tuning; probes: likewise, for knn, the
-# last one for the ablations too. The CPU's pictures are tiny: many small steps tell more there than few good ones.
+# crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four pictures of each for
+# training; shares: of the labels, for fine-tuning; probes: likewise, for knn, the last one for the ablations too;
+# pools: sizes of smaller pools, pre-trained on for as many steps.
 SIZES = {
-    "cpu": dict(videos=80, seconds=8, crop=128, backbone="resnet18", input=32, train=1200, test=300, batch=64,
-                epochs=13, warmup=1, tune_input=64, tune_batch=8, tune_epochs=8, shares=(0.1,), probes=(0.01, 0.1, 1.0),
-                seeds=(0, 1, 2)),
-    "gpu": dict(videos=260, seconds=8, crop=128, backbone="resnet50", input=96, train=1200, test=500, batch=512,
-                epochs=40, warmup=4, tune_input=96, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0),
-                probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2))}
-METHODS = {"none": (),  # no pre-training; else the pairs, of MINED, and flags of pretrain.py
-           "simclr": ("mined", "--method", "simclr", "--weighting", "none"),
-           "peclr": ("mined", "--method", "peclr", "--weighting", "none"),
-           "simhand-unweighted": ("mined", "--weighting", "none"),
-           "simhand": ("mined",),
-           "simhand-temporal": ("temporal", "--weighting", "none")}
-ABLATIONS = {"simhand-linear-pos": ("mined", "--weight-on", "pos"),
-             "simhand-linear-neg": ("mined", "--weight-on", "neg"),
-             "simhand-nonlinear": ("mined", "--weighting", "nonlinear"),
-             # the others without weights, whose effect would cover theirs
-             "unweighted-rotation-only": ("mined", "--weighting", "none", "--equivariance", "rotation"),
-             "unweighted-shift-only": ("mined", "--weighting", "none", "--equivariance", "shift"),
-             "unweighted-no-equivariance": ("mined", "--weighting", "none", "--equivariance", "none"),
-             "unweighted-shift-in-hands": ("mined", "--weighting", "none", "--shift-unit", "hand"),
-             "unweighted-top5": ("mined", "--weighting", "none", "--top-k", "5"),
-             "unweighted-same-video": ("same-video", "--weighting", "none")}
-LONGER = {f"{method}-longer": pretraining for method, pretraining in METHODS.items() if pretraining}
+    "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=64, train=1200, test=300, batch=64,
+                epochs=15, warmup=2, tune_batch=8, tune_epochs=12, shares=(0.01, 0.1), probes=(0.01, 0.1, 1.0),
+                seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000)),
+    "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200, test=500, batch=512,
+                epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0),
+                seeds=(0, 1, 2), hands=20_000, pools=(2500, 5000, 10_000))}
+HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
+MINED = {"upright": ("--top-k", 5, "--rotation-free"), "as-they-lie": ("--top-k", 5), "temporal": ("--temporal",),
+         "same-video": ("--same-video", "--top-k", 5)}
+PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
+# Name: hands, pairs, flags of pretrain.py; None: no pre-training.
+METHODS = {"none": None,
+           "simclr": ("hands", "upright", "--method", "simclr", "--weighting", "none"),
+           "peclr": ("hands", "upright", "--method", "peclr", "--weighting", "none"),
+           "simhand-paper": ("hands-paper", "as-they-lie", *PAPER),
+           "simhand": ("hands", "upright")}
+ABLATIONS = {"weighting-none": ("hands", "upright", "--weighting", "none"),
+             "weighting-linear": ("hands", "upright", "--weighting", "linear"),
+             "weighting-balanced": ("hands", "upright", "--weighting", "balanced"),
+             "as-they-lie": ("hands", "as-they-lie"),
+             "top5": ("hands", "upright", "--top-k", 5),
+             "temporal": ("hands", "temporal"),
+             "same-video": ("hands", "same-video")}
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"  # elsewhere bf16 is slower
-MINED = {"mined": ("--top-k", "5"), "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", "5")}
 
 
 def parse_args():
@@ -137,11 +137,16 @@ def preparation(out, size):
     yield "labels", out / "labels_eval" / "evaluation_xyz.json", (
         "tests/synthetic.py", "freihand", out / "labels", "--train", size["train"], "--evaluation", size["test"],
         "--seed", 1)  # another seed: other persons and backgrounds
-    yield "hands", out / "hands" / "hands.jpg", (
-        "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 5, "--size", size["crop"])
+    for name, flags in HANDS.items():
+        yield name, out / name / "hands.jpg", (
+            "extract_hands.py", out / "videos", "--out", out / name, "--fps", 5, "--size", size["crop"], *flags)
     for name, flags in MINED.items():
         yield f"mine-{name}", out / "mined" / name / "pairs.jpg", (
             "mine_pairs.py", out / "hands", "--out", out / "mined" / name, *flags)
+    for count in size["pools"]:
+        yield f"mine-pool{count}", out / "pairs" / f"pool{count}" / "pairs.jpg", (
+            "mine_pairs.py", out / "hands", "--out", out / "pairs" / f"pool{count}", "--limit", count,
+            *MINED["upright"])
 
 
 def equal_pairs(out):
@@ -150,40 +155,52 @@ def equal_pairs(out):
     found = {name: np.load(out / "mined" / name / "neighbours.npy") for name in MINED}
     usable = np.all([neighbours[:, 0] >= 0 for neighbours in found.values()], 0)
     for name, neighbours in found.items():
-        (out / "pairs" / name).mkdir(parents=True, exist_ok=True)
-        np.save(out / "pairs" / name / "neighbours.npy", np.where(usable[:, None], neighbours, -1))
+        folder = out / "pairs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        turns = out / "mined" / name / "turns.npy"
+        if turns.exists():
+            np.save(folder / "turns.npy", np.where(usable[:, None], np.load(turns), np.float32(np.nan)))
+        np.save(folder / "neighbours.npy", np.where(usable[:, None], neighbours, -1))
+
+
+def pools(size):
+    """-> {method: pre-training} of the smaller pools, {method: epochs}: as many steps as with the whole pool."""
+    methods = {f"pool{count}": ("hands", f"pool{count}") for count in size["pools"]}
+    epochs = {f"pool{count}": round(size["epochs"] * size["hands"] / count) for count in size["pools"]}
+    return methods, epochs
 
 
 def plan(size):
     """-> (method, seed) of all that is compared, the most telling first."""
-    return [(method, seed) for methods, seeds in ((METHODS, size["seeds"]), (LONGER | ABLATIONS, size["seeds"][:1]))
-            for seed in seeds for method in methods]
+    main = [(method, seed) for seed in size["seeds"] for method in METHODS]
+    return main + [(method, size["seeds"][0]) for method in (*ABLATIONS, *pools(size)[0])]
 
 
 def lane(out, size, method, seed):
     """-> name, last file, command of one method's stages, for one seed: pre-training, probes, fine-tuning."""
-    out, pretraining = out.absolute(), (METHODS | LONGER | ABLATIONS)[method]
-    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION)
+    out = out.absolute()
+    smaller, epochs = pools(size)
+    pretraining = (METHODS | ABLATIONS | smaller)[method]
+    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION, "--input-size", size["input"])
     weights = "none"
     if pretraining:
-        pairs, *flags = pretraining
+        hands, pairs, *flags = pretraining
         folder = out / "pretrained" / f"{method}-seed{seed}"
         weights = folder / "backbone.pt"
         yield f"pretrain-{method}-seed{seed}", weights, (
-            "pretrain.py", out / "hands", "--pairs", out / "pairs" / pairs, *flags, "--out", folder, "--weights",
-            "none", "--batch-size", size["batch"], "--epochs", size["epochs"] * (2 if method in LONGER else 1),
-            "--warmup-epochs", size["warmup"], "--input-size", size["input"], "--optimizer", "adam", "--lr", 1e-3,
-            *small)
-    for head, shares, more in (("knn", size["probes"][-1:] if method in ABLATIONS else size["probes"],
-                                ("--head", "knn", "--input-size", size["input"])),
-                               ("tuned", () if method in ABLATIONS else size["shares"],
-                                ("--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"], "--rotation", 15,
-                                 "--no-colour", "--input-size", size["tune_input"]))):  # few steps: easy views
-        for share in shares:
-            folder = out / f"{head}-{share}" / f"{method}-seed{seed}"
-            yield f"{head}-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
-                "finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights", weights,
-                "--label-fraction", share, "--out", folder, *more, *small)
+            "pretrain.py", out / hands, "--pairs", out / "pairs" / pairs, *flags, "--out", folder, "--weights",
+            "none", "--batch-size", size["batch"], "--epochs", epochs.get(method, size["epochs"]),
+            "--warmup-epochs", size["warmup"], "--optimizer", "adam", "--lr", 1e-3, *small)
+    finetune = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights", weights, *small)
+    for share in size["probes"] if method in METHODS else size["probes"][-1:]:
+        folder = out / f"knn-{share}" / f"{method}-seed{seed}"
+        yield f"knn-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
+            *finetune, "--head", "knn", "--label-fraction", share, "--out", folder)
+    for share in size["shares"] if method in METHODS else ():
+        folder = out / f"tuned-{share}" / f"{method}-seed{seed}"
+        yield f"tuned-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
+            *finetune, "--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"], "--rotation", 15,
+            "--no-colour", "--label-fraction", share, "--out", folder)  # few steps: easy views
 
 
 def comparisons(out, size):
@@ -193,13 +210,15 @@ def comparisons(out, size):
             "knn", "Frozen, nearest of {:.0%} of the labels", size["probes"])):
         for share in shares:
             runs = [out / f"{head}-{share}" / f"{method}-seed{seed}" for method, seed in plan(size)
-                    if method not in ABLATIONS]
+                    if method in METHODS]
             yield title.format(share), ("evaluate.py", *runs, "--seeds", "--baseline", "peclr", "--out",
                                         out / "tables" / f"{head}-{share}")
-    runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method, seed in plan(size)
-            if method in ("simhand", "simhand-unweighted", *ABLATIONS)]
-    yield "Ablations, frozen, nearest of all labels", (
-        "evaluate.py", *runs, "--seeds", "--baseline", "simhand-unweighted", "--out", out / "tables" / "ablations")
+    for title, methods in (("Ablations", ABLATIONS), ("Smaller pools", pools(size)[0])):
+        runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method, seed in plan(size)
+                if method in ("simhand", *methods)]
+        yield f"{title}, frozen, nearest of all labels", (
+            "evaluate.py", *runs, "--seeds", "--baseline", "simhand", "--out",
+            out / "tables" / title.lower().replace(" ", "-"))
 
 
 def draw(path, panels):
@@ -231,7 +250,7 @@ def pair_report(out):
     hands, lines = load_hands(out / "hands"), []
     truth = {name: np.load((out / "videos" / name).with_suffix(".npy")) for name in hands.videos}
     rows = []
-    for hand in hands.hands:
+    for hand in hands.rows:
         mine = truth[hands.videos[hand["video"]]]
         mine = mine[mine["frame"] == hand["frame"]]
         low, high = mine["keypoints"].min(1), mine["keypoints"].max(1)
@@ -248,13 +267,27 @@ def pair_report(out):
             other = other[usable]
         else:
             other = rng.integers(len(rows), size=len(usable))
-        apart = np.linalg.norm(hands.keypoints[usable] - hands.keypoints[other], axis=2).mean(1) / hands.side
-        distances = evaluate.distances(xyz[other], xyz[usable], np.ones((len(usable), 21), bool))
+        turn = np.zeros(len(usable))
+        if (out / "pairs" / name / "turns.npy").exists():
+            turn = np.load(out / "pairs" / name / "turns.npy")[usable, 0]
+        seen = hands.keypoints[other] - hands.keypoints[other].mean(1, keepdims=True)
+        seen = turned(seen, turn) - hands.keypoints[usable] + hands.keypoints[usable].mean(1, keepdims=True)
+        apart = np.linalg.norm(seen, axis=2).mean(1) / hands.side
+        every = np.ones((len(usable), 21), bool)
+        distances = evaluate.distances(turned(xyz[other], turn), xyz[usable], every, every[:, 0])
         same = np.mean(rows["pose"][usable] == rows["pose"][other])
         lines.append(f"| {name} | {len(usable)} | {100 * np.mean(apart):.1f} | {distances[''].mean():.1f} | "
                      f"{distances['pa_'].mean():.1f} | {100 * same:.0f} % |")
-    return ("### What the pairs are\n\n| pairs | hands | keypoints apart, % of the crop | apart in space, mm | after "
+    return ("### What the pairs are\n\n| pairs | hands | keypoints apart from their means, % of the crop | apart in space, mm | after "
             "Procrustes, mm | same pose |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n")
+
+
+def turned(points, degrees):
+    """points (N, 21, 2 or 3) turned in the picture's plane, as cv2.getRotationMatrix2D turns it."""
+    cos, sin = np.cos(np.radians(degrees))[:, None], np.sin(np.radians(degrees))[:, None]
+    x, y = points[:, :, 0], points[:, :, 1]
+    flat = np.stack([cos * x + sin * y, cos * y - sin * x], 2)
+    return np.concatenate([flat, points[:, :, 2:]], 2)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,24 @@ tracing in batches (torch, on the GPU when there is one) and coloured by where a
 knuckles. Everything follows from the seed. Hands are right-handed, a left one is the mirror image. Lengths are mm,
 angles degrees.
 
+The full world, the default, has 16 poses, seen from all around the forearm: among a few thousand
+hands, most have none that is really similar. The small world is for short runs: eight poses that
+nobody takes for one another, the palm towards the camera, and another person in each video, so that
+every hand has similar ones of other persons.
+
     python tests/synthetic.py videos data/videos --videos 24 --seconds 10 --fps 5     # NAME.mp4 and its truth, NAME.npy
     python tests/synthetic.py freihand data/freihand --train 300 --evaluation 100     # FreiHAND's own layout
+    python tests/synthetic.py videos data/small --videos 48 --world small             # the small world
     python tests/synthetic.py sheet sheet.jpg                                         # some hands, to look at
     python tests/synthetic.py report data/videos                                      # what MediaPipe finds in them
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -52,6 +62,8 @@ POSES = {
     "gun": ((UP, DOWN, DOWN, DOWN), 0.0, (55, 10, 40, 0, -5)),
 }
 NAMES = list(POSES)
+WORLDS = {"full": NAMES,
+          "small": ["open", "fist", "point", "victory", "ok", "grasp", "call", "rock"]}
 SPREAD = np.array((14, 2, -9, -20), float)  # of the knuckles at spread 1, positive to the thumb
 SKINS = np.array([(238, 200, 178), (222, 176, 146), (196, 146, 112), (150, 105, 76), (104, 72, 54)], float)  # RGB
 BARE, NAILED, CLOTH = 0, 1, 2  # what a cone shows
@@ -59,6 +71,10 @@ NO_CREASE = 99  # creases lie at shares of a bone's length; this one lies off ev
 SHARP, SOFT = 1.0, 4.5  # mm: how far two fingers, two parts of the palm blend
 TILE = 8  # pixels; the rays of a tile share the list of cones that they may meet
 PERIOD = 1.0  # seconds from one pose to the next
+FRAME = (640, 480)  # of the videos: width, height
+LENGTHS = (110, 205)  # pixels of an open hand: a sixth to a third of the frame's width
+AT_EDGE = 0.3  # share of the keyframes whose hand lies at the frame's edge; on the way it leaves it
+ARM = 1000  # mm from the wrist to where an arm ends, out of the picture
 TRUTH = [("frame", "<i4"), ("left", "?"), ("pose", "<i4"), ("keypoints", "<f4", (21, 2)), ("xyz", "<f4", (21, 3))]
 TRAINING_PERSONS, EVALUATION_PERSONS = range(1000, 1032), range(2000, 2008)  # videos show persons 0, 1, ...
 
@@ -131,7 +147,7 @@ def skeleton(person, angles):
     return joints * person["scale"], frames
 
 
-def clothe(person, joints, frames, angles, arm=450):
+def clothe(person, joints, frames, angles, arm=ARM):
     """-> dict of arrays over C round cones: ends a, b (C, 3), their radii ra, rb (C,), the bone's frame (C, 3, 3), soft
     (C,) 1 where it blends into the palm, kind (C,), owner (C,) the cone whose texture it wears, creases (C, 2)."""
     s, thick = person["scale"], person["thickness"] * person["scale"]
@@ -170,14 +186,17 @@ def clothe(person, joints, frames, angles, arm=450):
     add(0.2 * joints[1] + 0.8 * joints[2], 0.70 * joints[5] + spot(0, 0, 2), 5, 7)
     add(spot(-17, 16, 7), 0.80 * joints[17] + spot(-1, 0, 6), 13.5, 9)
     turn = rotation(0, angles[21]) @ rotation(2, angles[22])
+
+    def along_arm(side, down):
+        return turn @ spot((10.6 + 0.0165 * down) * side, -down, 0)
+
     for side in (1, -1):
-        add(spot(10 * side, 8, 0), turn @ spot(11 * side, -25, 0), 14, 15)
-        add(turn @ spot(11 * side, -25, 0), turn @ spot(18 * side, -arm, 0), 15.5, 16 + arm * 0.04)
+        add(spot(10 * side, 8, 0), along_arm(side, 25), 14, 15)
+        add(along_arm(side, 25), along_arm(side, arm), 15.5, 16 + arm * 0.04)
     start, kind = (person["sleeve"], CLOTH) if person["sleeve"] else (arm - 1, BARE)
     grow = 1 if person["sleeve"] else 0.01
     for side in (1, 0, -1):
-        centre = 11 + 7 * (start - 25) / (arm - 25)
-        add(turn @ spot(centre * side, -start, 0), turn @ spot(18 * side, -arm, 0), (22 + start * 0.03) * grow,
+        add(along_arm(side, start), along_arm(side, arm), (22 + start * 0.03) * grow,
             (22 + arm * 0.04) * grow, soft=0, kind=kind)
     return {key: np.array([c[i] for c in cones]) for i, key in
             enumerate(("a", "b", "ra", "rb", "frame", "soft", "kind", "owner", "creases"))}
@@ -198,7 +217,9 @@ def make_hand(person, angles, view, centre, distance, camera, light, left=False)
         middle[:2] += (centre - np.array((x0 + x1, y0 + y1)) / 2) * distance / (camera[0, 0], camera[1, 1])
     # An arm that comes towards the camera ends before it gets nearer than half of the hand's distance.
     down = (turn @ rotation(0, angles[21]) @ rotation(2, angles[22]))[2, 1]
-    arm = 450 if down < 0.05 else min(450, max(120, 0.45 * distance / down / person["scale"]))
+    arm = ARM
+    if down > 0.05:
+        arm = min(ARM, max(120, 0.45 * distance / down / person["scale"]))
     return {"person": person, "cones": clothe(person, joints, frames, angles, arm), "turn": turn, "offset": middle,
             "xyz": xyz + middle, "camera": np.array(camera, float), "light": light, "left": left}
 
@@ -270,17 +291,39 @@ def find_tiles(cones, cameras, width, height):
     margin = 4 + 12 * cones["soft"][..., 0]  # mm: so far a cone still changes the blend, or the shade
     ra = (cones["ra"][..., 0] + margin) / za * f * 1.04
     rb = ((cones["ra"] + cones["dr"])[..., 0] + margin) / zb * f * 1.04
-    xs = torch.arange(0, width, TILE, device=a.device)
-    ys = torch.arange(0, height, TILE, device=a.device)
-    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(-1, 2)
-    centre = grid + (TILE - 1) / 2
     axis = b - a
-    rel = centre[None, :, None] - a[:, None]                                    # N, tiles, C, 2
-    along = ((rel * axis[:, None]).sum(-1) / (axis ** 2).sum(-1).clamp_min(1e-6)[:, None]).clamp(0, 1)
-    gap = (rel - along[..., None] * axis[:, None]).norm(dim=-1) - (ra[:, None] + (rb - ra)[:, None] * along)
-    touched = gap < TILE * 0.71
-    hand, tile = touched.any(-1).nonzero(as_tuple=True)
-    return hand, grid[tile], touched[hand, tile]
+    length2 = axis.square().sum(-1).clamp_min(1e-6)
+
+    def touch(hand, first, side):
+        """Tiles `side` pixels wide, of these hands (T,), from these pixels (T, 2) on -> touched
+        (T, C)."""
+        x, y = (first[:, None] + (side - 1) / 2 - a[hand]).unbind(-1)
+        axis_x, axis_y = axis[hand].unbind(-1)
+        along = ((x * axis_x + y * axis_y) / length2[hand]).clamp(0, 1)
+        gap = torch.hypot(x - along * axis_x, y - along * axis_y)
+        return gap - (ra[hand] + (rb - ra)[hand] * along) < side * 0.71
+
+    # First large tiles, most of which no hand touches; then the small ones within the others.
+    large = 8 * TILE
+    first = places(width, height, large, a.device)
+    hand = torch.arange(len(a), device=a.device).repeat_interleave(len(first))
+    first = first.repeat(len(a), 1)
+    kept = touch(hand, first, large).any(1)
+    inner = places(large, large, TILE, a.device)
+    hand = hand[kept].repeat_interleave(len(inner))
+    first = (first[kept][:, None] + inner).flatten(0, 1)
+    inside = (first[:, 0] < width) & (first[:, 1] < height)
+    hand, first = hand[inside], first[inside]
+    touched = touch(hand, first, TILE)
+    kept = touched.any(1)
+    return hand[kept], first[kept], touched[kept]
+
+
+def places(width, height, side, device):
+    """First pixels x, y (T, 2) of the squares of that side which cover a picture."""
+    xs = torch.arange(0, width, side, device=device)
+    ys = torch.arange(0, height, side, device=device)
+    return torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(-1, 2)
 
 
 def trace(ray, radius, cone):
@@ -288,13 +331,13 @@ def trace(ray, radius, cone):
 
     ray (T, 3, S) with z = 1, radius (T, 1) of a pixel at depth 1 -> depth (T, S) where the ray came nearest to the
     skin, gap (T, S) that it left there in pixels: 0 for a hit, below 1 at the edge of the silhouette."""
-    norm = ray.norm(dim=1)
+    norm = magnitude(ray, 1)[:, 0]
     near = cone["a"][..., 2:] - cone["ra"]
     far = cone["a"][..., 2:] + torch.where(cone["ra"] > 0, cone["ra"], 0)
     near = torch.minimum(near, near + cone["axis"][..., 2:] - cone["dr"]).amin(1).clamp_min(40)  # T, 1
     far = torch.maximum(far, far + cone["axis"][..., 2:] + cone["dr"]).amax(1)
     middle = ray.mean(2, keepdim=True)
-    across, scale, t = radius * TILE * 0.75, middle.norm(dim=1), near
+    across, scale, t = radius * TILE * 0.75, magnitude(middle, 1)[:, 0], near
     for _ in range(12):
         d = point_distance(middle * t[:, None], cone)[0]
         t = t + (d - across * t).clamp(0) / (scale + across)
@@ -322,6 +365,16 @@ def trace(ray, radius, cone):
         state = [value[flying] for value in (t, best, best_t, norm, ray_axis, ray_a, radius, far)]
         cone = {key: value[flying] for key, value in cone.items()}
     return depth, gap
+
+
+def magnitude(vectors, dim):
+    """As torch's norm, which takes several times as long where vectors are short. The dimension
+    stays, with size 1."""
+    return vectors.square().sum(dim, keepdim=True).sqrt()
+
+
+def unit(vectors, dim):
+    return vectors / magnitude(vectors, dim).clamp_min(1e-12)
 
 
 def fade(x, low, high):
@@ -404,9 +457,9 @@ def shade_tiles(hand, ray, depth, gap, cone, index, cones, scene):
     weight = weight / total[:, None].clamp_min(1e-30)
     normal = p * weight.sum(1, keepdim=True) - cone["a"].mT @ weight - cone["axis"].mT @ (weight * along)
     # Each cone's direction has length |p - c|, not 1: the thicker cone counts more, which only smooths the normals.
-    normal = torch.nn.functional.normalize(normal, dim=1)
+    normal = unit(normal, dim=1)
     palmar_axis = cone["frame"].unflatten(-1, (3, 3))[..., 2].mT @ weight        # T, 3, S
-    palmar = (normal * torch.nn.functional.normalize(palmar_axis, dim=1)).sum(1)
+    palmar = (normal * unit(palmar_axis, dim=1)).sum(1)
     open_near = point_distance(p + 5 * normal, cone)[0] / 5
     open_far = point_distance(p + 14 * normal, cone)[0] / 14
     open_sky = (0.35 + 0.4 * open_near.clamp(0, 1) + 0.4 * open_far.clamp(0, 1)).clamp(0, 1)
@@ -427,14 +480,14 @@ def shade_tiles(hand, ray, depth, gap, cone, index, cones, scene):
     person = {key: value[n] for key, value in scene["person"].items()}
     albedo, gloss = paint(in_palm, v, u, w, length, r, palmar[tile, pixel], cones["kind"][n, owner],
                           cones["creases"][n, owner], spot, person)
-    light, eye = scene["light"][n], -torch.nn.functional.normalize(ray.mT[tile, pixel], dim=1)
+    light, eye = scene["light"][n], -unit(ray.mT[tile, pixel], dim=1)
     lit = (normal * light).sum(1, keepdim=True)
     wrap = torch.tensor((0.32, 0.20, 0.15), device=p.device)  # light that wanders in the skin: red most
     lit = ((lit + wrap) / (1 + wrap)).clamp(0) ** 1.2
     ao = open_sky[tile, pixel][:, None]
     sky = 0.5 - 0.5 * normal[:, 1:2]
     ambient = scene["ground"][n] + (scene["sky"][n] - scene["ground"][n]) * sky
-    half = torch.nn.functional.normalize(light + eye, dim=1)
+    half = unit(light + eye, dim=1)
     shine = (normal * half).sum(1).clamp(0) ** 22 * gloss
     rim = (1 - (normal * eye).sum(1).clamp(0, 1)) ** 3 * 0.05
     ao_tint = ao ** torch.tensor((0.85, 1.1, 1.15), device=p.device)  # hollows are redder
@@ -476,7 +529,8 @@ def draw_hands(hands, size, device):
         scene[key] = stack([h["light"][i] for h in hands])
     hand, first, touched = find_tiles(cones, cameras, width, height)
     order = touched.sum(1).argsort(stable=True)
-    picture = torch.zeros(len(hands) * height * width, 4, device=device)
+    picture = torch.zeros(len(hands) * height * width, 3, dtype=torch.uint8, device=device)
+    cover = torch.zeros(len(hands) * height * width, device=device)
     step = torch.arange(TILE * TILE, device=device)
     chunk = 192 if device == "cpu" else 16384
     for part in order.split(chunk):
@@ -500,15 +554,17 @@ def draw_hands(hands, size, device):
         t = keep[tile]
         x, y = px[t, pixel], py[t, pixel]
         inside = (x < width) & (y < height)
-        place = (n[t] * height + y) * width + x
-        value = torch.cat([colour.flip(1), (1.25 - 1.25 * gap[t, pixel]).clamp(0, 1)[:, None]], 1)
-        picture[place[inside]] = value[inside]
-    picture = picture.reshape(len(hands), height, width, 4).cpu().numpy()
+        place = ((n[t] * height + y) * width + x)[inside]
+        picture[place] = (colour.flip(1) * 255 + 0.5).byte()[inside]
+        cover[place] = (1.25 - 1.25 * gap[t, pixel]).clamp(0, 1)[inside]
+    picture = picture.reshape(len(hands), height, width, 3).cpu().numpy()
+    cover = cover.reshape(len(hands), height, width).cpu().numpy()
     for i, h in enumerate(hands):
         if h["left"]:
             picture[i] = picture[i, :, ::-1].copy()
+            cover[i] = cover[i, :, ::-1].copy()
     keypoints = np.stack([hand_pixels(h, width) for h in hands])
-    return (picture[..., :3] * 255 + 0.5).astype(np.uint8), picture[..., 3], keypoints
+    return picture, cover, keypoints
 
 
 def backdrop(rng, width, height):
@@ -549,11 +605,14 @@ def make_light(rng):
     return direction / np.linalg.norm(direction), sun * warm, sky * np.ones(3), sky * ground * warm
 
 
-def draw_view(rng, side=None, upright=False):
+def draw_view(rng, side=None, upright=False, world="full"):
     """-> degrees: turn about the forearm's axis (0 shows the palm, 180 the back), tilt, roll in the picture.
 
     The turn is uniform over the circle, over one half of it where side says "palm" or "back"; upright: little roll.
-    This was fixed before any detector saw a hand."""
+    This was fixed before any detector saw a hand. The small world shows the palm, whatever else is
+    asked for."""
+    if world == "small":
+        return rng.uniform(-40, 40), rng.uniform(-20, 20), rng.uniform(-45, 45)
     turn = rng.uniform(-90, 90) + (180 if (side == "back" if side else rng.random() < 0.5) else 0)
     return turn, np.clip(rng.normal(0, 25), -60, 60), rng.normal(0, 15 if upright else 45)
 
@@ -590,19 +649,29 @@ def blend(background, hands, pictures, covers, rng, blur, noise, front=()):
     through a lens and a sensor -> uint8 BGR."""
     picture = background.astype(np.float32)
     for i in sorted(range(len(hands)), key=lambda i: -hands[i]["offset"][2]):
-        picture += (pictures[i] - picture) * covers[i][..., None]
+        lay_over(picture, pictures[i], covers[i])
     for thing, cover in front:
-        picture += (thing - picture) * cover[..., None]
-    picture = cv2.GaussianBlur(picture, (0, 0), blur) + rng.normal(0, noise, picture.shape)
+        lay_over(picture, thing, cover)
+    picture = cv2.GaussianBlur(picture, (0, 0), blur)
+    picture += noise * rng.standard_normal(picture.shape, np.float32)
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 
-def plan_videos(videos, seconds, fps, seed):
+def lay_over(picture, thing, cover):
+    """Change the picture to the thing where it covers it."""
+    rows, columns = np.flatnonzero(cover.any(1)), np.flatnonzero(cover.any(0))
+    if len(rows):
+        part = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        picture[part] += (thing[part] - picture[part]) * cover[part][..., None]
+
+
+def plan_videos(videos, seconds, fps, seed, world="full"):
     """-> for each video its name, its person, when it is empty, and one or two tracks (left, keyframes).
 
     All is drawn before any is rendered, so that every pose comes from the palm's side as often as from the back."""
     rng = np.random.default_rng((seed, 2))
     pairs, plan = [], []
+    clips = 1 if world == "small" else 2  # of each person
     count = int(np.ceil(seconds / PERIOD)) + 1
     for v in range(videos):
         sides = [(v % 3 == 1)] + ([v % 3 != 1] if v % 8 == 3 else [])
@@ -612,20 +681,32 @@ def plan_videos(videos, seconds, fps, seed):
             keys = []
             for k in range(count):
                 if not pairs:
-                    pairs = [(name, side) for name in NAMES for side in ("palm", "back")]
+                    pairs = [(name, side) for name in WORLDS[world] for side in ("palm", "back")]
                     rng.shuffle(pairs)
                 unseen = gap[0] <= k * PERIOD / seconds < gap[1] or k == count - 1
                 name, side = pairs[-1] if unseen else pairs.pop()
-                spot = rng.uniform(0, 1, 2)
+                spot = draw_spot(rng)
                 if len(sides) == 2:  # hands apart, each on its own side
                     spot[0] = 0.6 * spot[0] + (0 if left else 0.4)
-                low, high = (115, 200) if len(sides) == 1 else (100, 145)
+                low, high = LENGTHS
                 keys.append({"pose": NAMES.index(name), "angles": pose_angles(name, rng), "spot": spot,
-                             "view": draw_view(rng, side, len(sides) == 2),
+                             "view": draw_view(rng, side, len(sides) == 2, world),
                              "length": low * (high / low) ** rng.random()})
             tracks.append((left, keys))
-        plan.append({"name": f"person{v // 2:03d}_clip{v % 2 + 1}", "person": v // 2, "tracks": tracks, "gap": gap})
+        person, clip = divmod(v, clips)
+        plan.append({"name": f"person{person:03d}_clip{clip + 1}", "person": person,
+                     "tracks": tracks, "gap": gap})
     return plan
+
+
+def draw_spot(rng):
+    """-> where a hand lies in the room that it has, (2,) in 0..1: in the frame, or now and then at
+    its edge, below or at a side, where the hands of a person who wears the camera come from."""
+    spot = rng.uniform(0.1, 0.9, 2)
+    if rng.random() < AT_EDGE:
+        axis, end = ((0, 0), (0, 1), (1, 1))[rng.integers(3)]
+        spot[axis] = end
+    return spot
 
 
 def pose_at(keys, time):
@@ -642,46 +723,71 @@ def pose_at(keys, time):
     return (a if held < 0.5 else b)["pose"], angles, a["view"] + way * change, spot, length
 
 
-def draw_object(rng, keypoints, time, width, height):
-    """A box or a disc that goes round in front of a hand, drawn anew from the same rng each time -> picture, cover."""
-    half = np.ptp(keypoints, axis=0).max() * rng.uniform(0.08, 0.22, 2)
-    phase, speed, turn = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.15, 0.5, 2), rng.uniform(0, 180)
-    way = np.sin(phase + 2 * np.pi * speed * time) * 0.45
+def make_object(rng, width, height):
+    """A box or a disc that goes round in front of a hand, in pictures of this size."""
+    return {"half": rng.uniform(0.08, 0.22, 2), "phase": rng.uniform(0, 2 * np.pi, 2),
+            "speed": rng.uniform(0.15, 0.5, 2), "turn": rng.uniform(0, 180),
+            "box": rng.random() < 0.5,
+            "texture": backdrop(rng, width, height) * np.float32(rng.uniform(0.5, 1.2))}
+
+
+def cover_of(thing, keypoints, time):
+    """What the object covers at that time, seconds, in front of the hand with these keypoints,
+    (H, W) in 0..1."""
+    half = np.ptp(keypoints, axis=0).max() * thing["half"]
+    way = np.sin(thing["phase"] + 2 * np.pi * thing["speed"] * time) * 0.45
     centre = (keypoints.min(0) + keypoints.max(0)) / 2 + way * np.ptp(keypoints, axis=0)
-    cover, texture = np.zeros((height, width), np.uint8), backdrop(rng, width, height)
-    if rng.random() < 0.5:
-        corners = cv2.boxPoints((tuple(map(float, centre)), tuple(map(float, 2 * half)), turn))
-        cv2.fillPoly(cover, [np.round(corners * 8).astype(int)], 255, cv2.LINE_AA, 3)
+    box = tuple(map(float, centre)), tuple(map(float, 2 * half)), thing["turn"]
+    cover = np.zeros(thing["texture"].shape[:2], np.uint8)
+    if thing["box"]:
+        cv2.fillPoly(cover, [np.round(cv2.boxPoints(box) * 8).astype(int)], 255, cv2.LINE_AA, 3)
     else:
-        cv2.ellipse(cover, (tuple(map(float, centre)), tuple(map(float, 2 * half)), turn), 255, -1, cv2.LINE_AA)
-    return texture * rng.uniform(0.5, 1.2), cover / np.float32(255)
+        cv2.ellipse(cover, box, 255, -1, cv2.LINE_AA)
+    return cover / np.float32(255)
 
 
-def write_videos(folder, videos=24, seconds=10, fps=5, size=(320, 240), seed=0, device=None, objects=0.0):
+def write_videos(folder, videos=24, seconds=10, fps=5, size=FRAME, seed=0, device=None, objects=0.0,
+                 world="full", workers=1):
     """Videos of one person each, NAME.mp4, and the truth, NAME.npy: one row (TRUTH) for each hand of each frame.
-    objects: share of the videos in which something moves in front of the hands.
+    objects: share of the videos in which something moves in front of the hands. world: a key of
+    WORLDS. workers: processes, a video at a time each; their number changes nothing in the files.
 
     keypoints are pixels of the picture (centres at integers), xyz mm in the camera frame, pose an index into NAMES."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for v, video in enumerate(tqdm(plan_videos(videos, seconds, fps, seed), desc="videos", unit="video")):
-        target, truth = folder / f"{video['name']}.mp4", folder / f"{video['name']}.npy"
-        if target.exists() and truth.exists():
-            continue
-        rng = np.random.default_rng((seed, 3, v))
-        hidden = np.random.default_rng((seed, 6, v)).random() < objects
-        frames, rows = draw_video(video, rng, round(seconds * fps), fps, size, seed, device, v if hidden else None)
-        partial = folder / f".{video['name']}.partial.mp4"
-        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-        if not writer.isOpened():
-            raise OSError(f"{partial}: OpenCV cannot write mp4v videos")
-        for frame in frames:
-            writer.write(frame)
-        writer.release()
-        with open(partial.with_suffix(".npy"), "wb") as file:
-            np.save(file, rows)
-        os.replace(partial.with_suffix(".npy"), truth)
-        os.replace(partial, target)
+    count = round(seconds * fps)
+    write = functools.partial(write_video, folder, count, fps, size, seed, device, objects)
+    plan = list(enumerate(plan_videos(videos, seconds, fps, seed, world)))
+    with contextlib.ExitStack() as stack:
+        each = map
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would break torch's threads
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+            each = stack.enter_context(pool).map
+        for _ in tqdm(each(write, plan), desc="videos", unit="video", total=videos):
+            pass
+
+
+def write_video(folder, count, fps, size, seed, device, objects, numbered):
+    """numbered: a number v and the video of that number in the plan."""
+    v, video = numbered
+    target, truth = folder / f"{video['name']}.mp4", folder / f"{video['name']}.npy"
+    if target.exists() and truth.exists():
+        return
+    rng = np.random.default_rng((seed, 3, v))
+    hidden = np.random.default_rng((seed, 6, v)).random() < objects
+    frames, rows = draw_video(video, rng, count, fps, size, seed, device, v if hidden else None)
+    partial = folder / f".{video['name']}.partial.mp4"
+    writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    if not writer.isOpened():
+        raise OSError(f"{partial}: OpenCV cannot write mp4v videos")
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    with open(partial.with_suffix(".npy"), "wb") as file:
+        np.save(file, rows)
+    os.replace(partial.with_suffix(".npy"), truth)
+    os.replace(partial, target)
 
 
 def draw_video(video, rng, count, fps, size, seed, device, thing=None):
@@ -706,31 +812,35 @@ def draw_video(video, rng, count, fps, size, seed, device, thing=None):
             xyz = hands[-1]["xyz"] * ((-1, 1, 1) if left else (1, 1, 1))
             rows.append((frame, left, pose, hand_pixels(hands[-1], width), xyz))
     pictures, covers = [], []
-    for start in range(0, len(hands), 32):
-        drawn = render(hands[start:start + 32], size, device)
+    for start in range(0, len(hands), 16):
+        drawn = render(hands[start:start + 16], size, device)
         pictures.extend(drawn[0])
         covers.extend(drawn[1])
+    if thing is not None:
+        thing = make_object(np.random.default_rng((seed, 7, thing)), width, height)
     frames = []
     for frame in range(count):
         x, y = (drift[0] + (drift[1] - drift[0]) * frame / count).tolist()
         move = np.array([(1, 0, -x), (0, 1, -y)])
         mine = [i for i, owner in enumerate(owners) if owner == frame]
-        front = [draw_object(np.random.default_rng((seed, 7, thing)), rows[i][3], frame / fps, width, height)
-                 for i in mine if thing is not None]
+        front = []
+        if thing is not None:
+            front = [(thing["texture"], cover_of(thing, rows[i][3], frame / fps)) for i in mine]
         frames.append(blend(cv2.warpAffine(room, move, size), [hands[i] for i in mine], [pictures[i] for i in mine],
                             [covers[i] for i in mine], rng, blur, noise, front))
     return frames, np.array(rows, TRUTH)
 
 
-def freihand_sample(split, i, size, seed):
+def freihand_sample(split, i, size, seed, world="full"):
     """-> the hand of one annotation."""
     rng = np.random.default_rng((seed, 4, split == "training", i))
     persons = TRAINING_PERSONS if split == "training" else EVALUATION_PERSONS
     person = make_person(seed, persons[i % len(persons)])
-    names = [NAMES[i % len(NAMES)], NAMES[rng.integers(len(NAMES))]]
+    poses = WORLDS[world]
+    names = [poses[i % len(poses)], poses[rng.integers(len(poses))]]
     share = 0.5 * rng.random() ** 3
     angles = (1 - share) * pose_angles(names[0], rng) + share * pose_angles(names[1], rng)
-    view = draw_view(rng)
+    view = draw_view(rng, world=world)
     joints, _ = skeleton(person, angles)
     extent = np.ptp(joints @ view_matrix(*view).T, axis=0)[:2].max()
     distance, side = rng.uniform(450, 950), size * rng.uniform(0.42, 0.68)
@@ -741,7 +851,7 @@ def freihand_sample(split, i, size, seed):
     return make_hand(person, angles, view_matrix(*view), middle, distance, camera, make_light(rng))
 
 
-def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=None):
+def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=None, world="full"):
     """A labelled set in FreiHAND's layout: right hands, four versions of a training picture, xyz in metres.
 
     evaluation_xyz.json lies in the sibling folder FOLDER_eval. The persons of the two splits differ."""
@@ -752,7 +862,7 @@ def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=N
         rgb.mkdir(parents=True, exist_ok=True)
         sibling.mkdir(parents=True, exist_ok=True)
         names = [[rgb / f"{i + k * count:08d}.jpg" for k in range(versions)] for i in range(count)]
-        hands = [freihand_sample(split, i, size, seed) for i in range(count)]
+        hands = [freihand_sample(split, i, size, seed, world) for i in range(count)]
         for start in tqdm(range(0, count, 32), desc=f"freihand {split}", unit="batch"):
             ids = range(start, min(start + 32, count))  # always the same batches: their mix changes the last digits
             if all(name.exists() for i in ids for name in names[i]):
@@ -790,7 +900,7 @@ def write_versions(names, hand, picture, cover, seed):
 
 def palm_side(xyz, left):
     """xyz (21, 3), camera frame -> cosine between the palm's normal and the way to the camera: 1 palm, -1 back."""
-    normal = np.cross(xyz[17] - xyz[0], xyz[5] - xyz[0]) * (-1 if left else 1)
+    normal = np.cross(xyz[5] - xyz[0], xyz[17] - xyz[0]) * (-1 if left else 1)
     eye = -xyz[[0, 5, 17]].mean(0)
     return float(normal @ eye / np.linalg.norm(normal) / np.linalg.norm(eye))
 
@@ -801,8 +911,8 @@ def report(folder):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import extract_hands  # it knows where the model is
     rows = []
-    settings = argparse.Namespace(model=extract_hands.find_model(None), max_hands=2, min_score=0.5)
-    with extract_hands.start_detector(settings) as detector:
+    settings = argparse.Namespace(max_hands=2, min_score=0.5)
+    with extract_hands.start_detector(extract_hands.find_model(None), settings) as detector:
         for path in tqdm(sorted(Path(folder).glob("*.mp4")), desc="MediaPipe", unit="video"):
             truth = np.load(path.with_suffix(".npy"))
             video, frame = cv2.VideoCapture(str(path)), 0
@@ -882,6 +992,8 @@ def parse_args():
     videos.add_argument("--seconds", type=float, default=10, help="length of each")
     videos.add_argument("--fps", type=float, default=5, help="frames a second")
     videos.add_argument("--objects", type=float, default=0, help="share of the videos with objects in front of hands")
+    videos.add_argument("--workers", type=int, default=1, help="processes, a video at a time each; "
+                        "the files are the same with any number (default: 1)")
     freihand = tasks.add_parser("freihand", help="a labelled set in FreiHAND's layout")
     freihand.add_argument("out")
     freihand.add_argument("--train", type=int, default=300, help="training hands, four pictures each")
@@ -890,6 +1002,10 @@ def parse_args():
     pictures.add_argument("out")
     check = tasks.add_parser("report", help="what MediaPipe finds")
     check.add_argument("out", metavar="FOLDER")
+    for task in (videos, freihand):
+        task.add_argument("--world", choices=sorted(WORLDS), default="full",
+                          help="full: 16 poses from all sides; small: eight, the palm towards the "
+                          "camera, so that hands of different persons look alike (default: full)")
     for task in (videos, freihand, pictures):
         task.add_argument("--seed", type=int, default=0)
         task.add_argument("--device", help="cuda or cpu; default: cuda when there is one")
@@ -900,9 +1016,10 @@ def main():
     args = parse_args()
     if args.task == "videos":
         write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed, device=args.device,
-                     objects=args.objects)
+                     objects=args.objects, world=args.world, workers=args.workers)
     elif args.task == "freihand":
-        write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device)
+        write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device,
+                       world=args.world)
     elif args.task == "sheet":
         sheet(args.out, args.seed, device=args.device)
     else:

@@ -1,16 +1,18 @@
 """The method against slow references, and the files against damage."""
 
+import argparse
 import json
 import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,7 +21,8 @@ import torch
 import torchvision
 
 import common
-from common import InputError, apply_view, load_backbone, nt_xent, pair_weights, sample_view, undo_view
+from common import (InputError, apply_view, crop_matrix, load_backbone, move_points, nt_xent,
+                    pair_weights, rescale_points, sample_view, undo_view)
 from conftest import ENVIRONMENT, ROOT
 
 
@@ -32,38 +35,105 @@ def random_unit(n, dims, seed=0, dtype=torch.float64):
     return [torch.nn.functional.normalize(torch.randn(n, dims, generator=generator, dtype=dtype), dim=1) for _ in "12"]
 
 
-# ------------------------------------------------------------------------------------------------ views
+# ----------------------------------------------------------------------------------------- geometry
+
+def dot(side, x, y):
+    """A picture of one soft dot, 0 to 1."""
+    row, column = np.indices((side, side))
+    return np.exp(-((column - x) ** 2 + (row - y) ** 2) / 8).astype(np.float32)
+
+
+def centre_of_mass(image):
+    row, column = np.indices(image.shape)
+    return np.array([(image * column).sum(), (image * row).sum()]) / image.sum()
+
+
+@pytest.mark.parametrize("output", [120, 60, 30, 20])
+def test_rescaled_points_lie_where_cv2_resize_puts_a_dot(output):
+    for x, y in ((20, 33), (41.5, 18.25)):
+        shown = cv2.resize(dot(60, x, y), (output, output), interpolation=cv2.INTER_AREA)
+        expected = rescale_points(np.array([x, y]), output / 60)
+        assert np.abs(centre_of_mass(shown) - expected).max() < 0.01
+
+
+def test_a_straight_crop_shows_what_cv2_resize_makes_of_the_cut_out_square():
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    image = cv2.GaussianBlur(noise, (0, 0), 2)
+    expected = cv2.resize(image[10:42, 20:52], (128, 128), interpolation=cv2.INTER_LINEAR)
+    matrix = crop_matrix((19.5 + 16, 9.5 + 16), 32, 128)
+    shown = cv2.warpAffine(image, matrix, (128, 128))
+    inner = slice(2, -2)  # at its edge resize repeats pixels, where the crop shows what lies beyond
+    apart = np.abs(shown.astype(int) - expected)[inner, inner]
+    assert apart.max() <= 1 and np.ptp(expected) > 50
+
+
+@pytest.mark.parametrize("angle", [0, 30, -110])
+def test_a_turned_crop_is_opencvs_rotation_about_its_centre(angle):
+    centre = (71.0, 93.5)
+    expected = cv2.getRotationMatrix2D(centre, angle, 128 / 50)
+    expected[:, 2] += 63.5 - np.array(centre)  # and then the centre is moved to the crop's
+    assert np.allclose(crop_matrix(centre, 50, 128, angle), expected)
+
+
+def test_a_shift_moves_the_content_by_a_share_of_the_output():
+    still = crop_matrix((71, 93.5), 50, 128, 30)
+    moved = crop_matrix((71, 93.5), 50, 128, 30, (0.25, -0.125))
+    assert np.allclose(moved - still, [[0, 0, 32], [0, 0, -16]])
+
+
+def test_a_dot_is_found_in_a_crop_where_its_point_is_moved_to():
+    for angle, shift in ((0, (0, 0)), (40, (0, 0)), (-75, (0.1, -0.05))):
+        matrix = crop_matrix((50, 55), 60, 100, angle, shift)
+        shown = cv2.warpAffine(dot(120, 44, 62.5), matrix, (100, 100))
+        expected = move_points(matrix, np.array([44, 62.5]))
+        assert np.abs(centre_of_mass(shown) - expected).max() < 0.03
+
+
+def test_points_of_any_shape_are_moved_as_opencv_moves_them():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(2, 3))
+    points = rng.normal(size=(5, 21, 2))
+    expected = cv2.transform(points, matrix)
+    assert np.allclose(move_points(matrix, points), expected)
+    assert np.allclose(move_points(matrix, points[3]), expected[3])
+    assert np.allclose(move_points(matrix, points[3, 7]), expected[3, 7])
+
+
+# -------------------------------------------------------------------------------------------- views
 
 def test_a_dot_at_a_keypoint_is_found_at_the_transformed_keypoint():
     rng = np.random.default_rng(0)
+    tested = 0
     for _ in range(30):
         keypoints = random_hand(rng)
         view = sample_view(rng, keypoints, 224, 128, colour=False)
         image = np.zeros((224, 224, 3), np.float32)
         where = np.round(keypoints[rng.integers(21)])
         cv2.circle(image, where.astype(int).tolist(), 4, (1, 1, 1), -1)
-        seen, (there,) = apply_view(view, image, where[None], 128)
+        seen, (there,) = apply_view(view, image, where[None], 128, "black")  # one dot, not its mirror too
         mass = seen[..., 0]
         if 12 < there.min() and there.max() < 115:
             found = np.array([(mass.sum(k) * np.arange(128)).sum() / mass.sum() for k in (0, 1)])
             assert np.abs(found - there).max() < 0.15
+            tested += 1
+    assert tested > 10
 
 
 def test_a_view_is_turned_as_opencv_turns_and_shows_black_outside():
     rng = np.random.default_rng(1)
     keypoints = random_hand(rng)
-    view = sample_view(rng, keypoints, 224, 128, margin=(6, 6), colour=False)
-    turn = view["matrix"][:, :2]
-    expected = cv2.getRotationMatrix2D((0, 0), view["angle"], 1)[:, :2]
+    view = sample_view(rng, keypoints, 224, 128, half_side=(6, 6), colour=False)
+    turn = view.matrix[:, :2]
+    expected = cv2.getRotationMatrix2D((0, 0), view.angle, 1)[:, :2]
     assert np.allclose(turn / np.linalg.norm(turn[0]), expected, atol=1e-6)
     image, _ = apply_view(view, np.full((224, 224, 3), 200, np.uint8), keypoints, 128, "black")
-    assert not image[0].any() and image.max() == 200  # a margin of 6 sees far beyond the crop
+    assert not image[0].any() and image.max() == 200  # a half side of 6 sees far beyond the crop
 
 
 def test_beyond_a_crop_a_view_shows_the_mirrored_crop():
     keypoints = random_hand(np.random.default_rng(1), side=20)
     image = np.random.default_rng(2).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    view = dict(matrix=np.float64([[1, 0, 14], [0, 1, 14]]), colour=None)  # moved by 14 pixels, 48 wide
+    view = common.View(np.float64([[1, 0, 14], [0, 1, 14]]))  # moved by 14 pixels, 48 wide
     seen, _ = apply_view(view, image, keypoints, 48)
     place = np.abs((np.arange(48) - 14 + 19) % 38 - 19)  # 14 13 .. 1 0 1 .. 19 18 ..
     assert np.array_equal(seen, image[place][:, place])
@@ -90,7 +160,7 @@ def test_a_turned_view_shows_the_hand_as_its_partner_lies():
     turned = (keypoints @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
     straight = sample_view(np.random.default_rng(5), keypoints, 224, 128)
     back = sample_view(np.random.default_rng(5), turned, 224, 128, turn=-70.0)
-    assert back["angle"] == straight["angle"] and np.allclose(back["shift"], straight["shift"])
+    assert back.angle == straight.angle and np.allclose(back.shift, straight.shift)
     empty = np.zeros((224, 224, 3), np.uint8)
     seen, also = (apply_view(view, empty, points, 128)[1] for view, points in ((straight, keypoints), (back, turned)))
     assert np.abs(seen - also).max() < 1e-3
@@ -104,9 +174,9 @@ def test_keypoints_follow_from_the_reported_shift_and_angle():
         for _ in range(2):
             view = sample_view(rng, keypoints, 224, 128)
             _, seen = apply_view(view, np.zeros((224, 224, 3), np.uint8), keypoints, 128)
-            moved = seen - 63.5 - view["shift"] * 128
+            moved = seen - 63.5 - view.shift * 128
             assert np.abs(moved.mean(0)).max() < 1e-3  # the shift is where the hand's centre lies
-            back = cv2.getRotationMatrix2D((0, 0), -view["angle"], 1)[:, :2]
+            back = cv2.getRotationMatrix2D((0, 0), -view.angle, 1)[:, :2]
             undone.append(((moved - moved.mean(0)) @ back.T + moved.mean(0)).ravel())
         a, b = (u / np.linalg.norm(u) for u in undone)
         assert np.abs(a - b).max() < 1e-3
@@ -120,9 +190,10 @@ def test_undo_view_undoes_views_of_keypoints_in_the_unit_of_the_hand():
         for _ in range(2):
             view = sample_view(rng, keypoints, 224, 128)
             _, seen = apply_view(view, np.zeros((224, 224, 3), np.uint8), keypoints, 128)
-            shift = view["shift"] * 128 / np.ptp(seen, axis=0)
+            shift = view.shift * 128 / np.ptp(seen, axis=0)
             projection = torch.nn.functional.normalize(torch.from_numpy(seen - 63.5)[None].flatten(1), dim=1)
-            back = undo_view(projection.view(1, 21, 2), torch.tensor([view["angle"]]), torch.from_numpy(shift)[None])
+            back = undo_view(projection.view(1, 21, 2), torch.tensor([view.angle]),
+                             torch.from_numpy(shift)[None])
             undone.append(torch.nn.functional.normalize(back.flatten(1), dim=1))
         assert (undone[0] - undone[1]).abs().max() < 1e-3
 
@@ -152,34 +223,34 @@ def test_undo_view_against_a_loop_and_without_gradient_through_range_and_mean():
 def test_a_view_depends_on_its_generator_alone():
     keypoints = random_hand(np.random.default_rng(4))
     a, b, c = (sample_view(np.random.default_rng((0, 1, 7, k)), keypoints, 224, 128) for k in (0, 0, 1))
-    assert np.array_equal(a["matrix"], b["matrix"]) and not np.array_equal(a["matrix"], c["matrix"])
+    assert np.array_equal(a.matrix, b.matrix) and not np.array_equal(a.matrix, c.matrix)
 
 
 def test_views_cover_their_ranges():
     rng, keypoints = np.random.default_rng(5), random_hand(np.random.default_rng(6))
     views = [sample_view(rng, keypoints, 224, 128) for _ in range(2000)]
-    angles, shifts = np.array([v["angle"] for v in views]), np.array([v["shift"] for v in views])
+    angles, shifts = np.array([v.angle for v in views]), np.array([v.shift for v in views])
     radius = np.linalg.norm(keypoints - keypoints.mean(0), axis=1).max()
-    margins = np.array([128 / np.linalg.norm(v["matrix"][0, :2]) / 2 / radius for v in views])
-    moves = -shifts * (2 * margins * radius)[:, None]
-    for values, low, high in ((angles, -45, 45), (margins, 0.9, 1.5), (moves, -7.5, 7.5)):
+    half_sides = np.array([128 / np.linalg.norm(v.matrix[0, :2]) / 2 / radius for v in views])
+    moves = -shifts * (2 * half_sides * radius)[:, None]
+    for values, low, high in ((angles, -45, 45), (half_sides, 0.9, 1.5), (moves, -7.5, 7.5)):
         assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
 
 
 def test_colour_factors_act_in_hsv_with_red_and_blue_exchanged():
     image = np.random.default_rng(7).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    same = dict(matrix=np.eye(2, 3), colour=(1.0, 1.0, 1.0, 0.0))
+    same = common.View(np.eye(2, 3), colour=(1.0, 1.0, 1.0, 0.0))
     assert np.abs(apply_view(same, image, np.zeros((21, 2)), 16)[0].astype(int) - image).max() <= 6  # HSV is 8 bit
     skin = np.full((4, 4, 3), (210, 160, 130), np.uint8)
     exchanged = skin[..., ::-1].astype(np.float32) / 255
     hue, saturation, value = cv2.cvtColor(exchanged, cv2.COLOR_RGB2HSV)[0, 0]
     changed = np.float32([[[hue * 0.5, saturation * 0.7, value * 0.8 + 10 / 255]]])
     expected = cv2.cvtColor(changed, cv2.COLOR_HSV2RGB)[0, 0, ::-1] * 255
-    view = dict(matrix=np.eye(2, 3), colour=(0.5, 0.7, 0.8, 10.0))
+    view = common.View(np.eye(2, 3), colour=(0.5, 0.7, 0.8, 10.0))
     assert np.abs(apply_view(view, skin, np.zeros((21, 2)), 4)[0][0, 0] - expected).max() < 5
 
 
-# ------------------------------------------------------------------------------------------------ loss
+# --------------------------------------------------------------------------------------------- loss
 
 @pytest.mark.parametrize("kind", ["linear", "nonlinear"])
 def test_weights_against_a_slow_loop(kind):
@@ -316,7 +387,7 @@ def test_loss_is_float32_under_autocast():
     assert inside.dtype == torch.float32 and torch.equal(inside, nt_xent(z1, z2))
 
 
-# ------------------------------------------------------------------------------------------------ backbone
+# ----------------------------------------------------------------------------------------- backbone
 
 @pytest.fixture(scope="module")
 def reference():
@@ -349,7 +420,8 @@ def test_every_published_layout_loads(reference, layout, tmp_path):
     network = load_backbone("resnet18", save(tmp_path / "weights.pt", content)).eval()
     x = torch.rand(2, 3, 32, 32)
     reference.fc, head = torch.nn.Identity(), reference.fc
-    assert torch.equal(network(x), reference(x)) and network(x).shape == (2, 512)
+    assert torch.equal(network(x), reference(x))
+    assert network(x).shape == (2, network.width) == (2, 512)
     reference.fc = head
 
 
@@ -388,7 +460,7 @@ def test_pickled_objects_are_never_run(reference, tmp_path):
         load_backbone("resnet18", tmp_path / "pickle.pt")
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 def test_arrays_are_checked(tmp_path):
     good = np.zeros((3, 2), np.float32)
@@ -429,32 +501,104 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, write):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]
 
 
-def test_checkpoints_fall_back_to_the_one_before(tmp_path, capsys):
-    from argparse import Namespace
-    args = Namespace(lr=1.0, workers=2, out=tmp_path)
+# --------------------------------------------------------------------------------------------- runs
+
+def test_the_settings_of_a_run_are_plain_values():
+    args = argparse.Namespace(lr=1.0, out=Path("runs/a"), margin=(0.9, 1.5), seed=None)
+    assert common.plain(args, ranks=2) == {"lr": 1.0, "out": "runs/a", "margin": [0.9, 1.5],
+                                           "seed": None, "ranks": 2}
+
+
+def settings_of(**values):
+    return common.plain(argparse.Namespace(**values), micro_batch=8)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
+    settings = settings_of(lr=1.0, workers=2, out=tmp_path)
+    assert common.resume(tmp_path, settings, ("workers", "out")) is None
     for step in (1, 2):
-        common.save_checkpoint(tmp_path, dict(args=common.plain(args), step=step))
-    assert common.resume(tmp_path, args, ("workers", "out"))["step"] == 2
-    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
-    assert common.resume(tmp_path, args, ("workers", "out"))["step"] == 1
-    assert "going on from" in capsys.readouterr().err
-    (tmp_path / "checkpoint.pt").unlink()  # killed between the two renames
-    assert common.resume(tmp_path, Namespace(lr=1.0, workers=9, out=tmp_path), ("workers", "out"))["step"] == 1
-    with pytest.raises(InputError, match=r"--lr was 1.0, is 2.0"):
-        common.resume(tmp_path, Namespace(lr=2.0, workers=2, out=tmp_path), ("workers", "out"))
-    assert common.resume(tmp_path / "nothing", args, ()) is None
+        common.save_checkpoint(tmp_path, dict(args=settings, step=step))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    other_workers = settings_of(lr=1.0, workers=9, out=tmp_path)
+    assert common.resume(tmp_path, other_workers, ("workers", "out"))["step"] == 2
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(lr=2.0), r"\(--lr was 1.0, is 2.0\)"),
+    (dict(micro_batch=4), r"\(--micro-batch was 8, is 4\)"),
+    (dict(new_flag=3), r"\(--new-flag was None, is 3\)"),
+    (dict(lr=2.0, seed=1), r"\(--lr was 1.0, is 2.0; --seed was 0, is 1\)")])
+def test_other_settings_are_another_run_and_are_named(tmp_path, change, words):
+    settings = settings_of(lr=1.0, seed=0, workers=2)
+    common.save_checkpoint(tmp_path, dict(args=settings, step=1))
+    with pytest.raises(InputError, match=words):
+        common.resume(tmp_path, settings | change | dict(workers=9), ("workers",))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_a_damaged_checkpoint_is_named(tmp_path, cut):
+    settings = settings_of(lr=1.0)
+    path = tmp_path / "checkpoint.pt"
+    for step in (1, 2):  # an earlier one does not stand in for it
+        common.save_checkpoint(tmp_path, dict(args=settings, step=step, model=torch.zeros(99)))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(InputError, match=rf"^{path}: truncated, or not a checkpoint") as error:
+        common.resume(tmp_path, settings, ())
+    assert "\n" not in str(error.value)
+
+
+def test_the_checkpoint_of_something_else_is_named(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="checkpoint.pt: not the checkpoint of such a run"):
+        common.resume(tmp_path, settings_of(lr=1.0), ())
 
 
 def test_the_log_goes_on_after_the_checkpoint(tmp_path):
-    from argparse import Namespace
-    common.start_log(tmp_path, Namespace(lr=1.0))
+    settings = settings_of(lr=1.0)
+    assert common.start_log(tmp_path, settings) == []
     for step in (1, 2, 3):
         common.write_log(tmp_path, dict(step=step))
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
-    assert [row["step"] for row in common.start_log(tmp_path, Namespace(lr=1.0), step=2)] == [1, 2]
+    assert [row["step"] for row in common.start_log(tmp_path, settings, step=2)] == [1, 2]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines[0]["args"] == {"lr": 1.0} and [line.get("step") for line in lines] == [None, 1, 2]
+    assert lines[0]["args"] == {"lr": 1.0, "micro_batch": 8}
+    assert [line.get("step") for line in lines] == [None, 1, 2]
+
+
+def test_settings_are_printed_in_aligned_blocks_with_the_given_ones_first(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device")
+    common.print_settings(parser.parse_args(["--batch-size", "16"]), parser, negatives=30)
+    assert capsys.readouterr().out == ("given:\n"
+                                       "  batch_size  16\n"
+                                       "default:\n"
+                                       "  lr          0.1\n"
+                                       "  device      None\n"
+                                       "effective:\n"
+                                       "  negatives   30\n")
+    common.print_settings(parser.parse_args([]), parser)
+    assert re.findall("^[a-z]+:$", capsys.readouterr().out, re.M) == ["default:"]
+
+
+QUICK_ITEMS = """
+import time
+from common import progress
+bar = progress(range(200))
+for k in bar:
+    bar.set_postfix_str(f"item {k}", refresh=False)
+    time.sleep(0.01)
+"""
+
+
+def test_progress_of_quick_items_is_a_few_lines_in_a_log_file(tmp_path):
+    with open(tmp_path / "errors.log", "w") as errors:
+        subprocess.run([sys.executable, "-c", QUICK_ITEMS], stderr=errors, check=True, timeout=100,
+                       env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    lines = re.split(r"[\r\n]+", (tmp_path / "errors.log").read_text().strip())
+    assert len(lines) <= 3 and "200/200" in lines[-1]
 
 
 def test_a_second_live_run_is_refused(tmp_path):
@@ -475,7 +619,7 @@ def test_a_second_live_run_is_refused(tmp_path):
     assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 
 class Cut:
     """Fails while it is read, as what a loader process was handing over when it died."""
@@ -483,32 +627,69 @@ class Cut:
         return exec, ("raise EOFError",)
 
 
-def test_items_come_in_order_and_what_breaks_a_loader_process_is_told():
-    class Items:
-        def __getitem__(self, k):
-            if k == 7:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if k == 8:
-                raise InputError("crops.bin: truncated")
-            if k == 10:  # as torch words it
-                raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device")
-            return Cut() if k == 9 else torch.full((), 1 / k)
+class Items:
+    """Item k is 1 / k, but for those that break the process which reads them."""
 
-    args, before, state = SimpleNamespace(workers=2), torch.random.get_rng_state(), signal.getsignal(signal.SIGCHLD)
-    assert list(common.load_items(Items(), [3, 1, 2, 1], args)) == [torch.tensor(1 / k) for k in (3, 1, 2, 1)]
-    assert torch.equal(torch.random.get_rng_state(), before) and signal.getsignal(signal.SIGCHLD) == state
-    failed = "^a loader process failed.*--workers"
-    for item, error, words in ((7, InputError, failed), (8, InputError, "crops.bin: trunc"), (9, InputError, failed),
-                               (10, InputError, failed), (0, ZeroDivisionError, "division by zero")):
-        with pytest.raises(error, match=words):
-            list(common.load_items(Items(), [1, item], args))
-    for child in multiprocessing.active_children():
-        child.kill()  # as run_script does: they ignore SIGTERM, and Python would wait for them
+    def __getitem__(self, k):
+        if k == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if k == 8:
+            raise InputError("crops.bin: truncated")
+        if k == 9:
+            return Cut()
+        if k == 10:  # as torch words it
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: "
+                               "No space left on device")
+        return torch.full((), 1 / k)
 
 
-def test_loader_processes_share_what_they_read_however_python_starts_others(tmp_path):
+def load(batches, workers=2):
+    try:
+        return list(common.load_items(Items(), batches, workers, list))
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # as run_script does: they ignore SIGTERM, and Python would wait for them
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order(workers):
+    found = load([[4, 1], [2], [1, 16, 16]], workers)
+    assert found == [[0.25, 1], [0.5], [1, 0.0625, 0.0625]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_random_state_and_the_handler_of_dead_children_alone(workers):
+    before = torch.random.get_rng_state()
+    handler = signal.getsignal(signal.SIGCHLD)
+    load([[3, 1], [2]], workers)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+@pytest.mark.parametrize("item, reason", [(7, "exited unexpectedly"), (9, "EOFError"),
+                                          (10, "No space left on device")])
+def test_a_loader_process_that_dies_or_complains_is_told_in_one_line(item, reason):
+    words = f"^a loader process failed .*{reason}.*--workers"
+    with pytest.raises(InputError, match=words) as error:
+        load([[1], [item]])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("item, error, words", [(8, InputError, "crops.bin: truncated"),
+                                                (0, ZeroDivisionError, "division by zero")])
+def test_other_errors_of_a_loader_process_stay_what_they_are(item, error, words):
+    with pytest.raises(error, match=words):
+        load([[1], [item]])
+
+
+def test_without_loader_processes_an_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="^unable to allocate"):
+        load([[1], [10]], workers=0)
+
+
+def test_loader_processes_share_what_they_read_however_python_starts_others():
     """Sent to a process, the items would be copied: gigabytes of crops."""
-    code = ("import multiprocessing, types, numpy, common\n"
+    code = ("import multiprocessing, numpy, common\n"
             "class Items:\n"
             "    kept = numpy.arange(5)\n"
             "    def __getitem__(self, k):\n"
@@ -516,22 +697,40 @@ def test_loader_processes_share_what_they_read_however_python_starts_others(tmp_
             "    def __reduce__(self):\n"
             "        raise AssertionError('the items were copied')\n"
             "multiprocessing.set_start_method('forkserver')\n"
-            "print(list(common.load_items(Items(), [3, 1], types.SimpleNamespace(workers=1))))")
+            "print(list(common.load_items(Items(), [[3, 1], [2]], 1, sum)))")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
                             env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
-    assert result.stdout == "[3, 1]\n", result.stderr
+    assert result.stdout == "[4, 2]\n", result.stderr
+
+
+SIGTERMS = """
+import os, signal
+from common import catch_sigterm
+stop = catch_sigterm()
+os.kill(os.getpid(), signal.SIGTERM)
+assert stop
+print("goes on after one", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on after two", flush=True)
+"""
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_a_second_sigterm_ends_at_once_but_for_the_one_that_torchrun_passes_on(torchrun):
-    code = ("import os, signal; from common import catch_sigterm; stop = catch_sigterm(); me = os.getpid()\n"
-            "os.kill(me, signal.SIGTERM); assert stop; os.kill(me, signal.SIGTERM); print('goes on')")
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), **({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {})}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == ((0, "goes on\n") if torchrun else (-signal.SIGTERM, ""))
+def test_the_first_sigterm_is_noted_and_the_second_ends_the_process(torchrun, tmp_path):
+    (tmp_path / "sigterms.py").write_text(SIGTERMS)
+    command = [sys.executable, tmp_path / "sigterms.py"]
+    if torchrun:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200,
+                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert result.stdout == "goes on after one\n", result.stderr
+    if torchrun:
+        assert result.returncode == 1 and f"-{signal.SIGTERM}" in result.stderr
+    else:
+        assert result.returncode == -signal.SIGTERM
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 def test_a_drawn_skeleton_passes_through_its_joints_and_leaves_the_picture_alone():
     image = np.zeros((224, 224, 3), np.uint8)

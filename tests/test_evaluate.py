@@ -1,6 +1,7 @@
 """Metrics on poses with known answers, and against other libraries."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -43,7 +44,7 @@ def rows_of(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_perfect_and_hopeless():
+def test_perfect_poses_have_no_error_and_hopeless_ones_no_area():
     truth, _ = poses()
     result, curve = evaluate.score(truth, truth, all_valid(truth))
     assert all(result[k] == pytest.approx(0, abs=1e-6) for k in result if k.endswith("mpjpe"))
@@ -317,7 +318,8 @@ def test_columns_are_grouped_by_data_set(tmp_path):
                               ("freihand-simhand", 0.8, freihand), ("dexycb-a_b", 0.4, {})):
         runs.append(write_log(save_run(tmp_path / name, truth + scale * noise, truth), **args))
     runs[3].joinpath("log.jsonl").unlink()  # of another's method: the name alone tells its data set
-    assert [run["data"] for run in evaluate.name_runs(runs, False)] == ["FreiHAND", "DexYCB s1", "FreiHAND", "DexYCB"]
+    data = [each.data for each in evaluate.name_runs(runs, False)]
+    assert data == ["FreiHAND", "DexYCB s1", "FreiHAND", "DexYCB"]
     write_log(runs[3], dataset="dexycb", setup="s1")
     run_here("evaluate.py", *runs, "--baseline", "a_b", "--out", tmp_path / "out")
     latex = (tmp_path / "out" / "table.tex").read_text()
@@ -329,6 +331,11 @@ def test_columns_are_grouped_by_data_set(tmp_path):
     assert first["DexYCB s1 gain, %"] == "+0.0"
     text = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert text[0].count("|") == text[2].count("|") == text[3].count("|") and text[3].startswith("| simhand |")
+
+
+def test_names_are_escaped_for_latex():
+    assert evaluate.escape(r"a_b{c}%") == r"a\_b\{c\}\%"
+    assert evaluate.escape("\\~^") == r"\symbol{92}\symbol{126}\symbol{94}"
 
 
 def test_seeds_share_a_row(tmp_path):
@@ -368,8 +375,8 @@ def test_plots_against_label_fraction_and_size_of_pretraining(tmp_path):
         assert cv2.imread(str(tmp_path / "out" / f"{name}.png")) is not None
     loaded = evaluate.name_runs(runs, False)
     for each in loaded:
-        each["metrics"] = json.loads((each["folder"] / "metrics.json").read_text())
-    error = {each["name"]: each["metrics"]["mpjpe"] for each in loaded}
+        each.metrics = json.loads((each.folder / "metrics.json").read_text())
+    error = {each.name: each.metrics["mpjpe"] for each in loaded}
     axis, = evaluate.plot_against(loaded, "pool", "hands").axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     for method in ("peclr", "simhand"):
@@ -377,8 +384,10 @@ def test_plots_against_label_fraction_and_size_of_pretraining(tmp_path):
             assert lines[f"{method}, label_fraction {fraction}"] == [
                 [pool, pytest.approx(error[f"{method}-{fraction}-{pool}"])] for pool in (100, 1000)]
     assert lines["none, label_fraction 1.0"][0][1] == pytest.approx(error["nothing"])  # a level: no pre-training
-    twin = loaded[0] | {"metrics": {"mpjpe": 100.0}}  # as of another seed: points apart, the line through the mean
-    theirs = loaded[0] | {"metrics": {"mpjpe": 50.0}, "settings": {}}  # without a log: a level
+    # As of another seed: points apart, the line through the mean.
+    twin = dataclasses.replace(loaded[0], metrics={"mpjpe": 100.0})
+    # Without a log: a level.
+    theirs = dataclasses.replace(loaded[0], metrics={"mpjpe": 50.0}, settings={})
     axis, = evaluate.plot_against([*loaded[:2], twin, theirs], "pool", "hands").axes
     lines = [line.get_xydata().tolist() for line in axis.lines]
     mean = (error["peclr-0.1-100"] + 100) / 2
@@ -392,7 +401,7 @@ def test_plots_against_label_fraction_and_size_of_pretraining(tmp_path):
 
 def test_names_tell_runs_apart(tmp_path):
     def rows(*paths, seeds=False):
-        return [run["row"] for run in evaluate.name_runs([tmp_path / path for path in paths], seeds)]
+        return [run.row for run in evaluate.name_runs([tmp_path / path for path in paths], seeds)]
 
     assert rows("a/x", "b/x") == ["a/x", "b/x"] and rows("a/x", "b/y") == ["x", "y"]
     assert rows("x-freihand-1", "freihand_x", "y/freihand") == ["x-1", "x", "y"]
@@ -415,11 +424,17 @@ def official_scores(keypoints, truth):
         yield errors.mean(0).mean(), areas.mean()
 
 
-def test_submissions_score_as_we_do(tmp_path):
-    """The files, read back and scored by the benchmarks' protocols, give the numbers of metrics.json."""
+def scores_of(folder):
+    """What metrics.json says, as a list like that of official_scores."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    pairs = [(metrics[f"{kind}mpjpe"], metrics[f"{kind}auc_0_50"]) for kind in ("abs_", "", "pa_")]
+    return [pytest.approx(pair, rel=1e-6) for pair in pairs]
+
+
+def test_the_file_for_freihand_scores_there_as_we_do(tmp_path):
+    """Read back and scored by the benchmark's protocol, it gives the numbers of metrics.json."""
     truth, rng = poses(30)
     order = rng.permutation(30)
-    left = rng.uniform(size=30) < 0.5
     folder = save_run(tmp_path / "run", truth + rng.normal(0, 12, truth.shape), truth)
     (folder / "names.txt").write_text("".join(f"{i}\tsome where/{i}.jpg\tright\n" for i in order))
     printed = run_here("evaluate.py", folder, "--submission", "freihand")
@@ -429,27 +444,47 @@ def test_submissions_score_as_we_do(tmp_path):
     assert np.shape(xyz) == (30, 21, 3) and np.shape(vertices) == (30, 778, 3) and not np.any(vertices)
     official_truth = np.empty_like(truth)
     official_truth[order] = truth.astype(np.float32)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    wanted = [(metrics[f"{kind}mpjpe"], metrics[f"{kind}auc_0_50"]) for kind in ("abs_", "", "pa_")]
-    assert list(official_scores(np.array(xyz) * 1000, official_truth)) == [pytest.approx(w, rel=1e-6) for w in wanted]
+    assert list(official_scores(np.array(xyz) * 1000, official_truth)) == scores_of(folder)
 
+
+def test_the_file_for_dexycb_scores_there_as_we_do(tmp_path):
+    """The same, with left hands, which pred_xyz.npy mirrors, and gaps between the indices."""
+    truth, rng = poses(30)
+    order = rng.permutation(30)
+    left = rng.uniform(size=30) < 0.5
+    folder = save_run(tmp_path / "run", truth + rng.normal(0, 12, truth.shape), truth)
     sides = np.where(left, "left", "right")
     (folder / "names.txt").write_text("".join(f"{3 * i}\tx\t{side}\n" for i, side in zip(order, sides)))
+    write_log(folder, dataset="dexycb", paper_filter=False)
+    run_here("evaluate.py", folder, "--submission", "dexycb")
+    rows = np.array([line.split(",") for line in (folder / "dexycb.txt").read_text().splitlines()], float)
+    assert rows.shape == (30, 64) and rows[:, 0].tolist() == list(range(0, 90, 3))
+    mirrored = np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
+    official_truth = np.empty_like(truth)
+    official_truth[order] = truth.astype(np.float32).astype(float) * mirrored
+    predicted = np.load(folder / "pred_xyz.npy").astype(float) * mirrored
+    assert np.array_equal(rows[:, 1:].reshape(30, 21, 3)[order], predicted)  # every digit
+    scores = official_scores(rows[:, 1:].reshape(30, 21, 3), official_truth)
+    assert list(scores) == scores_of(folder)
+
+
+def test_submissions_that_a_benchmark_would_not_take_are_refused(tmp_path):
+    truth, _ = poses(30)
+    folder = save_run(tmp_path / "run", truth, truth)
+    (folder / "names.txt").write_text("".join(f"{3 * i}\tx\tright\n" for i in range(30)))
     assert "has no gaps" in refused("evaluate.py", folder, "--submission", "freihand")
     write_log(folder, dataset="dexycb", paper_filter=True)
     assert "leaves samples out" in refused("evaluate.py", folder, "--submission", "dexycb")
     write_log(folder, dataset="assemblyhands")
     assert "was tested on assemblyhands" in refused("evaluate.py", folder, "--submission", "dexycb")
     write_log(folder, dataset="dexycb", paper_filter=False)
-    run_here("evaluate.py", folder, "--submission", "dexycb")
-    rows = np.array([line.split(",") for line in (folder / "dexycb.txt").read_text().splitlines()], float)
-    assert rows.shape == (30, 64) and rows[:, 0].tolist() == list(range(0, 90, 3))
-    mirrored = np.where(left, -1, 1)[:, None, None] ** np.array([1, 0, 0])
-    official_truth[order] = truth.astype(np.float32).astype(float) * mirrored
-    predicted = np.load(folder / "pred_xyz.npy").astype(float) * mirrored
-    assert np.array_equal(rows[:, 1:].reshape(30, 21, 3)[order], predicted)  # every digit
-    scores = official_scores(rows[:, 1:].reshape(30, 21, 3), official_truth)
-    assert list(scores) == [pytest.approx(w, rel=1e-6) for w in wanted]
+    hole = truth.copy()
+    hole[7, 4] = np.nan
+    lost = save_run(tmp_path / "lost", hole, truth)
+    (lost / "names.txt").write_text((folder / "names.txt").read_text())
+    line = refused("evaluate.py", lost, "--allow-missing", "--submission", "dexycb")
+    assert "pred_xyz.npy: values must be finite, row 7 is not" in line
+    assert not (lost / "dexycb.txt").exists()
 
     for text, words in (("-1\tx\tright\n" * 30, "no official indices but -1"),
                         ("0\tx\tright\n" * 30, "an index occurs twice"), ("0\tx\n", "index, tab, picture"),
@@ -459,6 +494,7 @@ def test_submissions_score_as_we_do(tmp_path):
         assert words in refused("evaluate.py", folder, "--submission", "dexycb")
     (folder / "names.txt").unlink()
     assert "names.txt: missing" in refused("evaluate.py", folder, "--submission", "dexycb")
+    assert not (folder / "metrics.json").exists()  # files are looked at before anything is scored
 
 
 def test_bad_input_is_refused_in_one_line(tmp_path):
@@ -466,23 +502,16 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     good = save_run(tmp_path / "good", truth, truth)
     run("evaluate.py", tmp_path / "nowhere", status=2)
     assert "no such folder" in refused("evaluate.py", good, tmp_path / "nowhere")
-    assert not (good / "metrics.json").exists()  # all runs are read before any is scored
+    short = save_run(tmp_path / "short", truth[:-1], truth)
+    assert "pred_xyz.npy: is float32 (39, 21, 3)" in refused("evaluate.py", good, short)
+    assert not (good / "metrics.json").exists()  # all folders are looked at before any is scored
     (tmp_path / "empty").mkdir()
     assert "gt_xyz.npy: missing" in refused("evaluate.py", tmp_path / "empty")
-    assert "pred_xyz.npy" in refused("evaluate.py", save_run(tmp_path / "short", truth[:-1], truth))
-    nan = truth.copy()
-    nan[3, 4] = np.nan
-    lost = save_run(tmp_path / "nan", nan, truth)
-    line = refused("evaluate.py", lost)
-    assert "pred_xyz.npy: valid joints must be finite, those of 1 samples are not: 3 (--allow-missing" in line
-    table = run_here("evaluate.py", lost, "--allow-missing")
-    assert "1 of 40 samples left out" in table and "| nan | 39 | 0.00 " in table
-    every = save_run(tmp_path / "every", np.full_like(truth, np.inf), truth)
-    assert "every: holds no sample with a valid joint and a finite" in refused("evaluate.py", every, "--allow-missing")
     none = save_run(tmp_path / "empty arrays", truth[:0], truth[:0])
     assert "empty arrays: holds no sample with a valid joint" in refused("evaluate.py", none)
-    assert json.loads((lost / "metrics.json").read_text())["samples_missing"] == 1
     assert "valid.npy" in refused("evaluate.py", save_run(tmp_path / "mask", truth, truth, all_valid(truth)[:, :20]))
+    nan = truth.copy()
+    nan[3, 4] = np.nan
     assert "gt_xyz.npy: valid joints must be finite, those of 1 samples are not: 3" in refused(
         "evaluate.py", save_run(tmp_path / "truth", truth, nan, all_valid(truth)))
     none = save_run(tmp_path / "none", truth, truth, ~all_valid(truth))
@@ -495,9 +524,31 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
         assert "log.jsonl: expected the log of finetune.py, or none" in refused("evaluate.py", good)
     for text in ("", "{}\n", '{"args": null}\n'):
         (good / "log.jsonl").write_text(text)
-        assert "other true poses" not in run_here("evaluate.py", good)
+        run_here("evaluate.py", good)  # these are no logs of another program
+
+
+def test_samples_without_a_prediction_are_left_out_only_when_asked(tmp_path):
+    truth, _ = poses()
+    nan = truth.copy()
+    nan[3, 4] = np.nan
+    lost = save_run(tmp_path / "nan", nan, truth)
+    line = refused("evaluate.py", lost)
+    assert "pred_xyz.npy: valid joints must be finite, those of 1 samples are not: 3 (--allow-missing" in line
+    table = run_here("evaluate.py", lost, "--allow-missing")
+    assert "1 of 40 samples left out" in table and "| nan | 39 | 0.00 " in table
+    assert json.loads((lost / "metrics.json").read_text())["samples_missing"] == 1
+    every = save_run(tmp_path / "every", np.full_like(truth, np.inf), truth)
+    assert "every: holds no sample with a valid joint and a finite" in refused("evaluate.py", every, "--allow-missing")
+
+
+def test_runs_with_other_true_poses_are_noticed(tmp_path):
+    truth, _ = poses()
+    good = save_run(tmp_path / "good", truth, truth)
+    same = save_run(tmp_path / "same", truth + 2, truth)
     other = save_run(tmp_path / "other", truth, truth + 1)
-    assert "warning: other true poses than" in run_here("evaluate.py", good, other, "--out", tmp_path / "out")
+    printed = run_here("evaluate.py", good, same, other, "--out", tmp_path / "out")
+    assert printed.count("warning: other true poses than") == 1
+    assert f"{other}: warning: other true poses than {good}" in printed
 
 
 def test_metres_are_noticed(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,7 +21,9 @@ import pytest
 import common
 import extract_hands
 from common import HANDS_DTYPE, InputError, load_hands, open_folder, read_crop
-from conftest import ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run, torchrun
+from conftest import (ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run, run_here,
+                      torchrun)
+from extract_hands import Hand, Square, cut_out, square_around
 
 
 def write_video(path, frames, fps=10):
@@ -34,22 +37,22 @@ def test_files_as_the_contract_says(extracted):
     hands = load_hands(extracted)
     n = len(hands.keypoints)
     assert hands.crops.dtype == np.uint8 and hands.offsets.dtype == np.int64 and len(hands.offsets) == n + 1
-    assert hands.keypoints.dtype == np.float32 and hands.hands.dtype == HANDS_DTYPE
+    assert hands.keypoints.dtype == np.float32 and hands.rows.dtype == HANDS_DTYPE
     assert hands.videos == sorted(hands.videos) and len(hands.videos) == 8
-    order = np.lexsort((hands.hands["frame"], hands.hands["video"]))
+    order = np.lexsort((hands.rows["frame"], hands.rows["video"]))
     assert np.array_equal(order, np.arange(n))
     assert all(read_crop(hands, i).shape == (224, 224, 3) for i in range(n))
-    assert np.allclose(hands.hands["time"], hands.hands["frame"] / 5, atol=1e-3)
-    assert ((hands.hands["score"] >= 0.5) & (hands.hands["score"] <= 1)).all()
+    assert np.allclose(hands.rows["time"], hands.rows["frame"] / 5, atol=1e-3)
+    assert ((hands.rows["score"] >= 0.5) & (hands.rows["score"] <= 1)).all()
     assert cv2.imread(str(extracted / "hands.jpg")) is not None
     log = [json.loads(line) for line in (extracted / "log.jsonl").read_text().splitlines()]
-    assert log[0]["args"]["fps"] == 5 and log[1]["hands"] == n and log[1]["left"] == hands.hands["left"].sum()
+    assert log[0]["args"]["fps"] == 5 and log[1]["hands"] == n and log[1]["left"] == hands.rows["left"].sum()
 
 
 def test_keypoints_lie_on_the_true_joints_and_left_hands_were_mirrored(extracted, rendered):
     """Box and keypoints of a row, put back into the source, must meet the truth that the renderer wrote."""
     hands, errors, sides = load_hands(extracted), [], []
-    for row, keypoints in zip(hands.hands, hands.keypoints):
+    for row, keypoints in zip(hands.rows, hands.keypoints):
         truth = np.load((rendered / "videos" / hands.videos[row["video"]]).with_suffix(".npy"))
         truth = truth[truth["frame"] == row["frame"]]
         side = row["box"][2] - row["box"][0]
@@ -71,18 +74,19 @@ def test_real_clips(tmp_path):
     hands = load_hands(tmp_path / "hands")
     for video, name in enumerate(hands.videos):
         frames = 126  # 378 frames at 30 a second
-        found = len(set(hands.hands["frame"][hands.hands["video"] == video]))
+        found = len(set(hands.rows["frame"][hands.rows["video"] == video]))
         assert found >= 0.9 * frames, f"{name}: hands in {found} of {frames} sampled frames"
-    assert hands.hands["left"].mean() <= 0.02  # it is a right hand throughout; measured: 4 of 247
+    assert hands.rows["left"].mean() <= 0.02  # it is a right hand throughout; measured: 4 of 247
 
 
 def test_frames_are_sampled_by_time_in_sequence(tmp_path):
     frames = [np.full((64, 64, 3), 10 * k, np.uint8) for k in range(25)]
     write_video(tmp_path / "a.mp4", frames, fps=10)
-    found = [(index, round(seconds, 3), image.mean()) for index, seconds, image in
-             extract_hands.sample_frames(str(tmp_path / "a.mp4"), 3)]
-    assert [f[0] for f in found] == [0, 4, 7, 10, 14, 17, 20, 24]  # first at or after 0, 1/3, 2/3, 1, ... s
-    assert all(abs(seconds - index / 10) < 1e-3 and abs(mean - 10 * index) < 4 for index, seconds, mean in found)
+    found = list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), 3))
+    # The first at or after 0, 1/3, 2/3, 1, ... s.
+    assert [frame.index for frame in found] == [0, 4, 7, 10, 14, 17, 20, 24]
+    assert all(abs(frame.time - frame.index / 10) < 1e-3 for frame in found)
+    assert all(abs(frame.image.mean() - 10 * frame.index) < 4 for frame in found)
     assert len(list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), 1000))) == 25  # no frame twice
 
 
@@ -95,21 +99,23 @@ def test_crops_are_square_padded_and_carry_their_keypoints(left):
         points[:2] = corner, np.add(corner, (80, 120))
         image = np.full((160, 280, 3), 40, np.uint8)
         inside = [k for k in range(21) if 3 < points[k, 0] < 276 and 3 < points[k, 1] < 156]
-        square = extract_hands.square_around(points, 1.3)
-        crop, keypoints = extract_hands.cut_out(image, points, left, square, 224, "black")
-        assert crop.shape == (224, 224, 3) and square[2] == 156
+        square = square_around(points, 1.3)
+        hand = Hand(points, left, 1.0, square)
+        crop, keypoints = cut_out(image, hand, 224, "black")
+        assert crop.shape == (224, 224, 3) and square.side == 156
         k = inside[len(inside) // 2]
         dotted = image.copy()
         x, y = np.round(points[k]).astype(int)
         dotted[y, x] = 255
-        seen, _ = extract_hands.cut_out(dotted, points, left, square, 224, "black")
+        seen, _ = cut_out(dotted, hand, 224, "black")
         mass = seen[..., 0].astype(float) - crop[..., 0]
         found = np.array([(mass.sum(a) * np.arange(224)).sum() / mass.sum() for a in (0, 1)])
         assert np.abs(found - keypoints[k]).max() < 224 / 156
         width = image.shape[1]
-        outside = max(-square[0], 0) + max(square[0] + 156 - width, 0)
+        outside = max(-square.left, 0) + max(square.left + 156 - width, 0)
         assert abs((crop[112, :, 0] == 0).sum() - outside * 224 / 156) <= 2
-    away, _ = extract_hands.cut_out(image, points, left, (1000, 1000, 156), 224, "black")
+    hand = Hand(points, left, 1.0, Square(1000, 1000, 156))
+    away, _ = cut_out(image, hand, 224, "black")
     assert away.shape == (224, 224, 3) and not away.any()  # wholly outside the picture
 
 
@@ -122,8 +128,8 @@ def test_no_view_of_a_hand_at_a_corner_shows_black_that_the_picture_did_not_have
         values = []
         for corner in ((2, 2), (238, 2), (2, 158), (238, 158)):
             points = corner + rng.uniform(0, 1, (21, 2)) * 80
-            crop, seen = extract_hands.cut_out(image, points, False, extract_hands.square_around(points, margin), 112,
-                                               border)
+            hand = Hand(points, False, 1.0, square_around(points, margin))
+            crop, seen = cut_out(image, hand, 112, border)
             for _ in range(50):
                 view = common.sample_view(rng, seen, 112, 64, colour=False)
                 values.append(common.apply_view(view, crop, seen, 64, border)[0].min())
@@ -134,7 +140,8 @@ def test_no_view_of_a_hand_at_a_corner_shows_black_that_the_picture_did_not_have
 
 def test_beyond_the_frame_a_crop_shows_the_mirrored_frame():
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    crop, _ = extract_hands.cut_out(image, np.zeros((21, 2)), False, (-20, -5, 50), 50)  # beyond it on three sides
+    square = Square(-20, -5, 50)  # beyond it on three sides
+    crop, _ = cut_out(image, Hand(np.zeros((21, 2)), False, 1.0, square), 50)
     rows = np.abs((np.arange(50) - 5 + 29) % 58 - 29)
     columns = np.abs((np.arange(50) - 20 + 39) % 78 - 39)
     assert np.array_equal(crop, image[rows][:, columns])
@@ -153,12 +160,16 @@ def test_the_same_hand_twice_gives_one_row():
                        handedness=[side("Right", 0.8), side("Right", 0.9), side("Left", 0.7)])
     detector = Namespace(detect=lambda image: answer)
     image = np.zeros((200, 200, 3), np.uint8)
-    found = extract_hands.find_hands(detector, image, Namespace(mirrored=False, min_size=32))
-    assert [(left, score) for _, left, score in found] == [(False, 0.9), (True, 0.7)]
-    assert np.allclose(found[0][0], (hand + 0.003) * 200 - 0.5)
-    selfie = extract_hands.find_hands(detector, image, Namespace(mirrored=True, min_size=32))
-    assert [left for _, left, _ in selfie] == [True, False]
-    assert not extract_hands.find_hands(detector, image, Namespace(mirrored=False, min_size=70))
+
+    def find(mirrored=False, min_size=32):
+        args = Namespace(mirrored=mirrored, min_size=min_size, margin=2.6)
+        return extract_hands.find_hands(detector, image, args)
+
+    found = find()
+    assert [(hand.is_left, hand.score) for hand in found] == [(False, 0.9), (True, 0.7)]
+    assert np.allclose(found[0].points, (hand + 0.003) * 200 - 0.5)
+    assert [hand.is_left for hand in find(mirrored=True)] == [True, False]
+    assert not find(min_size=70)
 
 
 def test_broken_videos_are_listed_and_the_run_goes_on(rendered, tmp_path):
@@ -173,7 +184,7 @@ def test_broken_videos_are_listed_and_the_run_goes_on(rendered, tmp_path):
     printed = run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5).stdout
     failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
     assert sorted(failed) == ["b_text.mp4", "c_cut.mp4", "d_empty.mp4"] and "3 videos could not be read" in printed
-    assert (out / "videos.txt").read_text().split() == ["a_good.mp4"] and set(load_hands(out).hands["video"]) == {0}
+    assert (out / "videos.txt").read_text().split() == ["a_good.mp4"] and set(load_hands(out).rows["video"]) == {0}
     before = listing(out)
     run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5)  # what could not be read is tried again
     assert listing(out) == before
@@ -181,7 +192,7 @@ def test_broken_videos_are_listed_and_the_run_goes_on(rendered, tmp_path):
     run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5)
     hands = load_hands(out)
     assert hands.videos == ["a_good.mp4", "b_text.mp4"] and "b_text" not in (out / "failed.txt").read_text()
-    assert np.array_equal(*(hands.keypoints[hands.hands["video"] == video] for video in (0, 1)))
+    assert np.array_equal(*(hands.keypoints[hands.rows["video"] == video] for video in (0, 1)))
 
 
 def test_a_video_that_breaks_half_way_keeps_what_was_decoded(rendered, tmp_path):
@@ -196,8 +207,8 @@ def test_a_video_that_breaks_half_way_keeps_what_was_decoded(rendered, tmp_path)
     (tmp_path / "a.avi").write_bytes(data[:len(data) // 2])
     good = []
     with pytest.raises(extract_hands.BrokenVideo, match="breaks off at"):
-        for index, _, _ in extract_hands.sample_frames(str(tmp_path / "a.avi"), 10):
-            good.append(index)
+        for frame in extract_hands.sample_frames(str(tmp_path / "a.avi"), 10):
+            good.append(frame.index)
     assert good == list(range(len(good))) and 20 < len(good) < 40
 
 
@@ -238,7 +249,7 @@ def test_a_second_call_changes_nothing_and_new_videos_come_after_the_old(rendere
     run("extract_hands.py", videos, "--out", out, "--fps", 5)
     hands, whole = load_hands(out), load_hands(extracted)
     assert hands.videos == [names[1], names[2], names[0]] and np.array_equal(hands.keypoints[:len(old)], old)
-    wanted = np.concatenate([np.flatnonzero(whole.hands["video"] == v) for v in (1, 2, 0)])
+    wanted = np.concatenate([np.flatnonzero(whole.rows["video"] == v) for v in (1, 2, 0)])
     assert np.array_equal(hands.keypoints, whole.keypoints[wanted])
     assert all(np.array_equal(read_crop(hands, i), read_crop(whole, j)) for i, j in enumerate(wanted))
 
@@ -265,20 +276,68 @@ def test_killed_while_extracting_it_goes_on_to_the_same_bytes(rendered, extracte
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
-def test_killed_while_merging_it_goes_on_to_the_same_bytes(rendered, extracted, tmp_path):
-    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
-    kill_when(lambda: any((tmp_path / "hands" / name).exists() for name in (".merging.tmp", "merged")), *arguments)
-    run("extract_hands.py", *arguments)
-    assert listing(tmp_path / "hands") == listing(extracted)
+def run_on_full_disk(limit, *arguments):
+    """Extraction where no file can be larger than `limit` KiB: 20 are too few for a part, 1000 for
+    the merged crops alone. -> CompletedProcess"""
+    command = shlex.join(map(str, [sys.executable, ROOT / "extract_hands.py", *arguments]))
+    return subprocess.run(["bash", "-c", f"ulimit -f {limit}; {command}"], capture_output=True,
+                          text=True, timeout=100, env=ENVIRONMENT)
+
+
+# Runs the script; the process is killed with -9 just before the renaming of that number. Each file
+# of a merge is written under a private name and renamed, so these are the moments that matter.
+KILLED = """
+import os, runpy, signal, sys
+left = int(sys.argv[1])
+def counted(rename):
+    def renamed(source, target):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        rename(source, target)
+    return renamed
+os.replace = counted(os.replace)
+os.rename = counted(os.rename)
+sys.argv = sys.argv[2:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def unmerged(rendered, tmp_path_factory):
+    """A hands folder all of whose parts wait to be merged."""
+    out = tmp_path_factory.mktemp("unmerged") / "hands"
+    result = run_on_full_disk(1000, rendered / "videos", "--out", out, "--fps", 5)
+    assert result.returncode == 2
+    shutil.rmtree(out / ".merging.tmp")
+    assert len(list(out.glob("parts/*.npz"))) == 8
+    return out
+
+
+@pytest.mark.parametrize("renamings, left", [
+    (2, ".merging.tmp"),  # two arrays are written
+    (4, ".merging.tmp"),  # all files are written, but not yet said to be complete
+    (5, "merged"),  # they are complete, none is in its place
+    (8, "merged"),  # some are in their places
+    (11, "merged")])  # all but videos.txt
+def test_killed_while_merging_it_goes_on_to_the_same_bytes(unmerged, rendered, extracted, tmp_path,
+                                                           renamings, left):
+    out = Path(shutil.copytree(unmerged, tmp_path / "hands"))
+    arguments = (rendered / "videos", "--out", out, "--fps", 5)
+    command = [sys.executable, "-c", KILLED, renamings, ROOT / "extract_hands.py", *arguments]
+    result = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True)
+    assert result.returncode == -signal.SIGKILL
+    assert (out / left).is_dir() and not (out / "videos.txt").exists()
+    run_here("extract_hands.py", *arguments)
+    assert listing(out) == listing(extracted)
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(rendered, extracted, tmp_path):
-    """A limit on the size of files stands for the full disk: a part, then the merged crops, cannot be written."""
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
-    command = shlex.join(map(str, [sys.executable, ROOT / "extract_hands.py", *arguments]))
-    for limit in (20, 1000):  # KiB
-        result = subprocess.run(["bash", "-c", f"ulimit -f {limit}; {command}"], capture_output=True, text=True,
-                                timeout=100, env=ENVIRONMENT)
+    for limit in (20, 1000):
+        result = run_on_full_disk(limit, *arguments)
         assert result.returncode == 2 and "Traceback" not in result.stderr
         assert result.stderr.splitlines()[-1].endswith("could not be written: File too large")
         assert not (tmp_path / "hands" / "crops.npy").exists()
@@ -286,17 +345,58 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(re
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
-def test_a_video_whose_worker_dies_is_tried_again(rendered, extracted, tmp_path):
-    """The kernel kills a worker (as when memory runs out): the video is not lost."""
-    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
-    process = subprocess.Popen([sys.executable, ROOT / "extract_hands.py", *map(str, arguments)], env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "hands").glob("parts/*.npz")) and process.poll() is None:
+def wait_for_a_part(out, process):
+    while not list(out.glob("parts/*.npz")):
+        assert process.poll() is None, "it ended before it could be disturbed"
         time.sleep(0.005)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+
+
+def test_a_video_whose_worker_dies_is_tried_again_by_the_next_call(rendered, extracted, tmp_path):
+    """The kernel kills a worker (as when memory runs out): the others are not lost with it."""
+    out = tmp_path / "hands"
+    arguments = (rendered / "videos", "--out", out, "--fps", 5, "--workers", 1)
+    command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    wait_for_a_part(out, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
+                             capture_output=True, text=True)
     os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
-    assert process.wait() == 0
-    assert listing(tmp_path / "hands") == listing(extracted)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and "1 videos could not be read" in printed
+    (failed,) = (out / "failed.txt").read_text().splitlines()
+    name, reason = failed.split("\t")
+    assert reason == "the worker ended with status -9, see worker.log"
+    others = (out / "videos.txt").read_text().split()
+    assert len(others) == 7 and name not in others
+    run("extract_hands.py", *arguments)
+    assert (out / "videos.txt").read_text().split() == [*others, name]
+    assert (out / "failed.txt").read_text() == ""
+    hands = load_hands(out)
+    whole = load_hands(extracted)
+    order = [whole.videos.index(video) for video in hands.videos]
+    wanted = np.concatenate([np.flatnonzero(whole.rows["video"] == video) for video in order])
+    assert np.array_equal(hands.keypoints, whole.keypoints[wanted])
+
+
+def test_after_ctrl_c_it_goes_on_to_the_same_bytes(rendered, extracted, tmp_path):
+    """The workers are killed by the script that ends: no video is to blame, none is listed."""
+    out = tmp_path / "hands"
+    arguments = (rendered / "videos", "--out", out, "--fps", 5, "--workers", 2)
+    command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
+    # A shell's background job ignores Ctrl-C, and so would every process that it starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, handler)
+    wait_for_a_part(out, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "extract_hands.py: stopped; the same command goes on"
+    assert not (out / "videos.txt").exists()
+    run("extract_hands.py", *arguments)
+    assert listing(out) == listing(extracted)
 
 
 def test_the_same_name_under_another_root_is_another_video(rendered, tmp_path):
@@ -356,8 +456,8 @@ def test_several_inputs_lists_and_folders_of_stills(tmp_path, monkeypatch):
 def test_a_list_with_a_missing_video_and_a_broken_still(rendered, tmp_path):
     source = sorted((rendered / "videos").glob("*.mp4"))[0]
     (tmp_path / "stills").mkdir()
-    for index, _, image in extract_hands.sample_frames(str(source), 5):
-        cv2.imwrite(str(tmp_path / "stills" / f"{index:03d}.png"), image[:, :, ::-1])
+    for frame in extract_hands.sample_frames(str(source), 5):
+        cv2.imwrite(str(tmp_path / "stills" / f"{frame.index:03d}.png"), frame.image[:, :, ::-1])
     (tmp_path / "stills" / "003.png").write_text("no picture")
     header = b"IHDR" + struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)  # more pixels than OpenCV will take
     (tmp_path / "stills" / "huge.png").write_bytes(
@@ -371,10 +471,10 @@ def test_a_list_with_a_missing_video_and_a_broken_still(rendered, tmp_path):
                       f"{prefix}/stills": "2 of 21 pictures are missing or cannot be read, the first: 003.png"}
     hands = load_hands(out)
     stills, video = ([v.startswith(prefix) for v in hands.videos].index(still) for still in (True, False))
-    a, b = (hands.hands["video"] == stills), (hands.hands["video"] == video) & (hands.hands["frame"] != 3)
+    a, b = (hands.rows["video"] == stills), (hands.rows["video"] == video) & (hands.rows["frame"] != 3)
     assert "frames 39" in printed and a.sum() == b.sum() > 10
     for key in ("frame", "time", "box", "left"):
-        assert np.allclose(hands.hands[key][a], hands.hands[key][b])
+        assert np.allclose(hands.rows[key][a], hands.rows[key][b])
     assert np.allclose(hands.keypoints[a], hands.keypoints[b])
 
 
@@ -400,9 +500,9 @@ def test_frames_of_a_video_with_variable_frame_rate(tmp_path):
     for fps in (1, 3, 1000):
         first = sorted({int(np.argmax(times >= k / fps - 1e-4)) for k in range(int(times[-1] * fps + 1e-4) + 1)})
         sampled = list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), fps))
-        assert [index for index, _, _ in sampled] == first
-        assert np.allclose([seconds for _, seconds, _ in sampled], times[first], atol=1e-3)
-        assert all(abs(image.mean() - 20 * index) < 5 for index, _, image in sampled)
+        assert [frame.index for frame in sampled] == first
+        assert np.allclose([frame.time for frame in sampled], times[first], atol=1e-3)
+        assert all(abs(frame.image.mean() - 20 * frame.index) < 5 for frame in sampled)
 
 
 @pytest.mark.parametrize("matrix, turns", [((0, 1, -1, 0, 48, 0), 3), ((-1, 0, 0, -1, 64, 48), 2),
@@ -417,9 +517,12 @@ def test_phone_videos_come_out_upright(tmp_path, matrix, turns):
     at = data.index(b"tkhd") + 44
     data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, x, y, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(data)
-    for _, _, image in extract_hands.sample_frames(str(tmp_path / "a.mp4"), 10):
-        wanted = np.rot90(held, turns)
-        assert image.shape == wanted.shape and np.abs(image.astype(int) - wanted).mean() < 8
+    frames = list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), 10))
+    assert len(frames) == 3
+    wanted = np.rot90(held, turns)
+    for frame in frames:
+        assert frame.image.shape == wanted.shape
+        assert np.abs(frame.image.astype(int) - wanted).mean() < 8
 
 
 @pytest.mark.parametrize("suffix, codec", [("mkv", "MJPG"), ("webm", "VP80"), ("avi", "MJPG"), ("mov", "mp4v")])
@@ -429,8 +532,9 @@ def test_every_container_is_read(tmp_path, suffix, codec):
         writer.write(np.full((48, 64, 3), 20 * k, np.uint8))
     writer.release()
     sampled = list(extract_hands.sample_frames(str(tmp_path / f"a.{suffix}"), 2))
-    assert [index for index, _, _ in sampled] == [0, 5, 10] and found(tmp_path) == [f"a.{suffix}"]
-    assert all(abs(image.mean() - 20 * index) < 8 for index, _, image in sampled)
+    assert [frame.index for frame in sampled] == [0, 5, 10]
+    assert found(tmp_path) == [f"a.{suffix}"]
+    assert all(abs(frame.image.mean() - 20 * frame.index) < 8 for frame in sampled)
 
 
 def ranks(*arguments, variables=(("RANK", "WORLD_SIZE"),) * 2, world=2):
@@ -440,10 +544,16 @@ def ranks(*arguments, variables=(("RANK", "WORLD_SIZE"),) * 2, world=2):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank, (r, w) in enumerate(variables)]
 
 
+def printed(setting, result):
+    """What the ranks say about a setting at their start, one value of each."""
+    return re.findall(rf"^  {setting} +(.*)$", result.stdout, re.M)
+
+
 def test_two_ranks_give_the_bytes_of_one_process(rendered, extracted, tmp_path):
     result = torchrun("extract_hands.py", rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
-    assert "rank 0 of 2  to_do 4" in result.stdout and "rank 1 of 2  to_do 4" in result.stdout
-    assert result.stdout.count("wrote ") == 1 or result.stdout.count("already_merged 8") == 1
+    assert sorted(printed("rank", result)) == ["0 of 2", "1 of 2"]
+    assert printed("to_do", result) == ["4", "4"]
+    assert result.stdout.count("wrote ") == 1 or "8" in printed("already_merged", result)
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
@@ -587,10 +697,10 @@ def test_the_authors_annotations_become_a_hands_folder(annotated, margin):
                  "--margin", margin)
     printed = run("extract_hands.py", *arguments).stdout
     hands = load_hands(out)
-    assert hands.videos == ["v1", "v2"] and hands.hands["video"].tolist() == [0, 0, 1, 1, 1, 1]
-    assert hands.hands["frame"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert hands.videos == ["v1", "v2"] and hands.rows["video"].tolist() == [0, 0, 1, 1, 1, 1]
+    assert hands.rows["frame"].tolist() == [0, 0, 0, 0, 1, 1]
     order = ["200", "201", "400", "401", "100", "101"]
-    for row, keypoints, i in zip(hands.hands, hands.keypoints, order):
+    for row, keypoints, i in zip(hands.rows, hands.keypoints, order):
         points, left = truth[i]
         annotation = next(a for a in annotations if a["hand_id"] == i)
         assert row["left"] == left and row["box"][3] - row["box"][1] == row["box"][2] - row["box"][0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mine_pairs
-from common import HANDS_DTYPE
+from common import HANDS_DTYPE, Hands
 from conftest import TINY, refused, run, run_here, torchrun
 
 
@@ -77,17 +77,18 @@ def test_equals_brute_force_in_hard_cases(case):
         check(embeddings[rows].astype(np.float32), video[rows], 2, **options)
 
 
-def test_the_result_does_not_depend_on_threads_or_ranks():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_result_does_not_depend_on_the_number_of_threads_nor_changes_it(threads):
     rng = np.random.default_rng(0)
-    video, embeddings = np.repeat(np.arange(40), 50), rng.normal(size=(2000, 5)).astype(np.float32)
-    results, threads = [], torch.get_num_threads()
-    for number in (1, 3):
-        torch.set_num_threads(number)
-        results.append(mine_pairs.nearest(embeddings, video, 4, torch.device("cpu"), leaf=20, dense=4))
-        assert torch.get_num_threads() == number
+    video = np.repeat(np.arange(40), 50)
+    embeddings = rng.normal(size=(2000, 5)).astype(np.float32)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    assert all(np.array_equal(a, b) for a, b in zip(*results))
-    assert np.array_equal(results[0][0], brute_force(embeddings, video, 4)[0])
+    try:
+        check(embeddings, video, 4, leaf=20, dense=4)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
@@ -117,10 +118,20 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
     assert "--limit 10: 10 hands" in refused("mine_pairs.py", hands, "--limit", 10)
     printed = run_here("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run", "--batch-size", 20,
                        "--epochs", 1, "--warmup-epochs", 0, *TINY)
-    assert re.search(r"\b60\b", printed)  # exactly the rows that have a neighbour
+    assert re.search(r"^ +pool +60$", printed, re.M)  # exactly the rows that have a neighbour
 
 
-def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame():
+def next_frames(rows, embeddings, folder, fps=None):
+    """mine_pairs.next_frames of a hands folder that was extracted at this rate; None: not known."""
+    if fps:
+        (folder / "log.jsonl").write_text(json.dumps({"args": {"fps": fps}}) + "\n")
+    hands = Hands(folder, crops=None, offsets=None, keypoints=None, rows=rows, videos=[])
+    return mine_pairs.next_frames(hands, embeddings)
+
+
+@pytest.fixture
+def seen_again():
+    """-> 11 rows of hands.npy of two videos, and embeddings."""
     rows = np.zeros(11, HANDS_DTYPE)
     rows["video"] = [0] * 8 + [1] * 3
     rows["frame"] = [0, 0, 30, 30, 30, 60, 150, 180, 0, 30, 60]
@@ -128,16 +139,40 @@ def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame()
     rows["left"] = [0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1]
     x = np.array([10, 200, 90, 14, 10, 15, 10, 11, 50, 50, 51])
     rows["box"] = np.stack([x, x, x + 40, x + 40], 1)
-    embeddings = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
-    neighbours, distances = mine_pairs.next_frames(rows, embeddings)
-    #        two hands of its side: the nearer; the other side; ...; frame 60 is followed by 150: not the next one
+    return rows, np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+
+
+def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame(seen_again,
+                                                                               tmp_path):
+    neighbours, _ = next_frames(*seen_again, tmp_path)
+    # Row 0: of two hands of its side the nearer; row 1: the other side; row 5 lies in frame 60,
+    # which is followed by 150: not the next one.
     assert neighbours.tolist() == [3, 4, 5, 5, -1, -1, 7, -1, -1, 10, -1]
-    every_third = rows[[0, 2, 5]]
-    every_third["frame"], every_third["time"] = [0, 90, 180], [0, 3, 6]
-    assert mine_pairs.next_frames(every_third, embeddings[:3], fps=1)[0].tolist() == [-1, -1, -1]
+
+
+def test_a_frame_three_samples_later_is_not_the_next_one(seen_again, tmp_path):
+    rows, embeddings = seen_again
+    every_third = rows[[0, 2, 5, 3]]  # and then one that was sampled right after
+    every_third["frame"] = [0, 90, 180, 210]
+    every_third["time"] = [0, 3, 6, 7]
+    found = next_frames(every_third, embeddings[:4], tmp_path)[0]
+    assert found.tolist() == [1, 2, 3, -1]  # where the rate is not known, all look like it
+    found = next_frames(every_third, embeddings[:4], tmp_path, fps=1)[0]
+    assert found.tolist() == [-1, -1, 3, -1]
+
+
+def test_the_next_frame_of_a_source_slower_than_its_sampling_is_the_next_one(seen_again, tmp_path):
+    rows, embeddings = seen_again
     slow = rows[[0, 2, 5]]  # a source of 5 frames a second, sampled 10 times a second
-    slow["frame"], slow["time"] = [0, 1, 2], [0, 0.2, 0.4]
-    assert mine_pairs.next_frames(slow, embeddings[:3], fps=10)[0].tolist() == [1, 2, -1]
+    slow["frame"] = [0, 1, 2]
+    slow["time"] = [0, 0.2, 0.4]
+    assert next_frames(slow, embeddings[:3], tmp_path, fps=10)[0].tolist() == [1, 2, -1]
+
+
+def test_distances_of_temporal_pairs_are_those_of_their_embeddings(seen_again, tmp_path):
+    rows, embeddings = seen_again
+    neighbours, distances = next_frames(rows, embeddings, tmp_path)
+    assert (neighbours >= 0).sum() == 6
     for i, j in enumerate(neighbours):
         apart = np.linalg.norm(embeddings[i].astype(float) - embeddings[j])
         assert distances[i] == (np.inf if j < 0 else np.float32(apart))
@@ -299,7 +334,7 @@ def test_rotation_free_pairs_are_the_nearest_upright_poses(hands):
     folder = mine_pairs.load_hands(hands)
     poses = mine_pairs.as_poses(folder.keypoints, folder.side, rotation_free=True)
     neighbours, distances = np.load(hands / "neighbours.npy"), np.load(hands / "distances.npy")
-    video = folder.hands["video"]
+    video = folder.rows["video"]
     for i, pose in enumerate(poses):
         gaps = np.where(video == video[i], np.inf, np.linalg.norm(poses - pose, axis=1))
         assert np.allclose(np.sort(gaps)[:2], distances[i], atol=1e-5)

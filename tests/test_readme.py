@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import digits
 import study
 from conftest import ENVIRONMENT, ROOT
 
@@ -23,7 +24,7 @@ COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun)
 def parse(words, monkeypatch):
     """A script's name and arguments -> what its own parser makes of them."""
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    return __import__(sys.argv[0].removesuffix(".py")).parse_args()
+    return __import__(Path(sys.argv[0]).stem).parse_args()
 
 
 def test_every_stage_has_a_command():
@@ -72,7 +73,7 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
             assert set(args.runs) <= tuned, set(args.runs) - tuned
             assert not args.baseline or any(run.endswith(f"-{args.baseline}") for run in args.runs)
     table = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", section, re.M)
-    assert counts == [(0, 0), *((int(a), int(b)) for a, b in table)] and len(counts) == 8
+    assert counts == [(0, 0), *((int(a), int(b)) for a, b in table)] and len(counts) == 9
     assert len(scored) == len(set(scored))
 
 
@@ -88,19 +89,50 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
             weights = args.pop("weights") if command[0] == "finetune.py" else None
             assert weights in (None, "none") or Path(weights) in made
             if command[0] == "pretrain.py":
-                assert args.pop("epochs") == size["epochs"] * (2 if method.endswith("-longer") else 1)
+                steps = args.pop("epochs") * (int(method[4:]) if method.startswith("pool") else size["hands"])
+                assert steps == size["epochs"] * size["hands"]
             settings.setdefault(name.split(f"-{method}")[0], []).append(args)
-    compared = {"method", "pairs", "weighting", "weight_on", "equivariance", "shift_unit", "top_k", "rotation",
-                "crop_margin"}
+    compared = {"method", "hands", "pairs", "weighting", "equivariance", "top_k", "rotation", "crop_margin", "border",
+                "crop_move"}
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 5 + 5 + 9 and len(settings["tuned-0.1"]) == 3 * 6 + 5
+    assert len(settings["pretrain"]) == 3 * 4 + 7 + 3 and len(settings["tuned-0.1"]) == 3 * 5
     for _, command in study.comparisons(tmp_path, size):
         assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
     for _, _, command in study.preparation(tmp_path, size):
         if command[0] != "tests/synthetic.py":
             parse(command, monkeypatch)
+
+
+def test_the_letter_of_the_paper_has_its_values(monkeypatch):
+    """Those that our defaults leave, said once more here by hand."""
+    section = README.split("\n### To the paper's letter\n")[1].split("\n#")[0]
+    lines = re.search(r"```bash\n(.*?)```", section, re.S)[1].replace("\\\n", " ").splitlines()
+    extract, mine, pretrain = (parse(shlex.split(line)[1:], monkeypatch) for line in lines)
+    assert (extract.margin, extract.border, extract.size, extract.fps) == (1.3, "black", 224, 1)
+    assert not mine.rotation_free and (mine.dims, mine.top_k) == (14, 1)
+    assert (pretrain.border, pretrain.weighting, pretrain.weight_on) == ("black", "linear", "both")
+    assert abs(pretrain.crop_move - 15 / 224) < 1e-3 and pretrain.shift_unit == "side"
+    assert pretrain.crop_margin == [0.9, 1.5] and pretrain.rotation == 45
+    assert (pretrain.batch_size, pretrain.epochs, pretrain.lr) == (8192, 100, 3.2e-3)
+    assert (pretrain.temperature, pretrain.optimizer) == (0.5, "lars-adam")
+
+
+def test_the_photographs_methods_differ_in_the_method_alone(tmp_path, monkeypatch):
+    for _, _, command in digits.preparation(tmp_path):
+        parse(command, monkeypatch)
+    runs = {}
+    for method in digits.METHODS:
+        for _, done, command in digits.lane(tmp_path, method, 1):
+            args = vars(parse(command, monkeypatch))
+            assert args.pop("out") == str(done.parent) and args["seed"] == 1
+            runs[method] = args
+    assert set(runs) == set(digits.METHODS) - {"untrained"}
+    compared = {"hands", "pairs", "method", "weighting", "equivariance", "rotation", "crop_margin", "border",
+                "crop_move"}
+    for method, args in runs.items():
+        assert {key for key in args if args[key] != runs["simhand"][key]} <= compared, method
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
