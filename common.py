@@ -152,6 +152,18 @@ def best_turns(keypoints, others):
     return -clockwise.astype(np.float32)
 
 
+def pair_turns(keypoints, neighbours):
+    """-> turns (N, K) float32, degrees as in cv2.getRotationMatrix2D, by which the picture of each
+    neighbour must be turned so that its hand lies as the hand of that row does; NaN where there is
+    no neighbour."""
+    turns = np.full(neighbours.shape, np.nan, np.float32)
+    for k, column in enumerate(neighbours.T):
+        rows = np.flatnonzero(column >= 0)
+        for some in np.array_split(rows, len(rows) // (1 << 16) + 1):  # bounds the memory
+            turns[some, k] = best_turns(keypoints[some], keypoints[column[some]])
+    return turns
+
+
 @dataclasses.dataclass
 class View:
     """How a view is made of a crop, and what the equivariance has to undo."""

@@ -11,7 +11,7 @@ share of the hands. A search that was stopped starts again: it takes minutes.
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
     python mine_pairs.py demo/hands --top-k 5
 
-To read: arguments, main, then what is compared (poses, turns, temporal pairs). The exact search is
+To read: arguments, main, then what is compared (poses, temporal pairs). The exact search is
 engineering, not method; whoever trusts brute force may stop at its banner.
 """
 
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from common import (atomic, best_turns, check_flags, draw_crop, end_ranks, load_hands, open_folder,
+from common import (atomic, check_flags, draw_crop, end_ranks, load_hands, open_folder, pair_turns,
                     plain, print_settings, progress, read_log, require, run_script, save_array,
                     save_image, sheet, start_ranks)
 
@@ -189,18 +189,6 @@ def fit_pca(poses, dims):
     largest = np.abs(pca.components_).argmax(1)
     signs = np.sign(pca.components_[np.arange(dims), largest])
     return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
-
-
-def pair_turns(keypoints, neighbours):
-    """-> turns (N, K) float32, degrees as in cv2.getRotationMatrix2D, by which the picture of each
-    neighbour must be turned so that its hand lies as the hand of that row does; NaN where there is
-    no neighbour."""
-    turns = np.full(neighbours.shape, np.nan, np.float32)
-    for k, column in enumerate(neighbours.T):
-        rows = np.flatnonzero(column >= 0)
-        for some in np.array_split(rows, len(rows) // (1 << 16) + 1):  # bounds the memory
-            turns[some, k] = best_turns(keypoints[some], keypoints[column[some]])
-    return turns
 
 
 def next_frames(hands, embeddings):

@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (BACKBONES, BORDERS, CORES, InputError, any_rank, apply_view, atomic,
-                    batchnorms, best_turns, catch_sigterm, check_flags, crop_matrix, draw_hand,
-                    end_ranks, load_array, load_backbone, load_hands, load_items, move_points,
-                    normalise, nt_xent, open_folder, pair_weights, plain, plot_curves,
+                    batchnorms, catch_sigterm, check_flags, crop_matrix, draw_hand, end_ranks,
+                    load_array, load_backbone, load_hands, load_items, move_points,
+                    normalise, nt_xent, open_folder, pair_turns, pair_weights, plain, plot_curves,
                     print_settings, progress, read_crop, require, rescale_points, resume,
                     run_script, sample_view, save_checkpoint, save_image, sheet, spread, start_log,
                     start_ranks, undo_view, write_log)
@@ -627,14 +627,11 @@ def load_turns(path, keypoints, neighbours):
     are found out."""
     turns = load_array(path, np.float32, neighbours.shape, hint="run mine_pairs.py again",
                        finite=False)
-    for k, column in enumerate(neighbours.T):
-        rows = np.flatnonzero(column >= 0)
-        wrong = np.isfinite(turns[:, k]) != (column >= 0)
-        for some in np.array_split(rows, len(rows) // (1 << 16) + 1):  # bounds the memory
-            off = turns[some, k] - best_turns(keypoints[some], keypoints[column[some]])
-            wrong[some] |= ~(np.abs((off + 180) % 360 - 180) < 0.1)
-        require(not wrong.any(), f"{path}: row {wrong.argmax()} is not the turn of its neighbour "
-                "in neighbours.npy: they are of two minings (run mine_pairs.py again)")
+    off = turns - pair_turns(keypoints, neighbours)
+    off = np.abs((off + 180) % 360 - 180)
+    right = np.where(neighbours >= 0, off < 0.1, np.isnan(turns))
+    require(right.all(), f"{path}: row {right.all(1).argmin()} is not the turn of its neighbour in "
+            "neighbours.npy: they are of two minings (run mine_pairs.py again)")
     return turns
 
 
