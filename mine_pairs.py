@@ -1,8 +1,8 @@
 """Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand.
 
 Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42
-numbers) by PCA in 14 dimensions, and searches exactly: by a tree on the CPU, by brute force
-on a GPU, with the same result. Writes into the same folder (or --out): pca.npy,
+numbers) by PCA in 14 dimensions, and searches exactly, by products of matrices and a tree that
+says which are needed, on a CPU or a GPU alike. Writes into the same folder (or --out): pca.npy,
 embeddings.npy, distances.npy, neighbours.npy, with --rotation-free turns.npy, and to look
 at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches for its
 share of the hands. A search that was stopped starts again: it takes minutes.
@@ -236,11 +236,12 @@ def next_frames(hands, embeddings):
 # --------------------------------------------------------------------------- the exact search
 
 NONE = torch.iinfo(torch.int64).max  # the key of no neighbour: it comes after all others
-TILE = 16
+LARGEST = torch.finfo(torch.float32).max  # anything but infinite
+AT_ONCE = 1 << 20  # pairs that wait to be measured, of many equal hands: bounds the memory
+TOGETHER = 16  # leaves whose rows are searched for together, a power of two
 
 
-def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense=32,
-            budget=1 << 21):
+def nearest(embeddings, video, top_k, device, share=slice(None), leaf=None):
     """Exact nearest neighbours of every row among the rows of other videos (video None: among all
     other rows).
 
@@ -248,39 +249,37 @@ def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense
     fewer; distances (N, K) float32, inf there. A distance is the root of the float64 sum of squared
     differences, rounded to float32; of equal ones the lower index comes first.
 
-    The rows are parted into leaves of a k-d tree, and a leaf's rows are searched for
-    together; share: the leaves that this rank searches for. On a CPU boxes decide which
-    leaves are looked into, but for the `dense` nearest; a GPU looks into all: there a
-    product is cheaper than a decision. budget: products at a time.
+    The rows are parted into leaves of a k-d tree, of at most `leaf` rows; large leaves suit a GPU,
+    where a product is cheaper than a decision. share: the parts of the rows that this rank
+    searches for.
     """
-    if device.type == "cuda":
-        dense = len(embeddings)
-        budget = 1 << 26
     group = np.arange(len(embeddings)) if video is None else video
-    tree = grow_tree(embeddings, group, leaf, device)
+    tree = grow_tree(embeddings, group, leaf or (8192 if device.type == "cuda" else 256), device)
     keys = torch.full((len(embeddings), top_k), NONE, device=device)
+    starts = tree.start[:-1:TOGETHER]
+    ends = starts[1:] + tree.start[-1:]
+    parts = list(zip(starts, ends))[share]
 
-    def work(block):
-        found = search(tree, block, top_k, dense, budget)
-        real = ~tree.extra[block]
-        keys[tree.row[block][real]] = found[real]
+    def work(part):
+        some = slice(*part)
+        keys[tree.row[some]] = search(tree, some, top_k)
+        return part[1] - part[0]
 
-    blocks = range(len(tree.row))[share]
-    sizes = (~tree.extra).sum(1)[share].tolist()
     threads = torch.get_num_threads()
     workers = 1 if device.type == "cuda" else threads
-    torch.set_num_threads(1)  # a block to a thread: its steps are too small to be parted
+    torch.set_num_threads(1)  # a part to a thread: its steps are too small to be shared
     pool = ThreadPoolExecutor(workers, "search", torch.set_num_threads, (1,))
-    silent = len(blocks) < 20 or blocks[0] > 0  # one rank shows its bar
-    with pool, progress(total=sum(sizes), unit="hand", desc="neighbours", disable=silent) as bar:
-        for size, _ in zip(sizes, pool.map(work, blocks)):
-            bar.update(size)
+    total = sum(end - start for start, end in parts)
+    silent = len(parts) < 2 or parts[0][0] > 0  # one rank shows its bar
+    with pool, progress(total=total, unit="hand", desc="neighbours", disable=silent) as bar:
+        for done in pool.map(work, parts):
+            bar.update(done)
     torch.set_num_threads(threads)
     if dist.is_initialized():
         dist.all_reduce(keys, dist.ReduceOp.MIN)
+        require((keys[:, 0] != NONE).all(),
+                "the ranks parted the hands differently; start them on machines of one kind")
     keys = keys.cpu()
-    require(dist.is_initialized() is False or (keys[:, 0] != NONE).all(),
-            "the ranks parted the hands differently; start them on machines of one kind")
     distances = (keys >> 32).int().view(torch.float32).masked_fill_(keys == NONE, torch.inf)
     neighbours = (keys & 0xFFFFFFFF).masked_fill_(keys == NONE, -1)
     return neighbours.numpy(), distances.numpy()
@@ -288,16 +287,14 @@ def nearest(embeddings, video, top_k, device, share=slice(None), leaf=256, dense
 
 @dataclasses.dataclass
 class Tree:
-    """n leaves of L places. A leaf with fewer rows repeats one of them in its last places,
-    which are marked as extra and lie at an infinite distance."""
-    row: torch.Tensor  # (n, L)
-    extra: torch.Tensor  # (n, L) bool
-    group: torch.Tensor  # (n, L), the video
-    point: torch.Tensor  # (n, L, D)
-    norm: torch.Tensor  # (n, L), squared
-    low: torch.Tensor  # (n, D), the corners of the leaf's box
+    """The rows in the order of the leaves: leaf i holds the places start[i] to start[i + 1]."""
+    start: list
+    row: torch.Tensor  # (N,), the row at each place
+    group: torch.Tensor  # (N,), its video
+    point: torch.Tensor  # (N, D), its embedding
+    norm: torch.Tensor  # (N,), squared
+    low: torch.Tensor  # (leaves, D), the corners of the leaves' boxes
     high: torch.Tensor
-    column: torch.Tensor  # (n, L, D + 1), point and norm, for the products
 
 
 def grow_tree(embeddings, group, leaf, device):
@@ -312,165 +309,102 @@ def grow_tree(embeddings, group, leaf, device):
             order = np.argpartition(values[:, widest], half - 1)
             halves += [part[order[:half]], part[order[half:]]]
         parts = halves
-    size = max(map(len, parts))
-    lengths = np.array([len(part) for part in parts])
-    extra = torch.from_numpy(np.arange(size) >= lengths[:, None]).to(device)
-    padded = [np.pad(part, (0, size - len(part)), "edge") for part in parts]
-    row = torch.from_numpy(np.stack(padded)).to(device)
-    point = torch.from_numpy(embeddings).to(device)[row]
-    norm = point.square().sum(2)
-    column = torch.cat([point, norm.masked_fill(extra, torch.inf)[:, :, None]], 2)
-    group = torch.from_numpy(group.astype(np.int32)).to(device)[row]
-    return Tree(row, extra, group, point, norm, point.amin(1), point.amax(1), column)
+    start = np.cumsum([0] + [len(part) for part in parts])
+    row = np.concatenate(parts)
+    low = np.minimum.reduceat(embeddings[row], start[:-1])
+    high = np.maximum.reduceat(embeddings[row], start[:-1])
+    point = torch.from_numpy(embeddings[row]).to(device)
+    return Tree(start.tolist(), torch.from_numpy(row).to(device),
+                torch.from_numpy(group[row].astype(np.int64)).to(device), point,
+                point.square().sum(1), torch.from_numpy(low).to(device),
+                torch.from_numpy(high).to(device))
 
 
-@dataclasses.dataclass
-class Query:
-    """The rows of one leaf, whose neighbours are searched for."""
-    point: torch.Tensor  # (L, D)
-    group: torch.Tensor  # (L,)
-    norm: torch.Tensor  # (L,), squared
-    column: torch.Tensor  # (L, D + 1): its product with a tree's column is |p|^2 - 2 qp
-    best: torch.Tensor  # (L, K), the least squared distances in K leaves
-    limit: torch.Tensor  # (L,): in a leaf further away than that there is no neighbour
-
-
-def search(tree, block, top_k, dense, budget):
-    """Neighbours of the rows of one leaf -> keys (L, K), ascending: the bits of the float32
-    distance, which order like the number, above the row's index; NONE where there is no
+def search(tree, some, top_k):
+    """Neighbours of the rows at these places, a slice -> keys (n, K), ascending: the bits of the
+    float32 distance, which order like the number, above the row's index; NONE where there is no
     neighbour.
 
-    Leaves are visited from the nearest box on, and rows leave the search when no box can
-    hold anything nearer. What is known of a row in a leaf is the least squared distance
-    there, from a product in float32. The K-th least over all leaves, plus what the products
-    may be wrong by, says which leaves can hold one of the K neighbours. Those alone are
-    compared in float64. What is equal, or a box away, up to rounding is let through: the
-    factors 1e-6 and 1e-5 are some ten times what rounding does.
+    Leaves are visited in the order of their distance from these rows' common box, until the next
+    one is further away than any neighbour can be. In each leaf those rows look around whose K
+    nearest so far, in float32, are not nearer than its box. What then is near enough to be a
+    neighbour is measured in float64.
     """
-    n, size, dims = tree.point.shape
-    point = tree.point[block]
-    norm = tree.norm[block]
-    query = Query(point, tree.group[block], norm,
-                  column=torch.cat([-2 * point, torch.ones_like(point[:, :1])], 1),
-                  best=norm.new_full((size, top_k), torch.inf),
-                  limit=norm.new_full((size,), torch.inf))
-    below = (tree.low - tree.high[block]).clamp_(min=0)
-    above = (tree.low[block] - tree.high).clamp_(min=0)
-    gaps = (below + above).square_().sum(1).mul_(1 - 1e-5)
-    bound, near = gaps.sort()
-    active = torch.arange(size, device=near.device)  # places of the rows still searching
-    start = 0
+    point = tree.point[some]
+    norm = tree.norm[some]
+    group = tree.group[some]
+    best = norm.new_full((len(norm), top_k), torch.inf)  # the least squared distances so far
+    limit = norm.new_full((len(norm),), LARGEST)  # what is further away is no neighbour
+    from_box, order = gaps(tree, point.amin(0), point.amax(0)).sort()
+    keys = torch.full((len(norm), top_k), NONE, device=norm.device)
     found = []
-    while start < n and len(active):
-        if start < dense:
-            step = max(budget // (len(active) * size), 1)
-            leaf = near[start:min(start + step, dense)]
-            looked = look_into_all(tree, leaf, query, active)
-        else:
-            step = max(budget // (8 * len(active)), 1)
-            leaf = near[start:start + step]
-            looked = look_into_near(tree, leaf, query, active)
-        found.append(keep_possible(query, active, leaf, looked))
-        start += len(leaf)
-        if start < n:
-            active = active[query.limit[active] >= bound[start]]
-    place, leaf, least = (torch.cat(part) for part in zip(*found))
-    keep = least <= query.limit[place]
-    return compare(tree, query, place[keep], leaf[keep], top_k)
+    waiting = 0
+    for distance, leaf in zip(from_box.tolist(), order.tolist()):
+        if distance > limit.max():
+            break
+        places = slice(tree.start[leaf], tree.start[leaf + 1])
+        rows = (gaps(tree, point, point, leaf) <= limit).nonzero()[:, 0]
+        square = torch.addmm(tree.norm[places], point[rows], tree.point[places].T, alpha=-2)
+        square += norm[rows, None]
+        square.masked_fill_(tree.group[places] == group[rows, None], torch.inf)
+        hit = (square.amin(1) <= limit[rows]).nonzero()[:, 0]
+        rows = rows[hit]
+        square = square[hit]
+        least = square.topk(min(top_k, square.shape[1]), 1, largest=False).values
+        best[rows] = torch.cat([best[rows], least], 1).topk(top_k, 1, largest=False).values
+        limit[rows] = with_rounding(best[rows, -1], norm[rows], point.shape[1])
+        near, place = (square <= limit[rows, None]).nonzero().unbind(1)
+        found.append((rows[near], place + places.start, square[near, place]))
+        waiting += len(near)
+        if waiting > AT_ONCE:
+            keys = measure(tree, point, found, limit, keys)
+            found = []
+            waiting = 0
+    return measure(tree, point, found, limit, keys) if found else keys
 
 
-def look_into_all(tree, leaf, query, active):
-    """Least squared distance of each active row in each of these leaves -> number of the row in
-    `active`, number of the leaf in `leaf`, squared distance; (rows x leaves,) each."""
-    count = len(active)
-    columns = tree.column[leaf].flatten(0, 1)
-    product = (query.column[active] @ columns.T).view(count, len(leaf), -1)
-    same = tree.group[leaf] == query.group[active][:, None, None]
-    least = product.masked_fill_(same, torch.inf).amin(2) + query.norm[active][:, None]
-    rows = torch.arange(count, device=leaf.device).repeat_interleave(len(leaf))
-    leaves = torch.arange(len(leaf), device=leaf.device).repeat(count)
-    return rows, leaves, least.flatten()
+def gaps(tree, low, high, leaf=slice(None)):
+    """Squared distances of leaves' boxes from the boxes (..., D) between low and high: rather too
+    small than too large, by some ten times what rounding does."""
+    below = (tree.low[leaf] - high).clamp_(min=0)
+    above = (low - tree.high[leaf]).clamp_(min=0)
+    return (below + above).square_().sum(-1).mul_(1 - 1e-5)
 
 
-def look_into_near(tree, leaf, query, active):
-    """The same, but only where a leaf's box is nearer to the row than its limit.
+def with_rounding(worst, norm, dims):
+    """The squared distance in float32, as in `search`, that a point may have which in truth is no
+    further from a row than `worst`; norm: the row's squared length.
 
-    The rows that look into a leaf are few, so they are packed in tiles of 16, one or more for each
-    leaf: with 18 rows for leaf 0, none for leaf 1 and 3 for leaf 2, tiles 0 and 1 belong to leaf 0,
-    tile 2 to leaf 2, and 14 + 13 places stay unused.
+    |q|^2 + |p|^2 - 2 qp in float32 is wrong by less than (2 D + 8) 2^-24 (|q| + |p|)^2, where
+    |p| <= |q| + sqrt(worst); it counts twice, once for `worst` and once for what is compared.
     """
-    point = query.point[active]
-    gap = query.limit.new_zeros(len(leaf), len(active))
-    for k in range(point.shape[1]):
-        before = tree.low[leaf][:, k, None] - point[:, k]
-        behind = point[:, k] - tree.high[leaf][:, k, None]
-        outside = torch.maximum(before, behind).clamp_(min=0)
-        gap.addcmul_(outside, outside)
-    wanted = gap.mul_(1 - 1e-5) <= query.limit[active]
-    leaves, rows = wanted.nonzero(as_tuple=True)  # by leaf, then row
-    times = wanted.sum(1)
-    tiles = (times + TILE - 1) // TILE
-    first = times.cumsum(0) - times  # of each leaf's rows
-    number = torch.arange(len(leaves), device=leaf.device) - first[leaves]
-    first_tile = tiles.cumsum(0) - tiles
-    place = TILE * first_tile[leaves] + number
-    packed = torch.zeros(int(tiles.sum()) * TILE, dtype=torch.int64, device=leaf.device)
-    packed[place] = active[rows]
-    packed = packed.view(-1, TILE)
-    leaf_of = leaf.repeat_interleave(tiles)
-    product = query.column[packed] @ tree.column[leaf_of].transpose(1, 2)
-    same = tree.group[leaf_of][:, None] == query.group[packed][:, :, None]
-    least = product.masked_fill_(same, torch.inf).amin(2).flatten()[place]
-    return rows, leaves, least + query.norm[active][rows]
+    reach = 2 * norm.sqrt() + worst.clamp(min=0).sqrt()
+    limit = worst * (1 + 1e-6) + (dims + 4) * 2.0 ** -22 * reach.square()
+    return limit.clamp_(max=LARGEST)
 
 
-def keep_possible(query, active, leaf, looked):
-    """Update what the query's rows know -> places of rows, numbers of leaves and least squared
-    distances, of the pairs in which a neighbour may still be."""
-    rows, leaves, least = looked
-    top_k = query.best.shape[1]
-    table = least.new_full((len(active), len(leaf)), torch.inf)
-    table[rows, leaves] = least
-    both = torch.cat([query.best[active], table], 1)
-    query.best[active] = both.topk(top_k, 1, largest=False).values
-    worst = query.best[active, -1]
-    # |q|^2 + |p|^2 - 2 qp in float32 is wrong by less than (2 D + 8) 2^-24 (|q| + |p|)^2,
-    # where p is as far from q as `worst`, so that |p| <= |q| + sqrt(worst); it counts
-    # twice, once for `worst` and once for what is compared.
-    dims = query.point.shape[1]
-    reach = 2 * query.norm[active].sqrt() + worst.clamp(min=0).sqrt()
-    error = (dims + 4) * 2.0 ** -22 * reach.square()
-    query.limit[active] = worst * (1 + 1e-6) + error
-    place = active[rows]
-    keep = (least <= query.limit[place]) & (least < torch.inf)
-    return place[keep], leaf[leaves[keep]], least[keep]
-
-
-def compare(tree, query, place, leaf, top_k):
-    """Exact distances of the row at place[i] to all points of leaf[i] -> keys (L, K) of each row's
-    nearest, as in `search`."""
-    size = tree.row.shape[1]
-    order = place.argsort(stable=True)
-    place = place[order]
-    leaf = leaf[order]
-    keys = torch.full((len(place), min(top_k, size)), NONE, device=place.device)
-    for some in torch.arange(len(place), device=place.device).split(1 << 12):
-        points = tree.point[leaf[some]].double()
-        difference = points - query.point[place[some], None].double()
-        square = difference[:, :, 0] * difference[:, :, 0]
-        for k in range(1, difference.shape[2]):  # in order: how a sum is parted differs by device
-            square += difference[:, :, k] * difference[:, :, k]
-        bits = square.sqrt_().float().view(torch.int32).long()
-        key = bits << 32 | tree.row[leaf[some]]
-        same = tree.group[leaf[some]] == query.group[place[some], None]
-        key.masked_fill_(same | tree.extra[leaf[some]], NONE)
-        keys[some] = key.topk(keys.shape[1], 1, largest=False).values
-    first = torch.searchsorted(place, place)
-    number = torch.arange(len(place), device=place.device) - first  # of the leaf among its row's
-    most = int(number.max()) + 1 if len(place) else 1
-    table = torch.full((size, max(most, top_k), keys.shape[1]), NONE, device=place.device)
-    table[place, number] = keys
-    return table.flatten(1).topk(top_k, 1, largest=False).values
+def measure(tree, point, found, limit, keys):
+    """found: pairs of a number of `point`, a place in the tree and their squared distance in
+    float32, as lists of tensors -> keys (n, K), as in `search`, with the nearest of those that are
+    within the limit merged in, by their distances in float64."""
+    number, place, square = (torch.cat(part) for part in zip(*found))
+    keep = square <= limit[number]
+    number = number[keep]
+    place = place[keep]
+    square = torch.zeros(len(number), dtype=torch.float64, device=number.device)
+    for k in range(point.shape[1]):  # in order: how a sum is parted differs by device
+        difference = tree.point[place, k].double() - point[number, k].double()
+        square += difference * difference
+    bits = square.sqrt_().float().view(torch.int32).long()
+    key = bits << 32 | tree.row[place]
+    order = key.argsort()
+    order = order[number[order].argsort(stable=True)]  # by number, then by key
+    number = number[order]
+    rank = torch.arange(len(number), device=number.device) - torch.searchsorted(number, number)
+    first = rank < keys.shape[1]
+    nearest = torch.full_like(keys, NONE)
+    nearest[number[first], rank[first]] = key[order[first]]
+    return torch.cat([keys, nearest], 1).topk(keys.shape[1], 1, largest=False).values
 
 
 # -------------------------------------------------------------------------- files and pictures

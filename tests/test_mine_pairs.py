@@ -27,27 +27,26 @@ def brute_force(embeddings, video, k):
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-SEARCHES = {"tree": dict(leaf=16, dense=2, budget=1 << 12), "all leaves, as on a GPU": dict(leaf=16, dense=10**6),
-            "one leaf": {}, "small steps": dict(leaf=5, dense=1, budget=300)}
+LEAVES = [5, 16, None]  # rows in a leaf; None: all of these
 
 
-def check(embeddings, video, k, device="cpu", **options):
+def check(embeddings, video, k, device="cpu", leaf=None):
     expected = brute_force(embeddings, video, k)
-    found = mine_pairs.nearest(embeddings, video, k, torch.device(device), **options)
+    found = mine_pairs.nearest(embeddings, video, k, torch.device(device), leaf=leaf)
     assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
+@pytest.mark.parametrize("leaf", LEAVES)
 @pytest.mark.parametrize("exclude", [True, False])
 @pytest.mark.parametrize("k", [1, 3, 10])
-def test_equals_brute_force_with_crowded_videos_and_ties(k, exclude, options, device):
+def test_equals_brute_force_with_crowded_videos_and_ties(k, exclude, leaf, device):
     rng = np.random.default_rng(k)
     video = np.sort(rng.integers(0, 6, 400)).astype(np.int32)
     centres = rng.normal(size=(6, 14))
     embeddings = (centres[video] + 0.01 * rng.normal(size=(400, 14))).astype(np.float32)  # near-duplicates in a video
     embeddings[::7] = np.round(embeddings[::7])  # equal rows in several videos: ties
-    check(embeddings, video if exclude else None, k, device, **options)
+    check(embeddings, video if exclude else None, k, device, leaf)
 
 
 @pytest.mark.parametrize("case", ["plain", "crowds", "one giant video", "all equal", "outliers", "far from zero",
@@ -73,8 +72,14 @@ def test_equals_brute_force_in_hard_cases(case):
     if case == "a grid":  # many equal distances that are not zero
         embeddings = rng.integers(0, 3, (1500, 4))
     rows = rng.permutation(1500)  # videos need not be sorted here
-    for options in (dict(leaf=32, dense=2, budget=1 << 14), dict(leaf=32, dense=10**6)):
-        check(embeddings[rows].astype(np.float32), video[rows], 2, **options)
+    check(embeddings[rows].astype(np.float32), video[rows], 2, leaf=32)
+
+
+def test_equals_brute_force_where_so_many_pairs_are_equal_that_they_are_measured_in_turns(monkeypatch):
+    monkeypatch.setattr(mine_pairs, "AT_ONCE", 500)
+    rng = np.random.default_rng(0)
+    embeddings = rng.integers(0, 2, (300, 3)).astype(np.float32)
+    check(embeddings, rng.integers(0, 20, 300), 3, leaf=20)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -85,7 +90,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads_nor_changes_it(thre
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(embeddings, video, 4, leaf=20, dense=4)
+        check(embeddings, video, 4, leaf=20)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
