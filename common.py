@@ -519,8 +519,9 @@ def print_settings(args, parser, **effective):
     quantities that follow from them, as three aligned blocks."""
     changed = {}
     defaults = {}
+    typed = vars(parser.parse_args())  # args has values for those that depend on others as well
     for name, value in vars(args).items():
-        group = defaults if value == parser.get_default(name) else changed
+        group = defaults if typed[name] == parser.get_default(name) else changed
         group[name] = value
     width = max(map(len, [*vars(args), *effective]))
     for title, group in (("given", changed), ("default", defaults), ("effective", effective)):

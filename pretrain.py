@@ -67,9 +67,9 @@ def add_method_flags(flag):
     flag("--method", choices=("simhand", "peclr", "simclr"), default="simhand",
          help="simhand: the positive is the mined neighbour; peclr: the same picture once more; "
          "simclr: the same, without equivariance and rotation")
-    flag("--weighting", choices=("none", "linear", "nonlinear", "balanced"), default="linear",
+    flag("--weighting", choices=("none", "linear", "nonlinear", "balanced"), default="none",
          help="how the distance of two hands' keypoints becomes a weight in the loss (paper: "
-         "linear)")
+         "linear; default: none)")
     flag("--weight-on", choices=("both", "pos", "neg"), default="both",
          help="pairs that are weighted")
     flag("--weight-keypoints", choices=("augmented", "original"), default="augmented",
@@ -152,6 +152,10 @@ def parse_args():
         args.rotation = 0.0 if simclr else 45.0
     if args.crop_margin is None:
         args.crop_margin = [1.25, 1.25] if simclr else [0.9, 1.5]
+    if args.weighting == "none":
+        weighs = args.weight_on != "both" or args.weight_keypoints != "augmented"
+        require(not weighs and not args.weight_pca, "--weight-on, --weight-keypoints, --weight-pca: "
+                "expected a --weighting, as linear")
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
     require(min(args.epochs, args.top_k, args.input_size, args.temperature, args.lr) > 0,
@@ -588,8 +592,8 @@ def load_data(args):
         if neighbours is not None and (path / "turns.npy").exists():
             turns = load_turns(path / "turns.npy", hands.keypoints, neighbours)
             require(not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca needs an embedding "
-                    "of hands as they lie, and these were mined with --rotation-free")
-        if args.weight_pca and args.weighting != "none":
+                    "of hands as they lie: mine with --as-they-lie")
+        if args.weight_pca:
             add_pca(data, path, hands)
         for array in (hands.keypoints, hands.offsets, neighbours, turns, data.pca):
             if array is not None:
@@ -743,8 +747,9 @@ def finish(step, rows, model, plan, device, args):
     if rows:  # else the log is gone
         positive, negative = (rows[-1][name] for name in VALUES[1:3])
         if positive - negative < 0.05:
+            advice = "" if args.weighting == "none" else ", or try --weighting none"
             print(f"careful: the embeddings have not parted: positives are {positive:.2f} similar, "
-                  f"other pairs {negative:.2f}; train longer, or try --weighting none")
+                  f"other pairs {negative:.2f}; train longer{advice}")
     print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
           f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
           f"--backbone {args.backbone} --out RUN")

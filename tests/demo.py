@@ -25,8 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PERSONS = 64  # in the videos, one in each
 METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
-PRETRAINING = {"peclr": ("--method", "peclr", "--weighting", "none"),
-               "simhand": ("--weighting", "none")}
+PRETRAINING = {"peclr": ("--method", "peclr"), "simhand": ()}
 TITLES = {"frozen": "Frozen: the network stays as pre-training left it, and each test picture "
                     "takes the pose of the labelled picture that looks most alike to the network.",
           "finetuned": "Fine-tuned: the network goes on to learn, from the labelled pictures."}
@@ -73,7 +72,7 @@ def commands(out, seed):
            "--evaluation", 240)
     yield ("extract", "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 3,
            "--size", 128)
-    yield "mine", "mine_pairs.py", out / "hands", "--rotation-free"
+    yield "mine", "mine_pairs.py", out / "hands"
     for method, flags in PRETRAINING.items():
         yield ("pre-train", "pretrain.py", out / "hands", "--out", out / method, *flags,
                "--weights", "none", "--batch-size", 64, "--epochs", 12, "--optimizer", "adam",

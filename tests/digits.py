@@ -36,17 +36,17 @@ SIDE = 64  # of a view, px
 PROBES = {"upright": 0, "turned": 90}  # degrees, to either side, by which the held-out hands are turned
 COLUMNS = ("1-NN", "5-NN", "pose")
 EXTRACT = {"default": (), "paper": ("--margin", 1.3, "--border", "black")}
-MINE = {"default": (), "as-they-lie": ()}
+MINE = {"default": (), "as-they-lie": ("--as-they-lie",)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
 # Name of a method: the hands and the pairs, of those above, and flags of pretrain.py; None: no pre-training.
 METHODS = {"untrained": None,
-           "simclr": ("default", "default", ("--method", "simclr", "--weighting", "none")),
-           "peclr": ("default", "default", ("--method", "peclr", "--weighting", "none")),
+           "simclr": ("default", "default", ("--method", "simclr")),
+           "peclr": ("default", "default", ("--method", "peclr")),
            "simhand-paper": ("paper", "as-they-lie", PAPER),
            "simhand": ("default", "default", ())}
 TITLES = {"untrained": "untrained", "simclr": "SimCLR", "peclr": "PeCLR",
           "simhand-paper": "SiMHand to the paper's letter", "simhand": "SiMHand"}
-TRAINING = ("--backbone", "resnet18", "--weights", "none", "--input-size", SIDE, "--epochs", 30, "--batch-size", 256,
+TRAINING = ("--backbone", "resnet18", "--weights", "none", "--input-size", SIDE, "--epochs", 40, "--batch-size", 64,
             "--optimizer", "adam", "--lr", 1e-3, "--warmup-epochs", 3, "--precision", PRECISION, "--workers", 0)
 
 
@@ -77,15 +77,15 @@ def find_students(dataset):
 
 
 def write_photos(pictures, folder):
-    """The pictures of one student as FOLDER/DIGIT.jpg, enlarged, so that MediaPipe finds the hands. Their edges are
-    continued: a hand that fills its picture is found more often with some room around it."""
+    """The pictures of one student as FOLDER/DIGIT.jpg, enlarged and with black around them, as in letterboxed video, so
+    that MediaPipe finds the hands, which fill their pictures."""
     folder.mkdir(parents=True)
     for digit, path in pictures:
         image = cv2.imread(str(path))
         if image is None:
             sys.exit(f"digits.py: {path}: not a picture that OpenCV reads")
         image = cv2.resize(image, (384, 384), interpolation=cv2.INTER_CUBIC)
-        image = cv2.copyMakeBorder(image, 96, 96, 96, 96, cv2.BORDER_REPLICATE)
+        image = cv2.copyMakeBorder(image, 96, 96, 96, 96, cv2.BORDER_CONSTANT)
         cv2.imwrite(str(folder / f"{digit}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
 
 
@@ -228,7 +228,7 @@ def retrieve(features, hands, digits):
     nearest = similarity.topk(5, dim=1).indices.numpy()
     vote = 1 + 0.5 ** np.arange(1, 6)  # of equal numbers of votes those with the nearest hand win
     votes = np.stack([((digits[nearest] == digit) * vote).sum(1) for digit in range(10)], 1)
-    poses = as_poses(hands.keypoints, hands.side, rotation_free=True).reshape(-1, 21, 2)
+    poses = as_poses(hands.keypoints, hands.side).reshape(-1, 21, 2)
     apart = np.linalg.norm(poses[nearest[:, 0]] - poses, axis=2).mean()
     return nearest, {"1-NN": float(np.mean(digits[nearest[:, 0]] == digits)),
                      "5-NN": float(np.mean(votes.argmax(1) == digits)), "pose": float(apart)}

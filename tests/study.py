@@ -42,17 +42,16 @@ SIZES = {
                 epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0),
                 seeds=(0, 1, 2), hands=20_000, pools=(2500, 5000, 10_000))}
 HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
-MINED = {"upright": ("--top-k", 5, "--rotation-free"), "as-they-lie": ("--top-k", 5), "temporal": ("--temporal",),
+MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--as-they-lie"), "temporal": ("--temporal",),
          "same-video": ("--same-video", "--top-k", 5)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
 # Name: hands, pairs, flags of pretrain.py; None: no pre-training.
 METHODS = {"none": None,
-           "simclr": ("hands", "upright", "--method", "simclr", "--weighting", "none"),
-           "peclr": ("hands", "upright", "--method", "peclr", "--weighting", "none"),
+           "simclr": ("hands", "upright", "--method", "simclr"),
+           "peclr": ("hands", "upright", "--method", "peclr"),
            "simhand-paper": ("hands-paper", "as-they-lie", *PAPER),
            "simhand": ("hands", "upright")}
-ABLATIONS = {"weighting-none": ("hands", "upright", "--weighting", "none"),
-             "weighting-linear": ("hands", "upright", "--weighting", "linear"),
+ABLATIONS = {"weighting-linear": ("hands", "upright", "--weighting", "linear"),
              "weighting-balanced": ("hands", "upright", "--weighting", "balanced"),
              "as-they-lie": ("hands", "as-they-lie"),
              "top5": ("hands", "upright", "--top-k", 5),

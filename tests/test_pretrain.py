@@ -26,6 +26,9 @@ from common import (BACKBONES, apply_view, load_array, load_checkpoint, load_han
 from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
 
 
+MEASURED = ("--weighting", "linear", "--weight-pca")
+
+
 def parse(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
@@ -69,7 +72,8 @@ def standing_still(net):
 
 @pytest.fixture
 def setting(mined):
-    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--epochs", 1)
+    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--epochs", 1,
+                 "--weighting", "linear")
     torch.manual_seed(0)
     return args, pretrain.load_data(args), pretrain.SimHandModel("resnet18", "none")
 
@@ -131,7 +135,8 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
     torchvision's normalisation, the view undone except by simclr, the temperature asked for."""
     _, _, net = setting
     flags = ("--equivariance", equivariance) if equivariance else ()
-    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--method", method, "--temperature", 0.2, *flags)
+    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--method", method,
+                 "--weighting", "linear", "--temperature", 0.2, *flags)
     plan, (batch,) = first_step(args, pretrain.load_data(args))
     smooth(net)
     values = pretrain.train_step(net, standing_still(net), [batch], None, plan, args)
@@ -159,7 +164,7 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
                                    ("--weighting", "nonlinear", "--slope-pos", 0.3, "--slope-neg", 0.01),
                                    ("--weight-pca",)])
 def test_weights_are_those_that_the_flags_ask_for(mined, flags):
-    args = parse(mined, "--out", "unused", *TINY, *flags)
+    args = parse(mined, "--out", "unused", *TINY, "--weighting", "linear", *flags)
     pca, (k1, k2) = pretrain.load_data(args).pca, torch.rand(2, 9, 21, 2, generator=torch.manual_seed(0)) * 32
     found = pretrain.weigh(k1, k2, pca, args)
     every = np.concatenate([k1, k2]).astype(float)
@@ -420,7 +425,7 @@ def twins(hands, tmp_path):
     np.save(folder / "keypoints.npy", np.float32(keypoints))
     np.save(folder / "hands.npy", rows)
     (folder / "videos.txt").write_text("a\nb\n")
-    run_here("mine_pairs.py", folder, "--rotation-free", "--top-k", 2)
+    run_here("mine_pairs.py", folder, "--top-k", 2)
     return folder, angles
 
 
@@ -453,7 +458,7 @@ def test_turns_of_another_mining_are_refused(twins, tmp_path):
     out = tmp_path / "run"
     flags = (folder, "--out", out, *TINY, "--batch-size", 12)
     turns, neighbours = np.load(folder / "turns.npy"), np.load(folder / "neighbours.npy")
-    assert "--weight-pca" in refused("pretrain.py", *flags, "--weight-pca")
+    assert "--weight-pca" in refused("pretrain.py", *flags, *MEASURED)
     np.save(folder / "neighbours.npy", neighbours[:, ::-1].copy())
     assert "two minings" in refused("pretrain.py", *flags)
     np.save(folder / "neighbours.npy", neighbours)
@@ -461,7 +466,7 @@ def test_turns_of_another_mining_are_refused(twins, tmp_path):
                    lambda t: np.where(t == t[3, 0], t + 5, t)):
         np.save(folder / "turns.npy", change(turns))
         assert "turns.npy" in refused("pretrain.py", *flags)
-    run_here("mine_pairs.py", folder)  # as the hands lie: no turns any more
+    run_here("mine_pairs.py", folder, "--as-they-lie")  # no turns any more
     assert not (folder / "turns.npy").exists()
 
 
@@ -524,7 +529,7 @@ def test_optional_augmentations_do_what_they_say_and_leave_the_geometry_alone(se
 
 
 def test_pca_distances_use_the_frozen_components(mined):
-    args = parse(mined, "--out", "unused", *TINY, "--weight-pca")
+    args = parse(mined, "--out", "unused", *TINY, *MEASURED)
     pca = pretrain.load_data(args).pca
     assert np.array_equal(pca, load_array(mined / "pca.npy", np.float32, (15, 42))[1:])
 
@@ -535,7 +540,8 @@ def test_pca_distances_use_the_frozen_components(mined):
 def straight(mined, tmp_path_factory):
     """A run of two epochs without a stop."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2,
+        "--weighting", "linear")
     return out
 
 
@@ -649,7 +655,7 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
     assert "was trained on other hands or pairs" in line
     np.save(pairs / "neighbours.npy", neighbours)
     plain = parse(pairs, "--out", "x", *TINY)
-    measured = parse(pairs, "--out", "x", *TINY, "--weight-pca")
+    measured = parse(pairs, "--out", "x", *TINY, *MEASURED)
     digests = {pretrain.load_data(args).digest for args in (plain, measured)}
     np.save(pairs / "pca.npy", np.load(pairs / "pca.npy")[::-1].copy())
     digests.add(pretrain.load_data(measured).digest)
@@ -664,21 +670,26 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
     line = refused("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 20, "--epochs", 2, "--lr",
-                   1e30, "--optimizer", "adam")
+                   1e30, "--optimizer", "adam", "--weighting", "linear")
     assert "loss is not finite at step 2;" in line
     out = tmp_path / "kept"  # one step an epoch: the state after the first is finite, and stays
     line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 100, "--epochs", 9, "--warmup-epochs", 0,
-                   "--lr", 1e30, "--optimizer", "adam", "--weighting", "none")
+                   "--lr", 1e30, "--optimizer", "adam")
     assert "loss is not finite at step" in line
     state = load_checkpoint(out / "checkpoint.pt")
     assert state["step"] == 1 and "step 2;" in line and all(v.isfinite().all() for v in state["model"].values())
 
 
-@pytest.mark.parametrize("flags", [("--weight-on", "neg", "--weight-pca"), ("--method", "peclr")])
+@pytest.mark.parametrize("flags", [("--weight-on", "neg", *MEASURED), ("--method", "peclr")])
 def test_variants_run(mined, tmp_path, flags):
     arguments = ("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, *flags)
     run_here(*arguments)
     assert (tmp_path / "run" / "backbone.pt").exists() and (tmp_path / "run" / "views.jpg").exists()
+
+
+def test_how_to_weigh_is_refused_where_nothing_is_weighted(mined):
+    for flags in (("--weight-on", "pos"), ("--weight-pca",), ("--weight-keypoints", "original")):
+        assert "expected a --weighting" in refused("pretrain.py", mined, "--out", "unused", *flags)
 
 
 def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
@@ -766,7 +777,7 @@ def test_several_folders_and_pairs_elsewhere(mined, extracted, tmp_path):
 
 def test_one_pca_measures_all_folders(mined, pairs):
     np.save(pairs / "pca.npy", np.load(pairs / "pca.npy")[::-1].copy())
-    data = pretrain.load_data(parse(mined, pairs, "--out", "unused", *TINY, "--weight-pca"))
+    data = pretrain.load_data(parse(mined, pairs, "--out", "unused", *TINY, *MEASURED))
     assert np.array_equal(data.pca, np.load(mined / "pca.npy")[1:]) and "serve the hands of" in data.notes[0]
 
 

@@ -97,7 +97,7 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 4 + 7 + 3 and len(settings["tuned-0.1"]) == 3 * 5
+    assert len(settings["pretrain"]) == 3 * 4 + 6 + 3 and len(settings["tuned-0.1"]) == 3 * 5
     for _, command in study.comparisons(tmp_path, size):
         assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
     for _, _, command in study.preparation(tmp_path, size):
@@ -111,7 +111,7 @@ def test_the_letter_of_the_paper_has_its_values(monkeypatch):
     lines = re.search(r"```bash\n(.*?)```", section, re.S)[1].replace("\\\n", " ").splitlines()
     extract, mine, pretrain = (parse(shlex.split(line)[1:], monkeypatch) for line in lines)
     assert (extract.margin, extract.border, extract.size, extract.fps) == (1.3, "black", 224, 1)
-    assert not mine.rotation_free and (mine.dims, mine.top_k) == (14, 1)
+    assert mine.as_they_lie and (mine.dims, mine.top_k) == (14, 1)
     assert (pretrain.border, pretrain.weighting, pretrain.weight_on) == ("black", "linear", "both")
     assert abs(pretrain.crop_move - 15 / 224) < 1e-3 and pretrain.shift_unit == "side"
     assert pretrain.crop_margin == [0.9, 1.5] and pretrain.rotation == 45
