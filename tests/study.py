@@ -4,8 +4,8 @@ Renders videos (many persons, backgrounds and lights, things in front of the han
 other persons; finds the pool's hands with MediaPipe; pre-trains with each method, all else equal, pictures seen
 included; probes each backbone by nearest neighbours, fine-tunes the main methods on shares of the labels; 3 seeds.
 Ablations, and pools of other sizes, have 1 seed. The CPU size takes about ten hours on two cores.
-Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends with OUT/study.md
-(what the mined pairs are, and a table for each experiment) and OUT/study.png.
+Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends with tests/study.md
+(what the mined pairs are, and a table for each experiment) and tests/study.png.
 
     python tests/study.py                               # CPU size, for two cores
     python tests/study.py --size gpu --prepare          # render, extract and mine alone, say on another machine
@@ -57,6 +57,7 @@ ABLATIONS = {"weighting-linear": ("hands", "upright", "--weighting", "linear"),
              "top5": ("hands", "upright", "--top-k", 5),
              "temporal": ("hands", "temporal"),
              "same-video": ("hands", "same-video")}
+RESULTS = ROOT / "tests"
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"  # elsewhere bf16 is slower
 
@@ -89,9 +90,10 @@ def main():
         if printed.returncode:
             sys.exit(printed.stderr)
         text += f"\n### {title}\n\n" + (Path(command[-1]) / "table.md").read_text()
-    (out / "study.md").write_text(text)
-    draw(out / "study.png", panels)
-    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {out}/study.md and study.png")
+    heading = f"# Does mining similar hands help?\n\nWritten by `python tests/study.py --size {args.size}`.\n\n"
+    (RESULTS / "study.md").write_text(f"{heading}![The study's runs](study.png)\n\n{text}")
+    draw(RESULTS / "study.png", panels)
+    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {RESULTS}/study.md and study.png")
 
 
 def follow_lanes(out, lanes, jobs, threads):
