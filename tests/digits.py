@@ -36,16 +36,18 @@ SIDE = 64  # of a view, px
 PROBES = {"upright": 0, "turned": 90}  # degrees, to either side, by which the held-out hands are turned
 COLUMNS = ("1-NN", "5-NN", "pose")
 EXTRACT = {"default": (), "paper": ("--margin", 1.3, "--border", "black")}
-MINE = {"default": (), "as-they-lie": ("--as-they-lie",)}
+MINE = {"default": ("--top-k", 5), "as-they-lie": ("--as-they-lie",)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
 # Name of a method: the hands and the pairs, of those above, and flags of pretrain.py; None: no pre-training.
 METHODS = {"untrained": None,
            "simclr": ("default", "default", ("--method", "simclr")),
            "peclr": ("default", "default", ("--method", "peclr")),
            "simhand-paper": ("paper", "as-they-lie", PAPER),
-           "simhand": ("default", "default", ())}
+           "simhand": ("default", "default", ()),
+           "simhand-top5": ("default", "default", ("--top-k", 5))}
 TITLES = {"untrained": "untrained", "simclr": "SimCLR", "peclr": "PeCLR",
-          "simhand-paper": "SiMHand to the paper's letter", "simhand": "SiMHand"}
+          "simhand-paper": "SiMHand to the paper's letter", "simhand": "SiMHand",
+          "simhand-top5": "SiMHand, `--top-k 5`"}
 TRAINING = ("--backbone", "resnet18", "--weights", "none", "--input-size", SIDE, "--epochs", 40, "--batch-size", 64,
             "--optimizer", "adam", "--lr", 1e-3, "--warmup-epochs", 3, "--precision", PRECISION, "--workers", 0)
 

@@ -132,7 +132,7 @@ def test_the_photographs_methods_differ_in_the_method_alone(tmp_path, monkeypatc
             runs[method] = args
     assert set(runs) == set(digits.METHODS) - {"untrained"}
     compared = {"hands", "pairs", "method", "weighting", "equivariance", "rotation", "crop_margin", "border",
-                "crop_move"}
+                "crop_move", "top_k"}
     for method, args in runs.items():
         assert {key for key in args if args[key] != runs["simhand"][key]} <= compared, method
 
