@@ -1,4 +1,5 @@
-"""One rendered set, extracted and mined once, serves the whole session; tests copy what they change."""
+"""One rendered set, extracted and mined once, serves the whole session; tests copy what
+they change."""
 
 import contextlib
 import importlib
@@ -26,15 +27,16 @@ OURS = ("common", "extract_hands", "mine_pairs", "pretrain", "finetune", "evalua
 
 
 def pytest_configure(config):
-    """A warning of our own code fails its test. Other packages' warnings are theirs to mend. What a
-    warning becomes that is raised where an object is cleaned up, such as a file left open, fails too."""
+    """A warning of our own code fails its test. Other packages' warnings are theirs to
+    mend. What a warning becomes that is raised where an object is cleaned up, such as a
+    file left open, fails too."""
     config.addinivalue_line("filterwarnings", rf"error:::({'|'.join(OURS)})\Z")
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnraisableExceptionWarning")
 
 
 def run(script, *arguments, status=0):
-    """Run a script as a user would, but that its own warnings are errors. -> CompletedProcess; a wrong exit status
-    shows all that it printed."""
+    """Run a script as a user would, but that its own warnings are errors. ->
+    CompletedProcess; a wrong exit status shows all that it printed."""
     strict = ["-W", "error:::__main__", "-W", "error:::common"]
     command = [sys.executable, *strict, ROOT / script, *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT)
@@ -43,7 +45,8 @@ def run(script, *arguments, status=0):
 
 
 def torchrun(script, *arguments, ranks=2):
-    """Run a script, ours or another that may import ours, under torchrun. -> CompletedProcess, as of `run`."""
+    """Run a script, ours or another that may import ours, under torchrun. ->
+    CompletedProcess, as of `run`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                ROOT / script, *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200,
@@ -53,7 +56,8 @@ def torchrun(script, *arguments, ranks=2):
 
 
 def run_main(script, *arguments):
-    """Run a script's main() in this process: another would take seconds. -> exit status, stdout, stderr."""
+    """Run a script's main() in this process: another would take seconds. -> exit status,
+    stdout, stderr."""
     module, printed, errors = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
     argv, handler, status = sys.argv, signal.getsignal(signal.SIGTERM), 0
     sys.argv = [script, *map(str, arguments)]
@@ -92,7 +96,8 @@ def listing(folder):
 
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
-    """Folder with videos/ (8 of 4 s at 5 fps, and their truth) and freihand/ (16 training samples, 8 for testing)."""
+    """Folder with videos/ (8 of 4 s at 5 fps, and their truth) and freihand/ (16 training
+    samples, 8 for testing)."""
     import synthetic
     folder = tmp_path_factory.mktemp("rendered")
     synthetic.write_videos(folder / "videos", videos=8, seconds=4, fps=5, seed=0)

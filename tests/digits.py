@@ -1,11 +1,14 @@
-"""Which pre-training tells hand poses apart in real photographs? Sign digits 0 to 9, shown by many students.
+"""Which pre-training tells hand poses apart in real photographs? Sign digits 0 to 9, shown
+by many students.
 
-Reads the Sign Language Digits Dataset (github.com/ardamavi/Sign-Language-Digits-Dataset, Apache-2.0) in its own layout:
-Dataset/DIGIT/IMG_NUMBER.JPG. A student is a "video". A quarter of the students is held out; the hands of the others
-pre-train a ResNet-18 from nothing, by each method, with three seeds. Then each held-out hand looks for the most similar
-hand of another held-out student, by the cosine of the frozen features: does it show the same digit, and how far is its
-pose? Everything else is equal between the methods. Every stage is a command, logged below OUT/logs; a second call goes
-on where the first stopped. Ends with OUT/digits.md (the tables) and OUT/retrieved.jpg (queries and what they found).
+Reads the Sign Language Digits Dataset (github.com/ardamavi/Sign-Language-Digits-Dataset,
+Apache-2.0) in its own layout: Dataset/DIGIT/IMG_NUMBER.JPG. A student is a "video". A
+quarter of the students is held out; the hands of the others pre-train a ResNet-18 from
+nothing, by each method, with three seeds. Then each held-out hand looks for the most
+similar hand of another held-out student, by the cosine of the frozen features: does it show
+the same digit, and how far is its pose? Everything else is equal between the methods. Every
+stage is a command, logged below OUT/logs; a second call goes on where the first stopped.
+Ends with OUT/digits.md (the tables) and OUT/retrieved.jpg (queries and what they found).
 
     git clone https://github.com/ardamavi/Sign-Language-Digits-Dataset
     python tests/digits.py Sign-Language-Digits-Dataset --out digits
@@ -38,7 +41,8 @@ COLUMNS = ("1-NN", "5-NN", "pose")
 EXTRACT = {"default": (), "paper": ("--margin", 1.3, "--border", "black")}
 MINE = {"default": ("--top-k", 5), "as-they-lie": ("--as-they-lie",)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
-# Name of a method: the hands and the pairs, of those above, and flags of pretrain.py; None: no pre-training.
+# Name of a method: the hands and the pairs, of those above, and flags of pretrain.py; None:
+# no pre-training.
 METHODS = {"untrained": None,
            "simclr": ("default", "default", ("--method", "simclr")),
            "peclr": ("default", "default", ("--method", "peclr")),
@@ -60,8 +64,9 @@ def parse_args():
 
 
 def find_students(dataset):
-    """-> a list for each student of (digit, path). Each student shows the digits in order, one picture each, and the
-    camera numbers the pictures: in the order of the numbers, the next student begins where the digit does not rise."""
+    """-> a list for each student of (digit, path). Each student shows the digits in order,
+    one picture each, and the camera numbers the pictures: in the order of the numbers, the
+    next student begins where the digit does not rise."""
     pictures = []
     for path in Path(dataset, "Dataset").glob("[0-9]/IMG_*.JPG"):
         number = int(re.search(r"IMG_(\d+)", path.name)[1])
@@ -79,8 +84,9 @@ def find_students(dataset):
 
 
 def write_photos(pictures, folder):
-    """The pictures of one student as FOLDER/DIGIT.jpg, enlarged and with black around them, as in letterboxed video, so
-    that MediaPipe finds the hands, which fill their pictures."""
+    """The pictures of one student as FOLDER/DIGIT.jpg, enlarged and with black around them,
+    as in letterboxed video, so that MediaPipe finds the hands, which fill their
+    pictures."""
     folder.mkdir(parents=True)
     for digit, path in pictures:
         image = cv2.imread(str(path))
@@ -115,7 +121,8 @@ def main():
 
 
 def split_students(students, out):
-    """Write the photos: OUT/photos/pool for pre-training, OUT/photos/held-out of a quarter of the students."""
+    """Write the photos: OUT/photos/pool for pre-training, OUT/photos/held-out of a quarter
+    of the students."""
     order = np.random.default_rng(0).permutation(len(students))
     held_out = order[:len(students) // 4]
     temporary = out / ".photos.tmp"
@@ -139,7 +146,8 @@ def preparation(out):
 
 
 def lane(out, method, seed):
-    """-> name, last file, command of the pre-training of one method with one seed; nothing for no pre-training."""
+    """-> name, last file, command of the pre-training of one method with one seed; nothing
+    for no pre-training."""
     if METHODS[method]:
         hands, pairs, flags = METHODS[method]
         folder = out / "pretrained" / f"{method}-seed{seed}"
@@ -149,7 +157,8 @@ def lane(out, method, seed):
 
 
 def probe(out, method, seed):
-    """Metrics of one method with one seed -> rows that each held-out hand found (N, 5), and {column: value}."""
+    """Metrics of one method with one seed -> rows that each held-out hand found (N, 5), and
+    {column: value}."""
     hands_name, _, flags = METHODS[method] or METHODS["simhand"]
     border = "black" if "black" in flags else "mirror"
     hands = common.load_hands(out / f"held-out-{hands_name}")
@@ -208,8 +217,9 @@ def draw_retrieved(out, nearest):
 
 
 def embed(backbone, hands, border, rotation):
-    """Frozen features of all hands of a folder, each in one view like those of pre-training, turned by up to
-    `rotation` degrees, colours as they are -> (N, 512), of length 1. All methods see the same views."""
+    """Frozen features of all hands of a folder, each in one view like those of
+    pre-training, turned by up to `rotation` degrees, colours as they are -> (N, 512), of
+    length 1. All methods see the same views."""
     views = []
     for row, points in enumerate(hands.keypoints):
         view = common.sample_view(np.random.default_rng(row), points, hands.side, SIDE, rotation=rotation, move=0,

@@ -1,15 +1,18 @@
-"""Does mining similar hands help, and when? A controlled study on rendered hands, where everything is known.
+"""Does mining similar hands help, and when? A controlled study on rendered hands, where
+everything is known.
 
-Renders videos (many persons, backgrounds and lights, things in front of the hands) as the pool, and labelled sets of
-other persons; finds the pool's hands with MediaPipe; pre-trains with each method, all else equal, pictures seen
-included; probes each backbone by nearest neighbours, fine-tunes the main methods on shares of the labels; 3 seeds.
-Ablations, and pools of other sizes, have 1 seed. The CPU size takes about ten hours on two cores.
-Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends with tests/study.md
-(what the mined pairs are, and a table for each experiment) and tests/study.png.
+Renders videos (many persons, backgrounds and lights, things in front of the hands) as the
+pool, and labelled sets of other persons; finds the pool's hands with MediaPipe; pre-trains
+with each method, all else equal, pictures seen included; probes each backbone by nearest
+neighbours, fine-tunes the main methods on shares of the labels; 3 seeds. Ablations, and
+pools of other sizes, have 1 seed. The CPU size takes about ten hours on two cores. Every
+stage is a command, logged below OUT/logs; a second call goes on where the first stopped.
+Ends with tests/study.md (what the mined pairs are, and a table for each experiment) and
+tests/study.png.
 
-    python tests/study.py                               # CPU size, for two cores
-    python tests/study.py --size gpu --prepare          # render, extract and mine alone, say on another machine
-    python tests/study.py --size gpu --out study-gpu
+    python tests/study.py                               # CPU size, for two cores python
+    tests/study.py --size gpu --prepare          # render, extract and mine alone, say on
+    another machine python tests/study.py --size gpu --out study-gpu
 """
 
 import argparse
@@ -31,9 +34,10 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four pictures of each for
-# training; shares: of the labels, for fine-tuning; probes: likewise, for knn, the last one for the ablations too;
-# pools: sizes of smaller pools, pre-trained on for as many steps.
+# crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four
+# pictures of each for training; shares: of the labels, for fine-tuning; probes: likewise,
+# for knn, the last one for the ablations too; pools: sizes of smaller pools, pre-trained on
+# for as many steps.
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=64, train=1200, test=300, batch=64,
                 epochs=15, warmup=2, tune_batch=8, tune_epochs=12, shares=(0.01, 0.1), probes=(0.01, 0.1, 1.0),
@@ -97,7 +101,8 @@ def main():
 
 
 def follow_lanes(out, lanes, jobs, threads):
-    """Run the commands of each lane in order, `jobs` lanes side by side; the first that fails ends all."""
+    """Run the commands of each lane in order, `jobs` lanes side by side; the first that
+    fails ends all."""
     stop = threading.Event()
 
     def follow(lane):
@@ -115,7 +120,8 @@ def follow_lanes(out, lanes, jobs, threads):
 
 
 def run(out, name, done, command, threads):
-    """Run a command unless its last file is there; its output goes to a log, one line of it is said."""
+    """Run a command unless its last file is there; its output goes to a log, one line of it
+    is said."""
     if done.exists():
         return
     start, log = time.time(), out / "logs" / f"{name}.log"
@@ -151,8 +157,8 @@ def preparation(out, size):
 
 
 def equal_pairs(out):
-    """OUT/pairs/NAME: the mined neighbours of those hands alone that have one of each kind: all methods see the same
-    pictures equally often."""
+    """OUT/pairs/NAME: the mined neighbours of those hands alone that have one of each kind:
+    all methods see the same pictures equally often."""
     found = {name: np.load(out / "mined" / name / "neighbours.npy") for name in MINED}
     usable = np.all([neighbours[:, 0] >= 0 for neighbours in found.values()], 0)
     for name, neighbours in found.items():
@@ -165,7 +171,8 @@ def equal_pairs(out):
 
 
 def pools(size):
-    """-> {method: pre-training} of the smaller pools, {method: epochs}: as many steps as with the whole pool."""
+    """-> {method: pre-training} of the smaller pools, {method: epochs}: as many steps as
+    with the whole pool."""
     methods = {f"pool{count}": ("hands", f"pool{count}") for count in size["pools"]}
     epochs = {f"pool{count}": round(size["epochs"] * size["hands"] / count) for count in size["pools"]}
     return methods, epochs
@@ -178,7 +185,8 @@ def plan(size):
 
 
 def lane(out, size, method, seed):
-    """-> name, last file, command of one method's stages, for one seed: pre-training, probes, fine-tuning."""
+    """-> name, last file, command of one method's stages, for one seed: pre-training,
+    probes, fine-tuning."""
     out = out.absolute()
     smaller, epochs = pools(size)
     pretraining = (METHODS | ABLATIONS | smaller)[method]
@@ -223,7 +231,8 @@ def comparisons(out, size):
 
 
 def draw(path, panels):
-    """A panel for each experiment: the MPJPE of each method's seeds as dots, their mean as a line."""
+    """A panel for each experiment: the MPJPE of each method's seeds as dots, their mean as
+    a line."""
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     for axis, (title, runs) in zip(figure.subplots(2, -(-len(panels) // 2)).flat, panels.items()):
         errors = {}
@@ -243,8 +252,9 @@ def draw(path, panels):
 
 
 def pair_report(out):
-    """What the pairs are, by the renderer's truth -> Markdown. Of each pair: distance of the keypoints in crops, of the
-    poses in space, relative to the wrist and after Procrustes, and whether the pose goes by the same name."""
+    """What the pairs are, by the renderer's truth -> Markdown. Of each pair: distance of
+    the keypoints in crops, of the poses in space, relative to the wrist and after
+    Procrustes, and whether the pose goes by the same name."""
     import evaluate
     from common import load_hands
 

@@ -323,7 +323,8 @@ def test_same_video_allows_the_own_video(hands):
 
 
 def test_upright_poses_against_complex_numbers():
-    """A pose as complex numbers: its mean is taken away, it is divided by its size and by the direction of its palm."""
+    """A pose as complex numbers: its mean is taken away, it is divided by its size and by
+    the direction of its palm."""
     keypoints = np.random.default_rng(0).normal(size=(50, 21, 2)).astype(np.float32) * 40 + 100
     found = mine_pairs.as_poses(keypoints, 224).reshape(50, 21, 2)
     z = keypoints[..., 0].astype(np.float64) - 1j * keypoints[..., 1]  # y up

@@ -39,8 +39,8 @@ def test_commands_parse(command, monkeypatch):
 
 
 def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch):
-    """The blocks are run by bash with a `python` that only notes its arguments; the scripts' own parsers read them.
-    A comment begins a new experiment."""
+    """The blocks are run by bash with a `python` that only notes its arguments; the
+    scripts' own parsers read them. A comment begins a new experiment."""
     section = README.split("\n## The paper\n")[1].split("\n## ")[0]
     experiments, letter = re.findall(r"```bash\n(.*?)```", section, re.S)
     blocks = re.sub(r"(?m)^# .*", "python next", experiments) + f"python next\n{letter}"
@@ -81,7 +81,8 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("size", study.SIZES)
 def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypatch):
-    """Each of its commands parses; runs of one experiment differ in nothing but what it compares."""
+    """Each of its commands parses; runs of one experiment differ in nothing but what it
+    compares."""
     settings, made, size = {}, set(), study.SIZES[size]
     for method, seed in study.plan(size):
         for name, done, command in study.lane(tmp_path, size, method, seed):
