@@ -36,7 +36,8 @@ from study import PRECISION, follow_lanes, run
 
 SEEDS = (0, 1, 2)
 SIDE = 64  # of a view, px
-PROBES = {"upright": 0, "turned": 90}  # degrees, to either side, by which the held-out hands are turned
+# Degrees, to either side, by which the held-out hands are turned.
+PROBES = {"upright": 0, "turned": 90}
 COLUMNS = ("1-NN", "5-NN", "pose")
 EXTRACT = {"default": (), "paper": ("--margin", 1.3, "--border", "black")}
 MINE = {"default": ("--top-k", 5), "as-they-lie": ("--as-they-lie",)}
@@ -52,12 +53,14 @@ METHODS = {"untrained": None,
 TITLES = {"untrained": "untrained", "simclr": "SimCLR", "peclr": "PeCLR",
           "simhand-paper": "SiMHand to the paper's letter", "simhand": "SiMHand",
           "simhand-top5": "SiMHand, `--top-k 5`"}
-TRAINING = ("--backbone", "resnet18", "--weights", "none", "--input-size", SIDE, "--epochs", 40, "--batch-size", 64,
-            "--optimizer", "adam", "--lr", 1e-3, "--warmup-epochs", 3, "--precision", PRECISION, "--workers", 0)
+TRAINING = ("--backbone", "resnet18", "--weights", "none", "--input-size", SIDE, "--epochs", 40,
+            "--batch-size", 64, "--optimizer", "adam", "--lr", 1e-3, "--warmup-epochs", 3,
+            "--precision", PRECISION, "--workers", 0)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="the data set's folder, which holds Dataset/0 to Dataset/9")
     parser.add_argument("--out", default="digits", help="folder for everything (default: digits)")
     return parser.parse_args()
@@ -117,7 +120,8 @@ def main():
             draw_retrieved(out, nearest)
     text = table(out, results)
     (out / "digits.md").write_text(text)
-    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {out}/digits.md, retrieved.jpg")
+    minutes = (time.time() - start) / 60
+    print(f"{text}\n{minutes:.0f} minutes in this call; wrote {out}/digits.md, retrieved.jpg")
 
 
 def split_students(students, out):
@@ -138,7 +142,8 @@ def preparation(out):
     for hands, flags in EXTRACT.items():
         for part, folder in (("pool", f"hands-{hands}"), ("held-out", f"held-out-{hands}")):
             yield f"extract-{folder}", out / folder / "hands.jpg", (
-                "extract_hands.py", out / "photos" / part, "--out", out / folder, "--size", 128, *flags)
+                "extract_hands.py", out / "photos" / part, "--out", out / folder, "--size", 128,
+                *flags)
     for hands, pairs in {METHODS[method][:2] for method in METHODS if METHODS[method]}:
         folder = out / f"pairs-{hands}-{pairs}"
         yield f"mine-{hands}-{pairs}", folder / "pairs.jpg", (
@@ -152,8 +157,8 @@ def lane(out, method, seed):
         hands, pairs, flags = METHODS[method]
         folder = out / "pretrained" / f"{method}-seed{seed}"
         yield f"pretrain-{method}-seed{seed}", folder / "backbone.pt", (
-            "pretrain.py", out / f"hands-{hands}", "--pairs", out / f"pairs-{hands}-{pairs}", *flags,
-            *TRAINING, "--seed", seed, "--out", folder)
+            "pretrain.py", out / f"hands-{hands}", "--pairs", out / f"pairs-{hands}-{pairs}",
+            *flags, *TRAINING, "--seed", seed, "--out", folder)
 
 
 def probe(out, method, seed):
@@ -164,7 +169,9 @@ def probe(out, method, seed):
     hands = common.load_hands(out / f"held-out-{hands_name}")
     digits = digits_of(out, hands)
     torch.manual_seed(seed)  # of the untrained network
-    weights = out / "pretrained" / f"{method}-seed{seed}" / "backbone.pt" if METHODS[method] else "none"
+    weights = "none"
+    if METHODS[method]:
+        weights = out / "pretrained" / f"{method}-seed{seed}" / "backbone.pt"
     backbone = common.load_backbone("resnet18", weights)
     result = {}
     for kind, rotation in PROBES.items():
@@ -187,10 +194,11 @@ def table(out, results):
     """{method: metrics of each seed} -> Markdown."""
     pool = common.load_hands(out / "hands-default")
     held_out = common.load_hands(out / "held-out-default")
-    lines = [f"{len(pool.keypoints)} hands of {len(pool.videos)} students for pre-training; {len(held_out.keypoints)} "
-             f"hands of {len(held_out.videos)} other students look for their like among each other. Mean and standard "
-             f"deviation of {len(SEEDS)} seeds. Share that finds the same digit, by the nearest and by the vote of "
-             "five; how far the nearest one's pose is, in hand sizes.", ""]
+    lines = [f"{len(pool.keypoints)} hands of {len(pool.videos)} students for pre-training; "
+             f"{len(held_out.keypoints)} hands of {len(held_out.videos)} other students look for "
+             "their like among each other. Share that finds the same digit, by the nearest and by "
+             "the vote of five; how far the nearest one's pose is, in hand sizes. Mean and "
+             f"standard deviation of {len(SEEDS)} seeds.", ""]
     titles = [f"{kind}, {name}" for kind in PROBES for name in COLUMNS]
     lines.append("| pre-training | " + " | ".join(titles) + " |")
     lines.append("|---" * (1 + len(titles)) + "|")
@@ -222,8 +230,8 @@ def embed(backbone, hands, border, rotation):
     length 1. All methods see the same views."""
     views = []
     for row, points in enumerate(hands.keypoints):
-        view = common.sample_view(np.random.default_rng(row), points, hands.side, SIDE, rotation=rotation, move=0,
-                                  half_side=(1.2, 1.2), colour=False)
+        view = common.sample_view(np.random.default_rng(row), points, hands.side, SIDE,
+                                  rotation=rotation, move=0, half_side=(1.2, 1.2), colour=False)
         views.append(common.apply_view(view, common.read_crop(hands, row), points, SIDE, border)[0])
     views = torch.from_numpy(np.stack(views))
     backbone.eval()
