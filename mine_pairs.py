@@ -1,11 +1,11 @@
 """Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand.
 
-Reads a hands folder, embeds each hand's 21 keypoints (divided by the crop's side, 42
-numbers) by PCA in 14 dimensions, and searches exactly, by products of matrices and a tree that
-says which are needed, on a CPU or a GPU alike. Writes into the same folder (or --out): pca.npy,
-embeddings.npy, distances.npy, neighbours.npy, turns.npy unless --as-they-lie, and to look
-at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches for its
-share of the hands. A search that was stopped starts again: it takes minutes.
+Reads a hands folder, turns each hand upright and to one size (or takes it as it lies), embeds its
+21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, by products of matrices and
+a tree that says which are needed, on a CPU or a GPU alike. Writes into the same folder (or --out):
+pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy unless --as-they-lie, and to look
+at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches for its share of the
+hands. A search that was stopped starts again: it takes minutes.
 
     python mine_pairs.py data/ego4d
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
