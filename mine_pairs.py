@@ -3,9 +3,9 @@
 Reads a hands folder, turns each hand upright and to one size (or takes it as it lies), embeds its
 21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, by products of matrices and
 a tree that says which are needed, on a CPU or a GPU alike. Writes into the same folder (or --out):
-pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy unless --as-they-lie, and to look
-at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches for its share of the
-hands. A search that was stopped starts again: it takes minutes.
+pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy (not of hands as they lie), and
+to look at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches for its
+share of the hands. A search that was stopped starts again: it takes minutes.
 
     python mine_pairs.py data/ego4d
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
@@ -48,10 +48,10 @@ def make_parser():
     # which pairs
     flag("--top-k", type=int, default=1,
          help="neighbours kept for each hand (paper: 1); the search takes longer with more")
-    flag("--as-they-lie", action="store_true", help="compare hands as they lie in their crops, as "
-         "the paper does (default: turned upright, the mean of joints 5, 9, 13 and 17 above the "
-         "wrist, and of one size; turns.npy says how a neighbour must be turned to lie as the hand "
-         "does)")
+    flag("--rotation-free", action=argparse.BooleanOptionalAction, help="compare hands turned "
+         "upright (the mean of joints 5, 9, 13 and 17 above the wrist) and of one size; turns.npy "
+         "says how a neighbour must be turned to lie as the hand does (default; paper: "
+         "--no-rotation-free, hands as they lie in their crops)")
     flag("--same-video", action="store_true", help="let a neighbour come from the hand's own video "
          "(ablation: mostly near-duplicates)")
     flag("--temporal", action="store_true", help="instead of similar hands: the hand of the same "
@@ -72,10 +72,12 @@ def parse_args():
     require(1 <= args.dims <= 42 and args.top_k >= 1,
             "--dims must lie in 1..42, --top-k must be at least 1")
     if args.temporal:
-        require(args.top_k == 1 and args.limit is None and not args.same_video,
-                "--temporal pairs a hand with the next frame: it goes without --top-k, --limit and "
-                "--same-video")
-        args.as_they_lie = True  # frames that follow each other are not turned
+        fits = args.top_k == 1 and args.limit is None
+        require(fits and not args.same_video and not args.rotation_free,
+                "--temporal pairs a hand with the next frame: it goes without --top-k, --limit, "
+                "--same-video and --rotation-free")
+    if args.rotation_free is None:
+        args.rotation_free = not args.temporal
     return args
 
 
@@ -144,7 +146,7 @@ def choose_rows(hands, args):
 def embed(hands, mined, args):
     """Fit the PCA on the mined rows and embed all hands -> pca (1 + D, 42), the mean and the
     components; share of the variance explained; embeddings (N, D) float32."""
-    poses = as_poses(hands.keypoints[mined], hands.side, args.as_they_lie)
+    poses = as_poses(hands.keypoints[mined], hands.side, args.rotation_free)
     require(np.ptp(poses, axis=0).max() > 1e-9, f"{hands.folder / 'keypoints.npy'}: all hands are "
             "the same, a PCA needs them to vary")
     mean, components, explained = fit_pca(poses, args.dims)
@@ -152,19 +154,19 @@ def embed(hands, mined, args):
     embeddings = np.empty((len(hands.keypoints), args.dims), np.float32)
     for start in range(0, len(embeddings), 1 << 16):  # bounds the memory
         some = slice(start, start + (1 << 16))
-        poses = as_poses(hands.keypoints[some], hands.side, args.as_they_lie)
+        poses = as_poses(hands.keypoints[some], hands.side, args.rotation_free)
         embeddings[some] = (poses - mean) @ components.T
     return np.concatenate([mean[None], components]).astype(np.float32), explained, embeddings
 
 
-def as_poses(keypoints, side, as_they_lie=False):
+def as_poses(keypoints, side, rotation_free):
     """keypoints (N, 21, 2) in pixels of crops of this side -> what is embedded, (N, 42) float64.
 
-    Their place in the crop, or, by default, what is left of a hand without its place, size and
+    Their place in the crop, or, rotation-free, what is left of a hand without its place, size and
     direction: its mean is 0, the root mean square distance from it 1, and the mean of joints 5, 9,
     13 and 17 lies above the wrist.
     """
-    if as_they_lie:
+    if not rotation_free:
         return keypoints.reshape(-1, 42) * np.float64(1 / side)
     points = keypoints - keypoints.mean(1, keepdims=True, dtype=np.float64)
     size = np.sqrt(np.square(points).sum(2).mean(1))
@@ -419,7 +421,7 @@ def write(out, hands, pca, embeddings, neighbours, distances, explained, mined, 
     save_array(out / "embeddings.npy", embeddings)
     save_array(out / "distances.npy", distances)
     turns = None
-    if not args.as_they_lie:
+    if args.rotation_free:
         turns = pair_turns(hands.keypoints, neighbours)
         save_array(out / "turns.npy", turns)
     save_array(out / "neighbours.npy", neighbours)
@@ -437,7 +439,7 @@ def write(out, hands, pca, embeddings, neighbours, distances, explained, mined, 
             file.write((json.dumps(row) + "\n").encode())
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
     draw_pairs(out / "pairs.jpg", hands, neighbours, distances, turns)
-    unit = "crop's side" if args.as_they_lie else "hand's size"
+    unit = "hand's size" if args.rotation_free else "crop's side"
     plot_distances(out / "distances.png", embeddings, distances[paired, 0], unit)
     print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:")
     pairs = f" --pairs {out}" if args.out else ""

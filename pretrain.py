@@ -592,7 +592,7 @@ def load_data(args):
         if neighbours is not None and (path / "turns.npy").exists():
             turns = load_turns(path / "turns.npy", hands.keypoints, neighbours)
             require(not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca needs an embedding "
-                    "of hands as they lie: mine with --as-they-lie")
+                    "of hands as they lie: mine with --no-rotation-free")
         if args.weight_pca:
             add_pca(data, path, hands)
         for array in (hands.keypoints, hands.offsets, neighbours, turns, data.pca):

@@ -118,7 +118,7 @@ def mined(extracted, tmp_path_factory):
     """The same, mined with three neighbours each. Not to be changed."""
     out = tmp_path_factory.mktemp("mined") / "hands"
     shutil.copytree(extracted, out)
-    run("mine_pairs.py", out, "--top-k", 3, "--as-they-lie")
+    run("mine_pairs.py", out, "--top-k", 3, "--no-rotation-free")
     return out
 
 

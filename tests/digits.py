@@ -40,7 +40,7 @@ SIDE = 64  # of a view, px
 PROBES = {"upright": 0, "turned": 90}
 COLUMNS = ("1-NN", "5-NN", "pose")
 EXTRACT = {"default": (), "paper": ("--margin", 1.3, "--border", "black")}
-MINE = {"default": ("--top-k", 5), "as-they-lie": ("--as-they-lie",)}
+MINE = {"default": ("--top-k", 5), "as-they-lie": ("--no-rotation-free",)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
 # Name of a method: the hands and the pairs, of those above, and flags of pretrain.py; None:
 # no pre-training.
@@ -248,7 +248,7 @@ def retrieve(features, hands, digits):
     nearest = similarity.topk(5, dim=1).indices.numpy()
     vote = 1 + 0.5 ** np.arange(1, 6)  # of equal numbers of votes those with the nearest hand win
     votes = np.stack([((digits[nearest] == digit) * vote).sum(1) for digit in range(10)], 1)
-    poses = as_poses(hands.keypoints, hands.side).reshape(-1, 21, 2)
+    poses = as_poses(hands.keypoints, hands.side, True).reshape(-1, 21, 2)
     apart = np.linalg.norm(poses[nearest[:, 0]] - poses, axis=2).mean()
     return nearest, {"1-NN": float(np.mean(digits[nearest[:, 0]] == digits)),
                      "5-NN": float(np.mean(votes.argmax(1) == digits)), "pose": float(apart)}

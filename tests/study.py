@@ -46,7 +46,7 @@ SIZES = {
                 epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0),
                 seeds=(0, 1, 2), hands=20_000, pools=(2500, 5000, 10_000))}
 HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
-MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--as-they-lie"), "temporal": ("--temporal",),
+MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"), "temporal": ("--temporal",),
          "same-video": ("--same-video", "--top-k", 5)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
 # Name: hands, pairs, flags of pretrain.py; None: no pre-training.

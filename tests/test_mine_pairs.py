@@ -97,7 +97,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads_nor_changes_it(thre
 
 
 def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
-    result = torchrun("mine_pairs.py", hands, "--top-k", 3, "--as-they-lie", "--out", tmp_path / "elsewhere")
+    result = torchrun("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out", tmp_path / "elsewhere")
     assert result.stdout.count("wrote ") == 1
     for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy", "pairs.jpg"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
@@ -107,7 +107,7 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
     rows = {}
     for limit in (60, 100):
         out = tmp_path / str(limit)
-        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--as-they-lie", "--out", out)
+        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--no-rotation-free", "--out", out)
         neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
         assert neighbours.shape == (len(np.load(hands / "keypoints.npy")), 1)
         rows[limit] = chosen = np.flatnonzero(neighbours[:, 0] >= 0)
@@ -245,7 +245,7 @@ def test_a_crop_that_cannot_be_drawn_does_not_cost_the_search(hands):
 
 def test_a_second_mining_gives_the_same_bytes_and_out_leaves_the_folder_alone(mined, hands, tmp_path):
     before = sorted(p.name for p in hands.iterdir())
-    run_here("mine_pairs.py", hands, "--top-k", 3, "--as-they-lie", "--out", tmp_path / "elsewhere")
+    run_here("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out", tmp_path / "elsewhere")
     assert sorted(p.name for p in hands.iterdir()) == before
     for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
@@ -326,7 +326,7 @@ def test_upright_poses_against_complex_numbers():
     """A pose as complex numbers: its mean is taken away, it is divided by its size and by
     the direction of its palm."""
     keypoints = np.random.default_rng(0).normal(size=(50, 21, 2)).astype(np.float32) * 40 + 100
-    found = mine_pairs.as_poses(keypoints, 224).reshape(50, 21, 2)
+    found = mine_pairs.as_poses(keypoints, 224, True).reshape(50, 21, 2)
     z = keypoints[..., 0].astype(np.float64) - 1j * keypoints[..., 1]  # y up
     z -= z.mean(1, keepdims=True)
     z /= np.sqrt((abs(z) ** 2).mean(1, keepdims=True))
@@ -338,7 +338,7 @@ def test_upright_poses_against_complex_numbers():
 def test_pairs_are_the_nearest_upright_poses(hands):
     run_here("mine_pairs.py", hands, "--top-k", 2, "--dims", 42)
     folder = mine_pairs.load_hands(hands)
-    poses = mine_pairs.as_poses(folder.keypoints, folder.side)
+    poses = mine_pairs.as_poses(folder.keypoints, folder.side, True)
     neighbours, distances = np.load(hands / "neighbours.npy"), np.load(hands / "distances.npy")
     video = folder.rows["video"]
     for i, pose in enumerate(poses):
@@ -346,3 +346,4 @@ def test_pairs_are_the_nearest_upright_poses(hands):
         assert np.allclose(np.sort(gaps)[:2], distances[i], atol=1e-5)
         assert np.allclose(gaps[neighbours[i]], distances[i], atol=1e-5)
     assert np.isfinite(np.load(hands / "turns.npy")).all()
+    assert "--rotation-free" in refused("mine_pairs.py", hands, "--temporal", "--rotation-free")

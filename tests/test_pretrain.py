@@ -466,7 +466,7 @@ def test_turns_of_another_mining_are_refused(twins, tmp_path):
                    lambda t: np.where(t == t[3, 0], t + 5, t)):
         np.save(folder / "turns.npy", change(turns))
         assert "turns.npy" in refused("pretrain.py", *flags)
-    run_here("mine_pairs.py", folder, "--as-they-lie")  # no turns any more
+    run_here("mine_pairs.py", folder, "--no-rotation-free")  # no turns any more
     assert not (folder / "turns.npy").exists()
 
 

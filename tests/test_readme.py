@@ -114,7 +114,7 @@ def test_the_letter_of_the_paper_has_its_values(monkeypatch):
     lines = re.search(r"```bash\n(.*?)```", section, re.S)[1].replace("\\\n", " ").splitlines()
     extract, mine, pretrain = (parse(shlex.split(line)[1:], monkeypatch) for line in lines)
     assert (extract.margin, extract.border, extract.size, extract.fps) == (1.3, "black", 224, 1)
-    assert mine.as_they_lie and (mine.dims, mine.top_k) == (14, 1)
+    assert not mine.rotation_free and (mine.dims, mine.top_k) == (14, 1)
     assert (pretrain.border, pretrain.weighting, pretrain.weight_on) == ("black", "linear", "both")
     assert abs(pretrain.crop_move - 15 / 224) < 1e-3 and pretrain.shift_unit == "side"
     assert pretrain.crop_margin == [0.9, 1.5] and pretrain.rotation == 45
