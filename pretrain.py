@@ -154,8 +154,8 @@ def parse_args():
         args.crop_margin = [1.25, 1.25] if simclr else [0.9, 1.5]
     if args.weighting == "none":
         weighs = args.weight_on != "both" or args.weight_keypoints != "augmented"
-        require(not weighs and not args.weight_pca, "--weight-on, --weight-keypoints, --weight-pca: "
-                "expected a --weighting, as linear")
+        require(not weighs and not args.weight_pca,
+                "--weight-on, --weight-keypoints, --weight-pca: expected a --weighting, as linear")
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
     require(min(args.epochs, args.top_k, args.input_size, args.temperature, args.lr) > 0,
