@@ -27,7 +27,8 @@ from extract_hands import Hand, Square, cut_out, square_around
 
 
 def write_video(path, frames, fps=10):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames[0].shape[1::-1])
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps,
+                             frames[0].shape[1::-1])
     for frame in frames:
         writer.write(frame)
     writer.release()
@@ -36,7 +37,8 @@ def write_video(path, frames, fps=10):
 def test_files_as_the_contract_says(extracted):
     hands = load_hands(extracted)
     n = len(hands.keypoints)
-    assert hands.crops.dtype == np.uint8 and hands.offsets.dtype == np.int64 and len(hands.offsets) == n + 1
+    assert (hands.crops.dtype == np.uint8 and hands.offsets.dtype == np.int64
+            and len(hands.offsets) == n + 1)
     assert hands.keypoints.dtype == np.float32 and hands.rows.dtype == HANDS_DTYPE
     assert hands.videos == sorted(hands.videos) and len(hands.videos) == 8
     order = np.lexsort((hands.rows["frame"], hands.rows["video"]))
@@ -46,11 +48,13 @@ def test_files_as_the_contract_says(extracted):
     assert ((hands.rows["score"] >= 0.5) & (hands.rows["score"] <= 1)).all()
     assert cv2.imread(str(extracted / "hands.jpg")) is not None
     log = [json.loads(line) for line in (extracted / "log.jsonl").read_text().splitlines()]
-    assert log[0]["args"]["fps"] == 5 and log[1]["hands"] == n and log[1]["left"] == hands.rows["left"].sum()
+    assert (log[0]["args"]["fps"] == 5 and log[1]["hands"] == n
+            and log[1]["left"] == hands.rows["left"].sum())
 
 
 def test_keypoints_lie_on_the_true_joints_and_left_hands_were_mirrored(extracted, rendered):
-    """Box and keypoints of a row, put back into the source, must meet the truth that the renderer wrote."""
+    """Box and keypoints of a row, put back into the source, must meet the truth that the
+    renderer wrote."""
     hands, errors, sides = load_hands(extracted), [], []
     for row, keypoints in zip(hands.rows, hands.keypoints):
         truth = np.load((rendered / "videos" / hands.videos[row["video"]]).with_suffix(".npy"))
@@ -87,12 +91,14 @@ def test_frames_are_sampled_by_time_in_sequence(tmp_path):
     assert [frame.index for frame in found] == [0, 4, 7, 10, 14, 17, 20, 24]
     assert all(abs(frame.time - frame.index / 10) < 1e-3 for frame in found)
     assert all(abs(frame.image.mean() - 10 * frame.index) < 4 for frame in found)
-    assert len(list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), 1000))) == 25  # no frame twice
+    # No frame twice.
+    assert len(list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), 1000))) == 25
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_crops_are_square_padded_and_carry_their_keypoints(left):
-    """A hand at the border: a dot drawn at a keypoint is found at the crop's keypoint, what lies outside is black."""
+    """A hand at the border: a dot drawn at a keypoint is found at the crop's keypoint, what
+    lies outside is black."""
     rng = np.random.default_rng(0)
     for corner in ((-20.0, 30.0), (230.0, -15.0), (100.0, 60.0)):
         points = corner + rng.uniform(0, 1, (21, 2)) * (80, 120)
@@ -183,23 +189,30 @@ def test_broken_videos_are_listed_and_the_run_goes_on(rendered, tmp_path):
     out = tmp_path / "hands"
     printed = run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5).stdout
     failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
-    assert sorted(failed) == ["b_text.mp4", "c_cut.mp4", "d_empty.mp4"] and "3 videos could not be read" in printed
-    assert (out / "videos.txt").read_text().split() == ["a_good.mp4"] and set(load_hands(out).rows["video"]) == {0}
+    assert (sorted(failed) == ["b_text.mp4", "c_cut.mp4", "d_empty.mp4"]
+            and "3 videos could not be read" in printed)
+    assert ((out / "videos.txt").read_text().split() == ["a_good.mp4"]
+            and set(load_hands(out).rows["video"]) == {0})
     before = listing(out)
-    run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5)  # what could not be read is tried again
+    # What could not be read is tried again.
+    run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5)
     assert listing(out) == before
     (tmp_path / "in" / "b_text.mp4").write_bytes(source.read_bytes())
     run("extract_hands.py", tmp_path / "in", "--out", out, "--fps", 5)
     hands = load_hands(out)
-    assert hands.videos == ["a_good.mp4", "b_text.mp4"] and "b_text" not in (out / "failed.txt").read_text()
+    assert (hands.videos == ["a_good.mp4", "b_text.mp4"]
+            and "b_text" not in (out / "failed.txt").read_text())
     assert np.array_equal(*(hands.keypoints[hands.rows["video"] == video] for video in (0, 1)))
 
 
 def test_a_video_that_breaks_half_way_keeps_what_was_decoded(rendered, tmp_path):
-    """Motion JPEG in AVI has no index to lose: cutting the file leaves good frames before the cut."""
-    frames = [cv2.GaussianBlur(np.random.default_rng(k).integers(0, 255, (120, 160, 3), dtype=np.uint8), (5, 5), 2)
+    """Motion JPEG in AVI has no index to lose: cutting the file leaves good frames before
+    the cut."""
+    frames = [cv2.GaussianBlur(np.random.default_rng(k).integers(0, 255, (120, 160, 3),
+                                                                 dtype=np.uint8), (5, 5), 2)
               for k in range(60)]
-    writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (160, 120))
+    writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10,
+                             (160, 120))
     for frame in frames:
         writer.write(frame)
     writer.release()
@@ -216,21 +229,27 @@ def test_bad_input_is_refused_in_one_line(tmp_path, rendered):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.mp4").write_text("this is no video")
-    assert "no such file or folder" in refused("extract_hands.py", tmp_path / "nowhere", "--out", tmp_path / "o")
-    assert "holds no video" in refused("extract_hands.py", tmp_path / "empty", "--out", tmp_path / "o")
+    assert "no such file or folder" in refused("extract_hands.py", tmp_path / "nowhere",
+                                               "--out", tmp_path / "o")
+    assert "holds no video" in refused("extract_hands.py", tmp_path / "empty",
+                                       "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()
-    line = run("extract_hands.py", tmp_path / "text", "--out", tmp_path / "o", status=2).stderr.splitlines()[-1]
+    line = run("extract_hands.py", tmp_path / "text", "--out", tmp_path / "o",
+               status=2).stderr.splitlines()[-1]
     assert "no hand found in 1 videos; 1 could not be read: a.mp4: cannot be opened" in line
-    assert not any((tmp_path / "o" / name).exists() for name in ("crops.npy", "keypoints.npy", "videos.txt"))
+    assert not any((tmp_path / "o" / name).exists()
+                   for name in ("crops.npy", "keypoints.npy", "videos.txt"))
     (tmp_path / "file").write_text("")
-    assert "expected a folder" in refused("extract_hands.py", rendered / "videos", "--out", tmp_path / "file")
+    assert "expected a folder" in refused("extract_hands.py", rendered / "videos",
+                                          "--out", tmp_path / "file")
     with pytest.raises(InputError, match="--fps"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["extract_hands.py", "a", "--out", "b", "--fps", "0"])
             extract_hands.parse_args()
 
 
-def test_a_second_call_changes_nothing_and_new_videos_come_after_the_old(rendered, tmp_path, extracted):
+def test_a_second_call_changes_nothing_and_new_videos_come_after_the_old(rendered, tmp_path,
+                                                                         extracted):
     videos, out = tmp_path / "videos", tmp_path / "hands"
     videos.mkdir()
     names = sorted(p.name for p in (rendered / "videos").glob("*.mp4"))
@@ -242,20 +261,25 @@ def test_a_second_call_changes_nothing_and_new_videos_come_after_the_old(rendere
     assert listing(out) == before
     assert "--fps was 5.0, is 1.0" in refused("extract_hands.py", videos, "--out", out)
     lock = open_folder(out)
-    assert "another run is writing" in run("extract_hands.py", videos, "--out", out, "--fps", 5, status=2).stderr
+    assert "another run is writing" in run("extract_hands.py", videos, "--out", out, "--fps", 5,
+                                           status=2).stderr
     lock.close()
     old = np.load(out / "keypoints.npy")
-    (videos / names[0]).write_bytes((rendered / "videos" / names[0]).read_bytes())  # sorts before the others
+    # Sorts before the others.
+    (videos / names[0]).write_bytes((rendered / "videos" / names[0]).read_bytes())
     run("extract_hands.py", videos, "--out", out, "--fps", 5)
     hands, whole = load_hands(out), load_hands(extracted)
-    assert hands.videos == [names[1], names[2], names[0]] and np.array_equal(hands.keypoints[:len(old)], old)
+    assert (hands.videos == [names[1], names[2], names[0]]
+            and np.array_equal(hands.keypoints[:len(old)], old))
     wanted = np.concatenate([np.flatnonzero(whole.rows["video"] == v) for v in (1, 2, 0)])
     assert np.array_equal(hands.keypoints, whole.keypoints[wanted])
-    assert all(np.array_equal(read_crop(hands, i), read_crop(whole, j)) for i, j in enumerate(wanted))
+    assert all(np.array_equal(read_crop(hands, i), read_crop(whole, j))
+               for i, j in enumerate(wanted))
 
 
 def kill_when(condition, *arguments, wait=60):
-    """Start extraction in a process group of its own and kill -9 all of it as soon as `condition` holds."""
+    """Start extraction in a process group of its own and kill -9 all of it as soon as
+    `condition` holds."""
     command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
     process = subprocess.Popen(command, start_new_session=True, env=ENVIRONMENT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -270,7 +294,8 @@ def kill_when(condition, *arguments, wait=60):
 
 def test_killed_while_extracting_it_goes_on_to_the_same_bytes(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
-    assert kill_when(lambda: len(list((tmp_path / "hands" / "parts").glob("*.npz"))) >= 2, *arguments)
+    assert kill_when(lambda: len(list((tmp_path / "hands" / "parts").glob("*.npz"))) >= 2,
+                     *arguments)
     assert not (tmp_path / "hands" / "crops.npy").exists()
     run("extract_hands.py", *arguments)
     assert listing(tmp_path / "hands") == listing(extracted)
@@ -334,7 +359,8 @@ def test_killed_while_merging_it_goes_on_to_the_same_bytes(unmerged, rendered, e
     assert listing(out) == listing(extracted)
 
 
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(rendered, extracted, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(rendered, extracted,
+                                                                              tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
     for limit in (20, 1000):
         result = run_on_full_disk(limit, *arguments)
@@ -406,7 +432,8 @@ def test_the_same_name_under_another_root_is_another_video(rendered, tmp_path):
         shutil.copy(rendered / "videos" / name, tmp_path / root / "clip.mp4")
     run("extract_hands.py", tmp_path / "a", "--out", tmp_path / "hands", "--fps", 5)
     arguments = ("--out", tmp_path / "hands", "--fps", 5)
-    assert "none of its 1 videos is among the inputs" in refused("extract_hands.py", tmp_path / "b", *arguments)
+    assert "none of its 1 videos is among the inputs" in refused("extract_hands.py", tmp_path / "b",
+                                                                 *arguments)
     run("extract_hands.py", tmp_path / "a", tmp_path / "b", *arguments)
     assert (tmp_path / "hands" / "videos.txt").read_text().split() == ["clip.mp4", "../b/clip.mp4"]
 
@@ -429,24 +456,29 @@ def test_links_and_odd_names(tmp_path):
     for name in ("line\nbreak.mp4", "line\u2028break.mp4", "tab\t.mp4", "stills\n"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_text("")
-        assert "cannot be a line of videos.txt" in refused("extract_hands.py", tmp_path, "--out", tmp_path / "o")
+        assert "cannot be a line of videos.txt" in refused("extract_hands.py", tmp_path,
+                                                           "--out", tmp_path / "o")
         shutil.rmtree(tmp_path / name)
 
 
 def test_several_inputs_lists_and_folders_of_stills(tmp_path, monkeypatch):
-    for name in ("ego/x/1.mp4", "ego/2.mkv", "ego/cover.jpg", "doh/3.webm", "doh/frames/b.png", "doh/frames/a.JPG",
-                 "doh/frames/notes.md", "ours/log.jsonl", "ours/hands.jpg", "doh/.cache/4.mp4"):
+    for name in ("ego/x/1.mp4", "ego/2.mkv", "ego/cover.jpg", "doh/3.webm", "doh/frames/b.png",
+                 "doh/frames/a.JPG", "doh/frames/notes.md", "ours/log.jsonl", "ours/hands.jpg",
+                 "doh/.cache/4.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     assert found(tmp_path / "ego") == ["2.mkv", "x/1.mp4"]
     assert found(tmp_path / "ego" / "2.mkv") == ["2.mkv"]
     assert found(tmp_path / "doh" / "frames") == ["frames"]
-    assert "is a still" in refused("extract_hands.py", tmp_path / "doh" / "frames" / "b.png", "--out", tmp_path / "o")
+    assert "is a still" in refused("extract_hands.py", tmp_path / "doh" / "frames" / "b.png",
+                                   "--out", tmp_path / "o")
     everything = ["doh/3.webm", "doh/frames", "ego/2.mkv", "ego/x/1.mp4"]
     assert found(tmp_path) == found(tmp_path / "ego", tmp_path / "doh") == everything
-    assert extract_hands.list_sources([str(tmp_path)])[2][0].startswith("2 pictures")  # the cover and what we drew
+    # The cover and what we drew.
+    assert extract_hands.list_sources([str(tmp_path)])[2][0].startswith("2 pictures")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "list.txt").write_bytes("\ufeffego/2.mkv\r\n\r\n  doh/frames \r\nego/gone.mp4".encode())
+    (tmp_path / "list.txt").write_bytes(
+        "\ufeffego/2.mkv\r\n\r\n  doh/frames \r\nego/gone.mp4".encode())
     assert found("list.txt") == ["doh/frames", "ego/2.mkv", "ego/gone.mp4"]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(InputError, match="empty.txt: holds no video"):
@@ -459,19 +491,25 @@ def test_a_list_with_a_missing_video_and_a_broken_still(rendered, tmp_path):
     for frame in extract_hands.sample_frames(str(source), 5):
         cv2.imwrite(str(tmp_path / "stills" / f"{frame.index:03d}.png"), frame.image[:, :, ::-1])
     (tmp_path / "stills" / "003.png").write_text("no picture")
-    header = b"IHDR" + struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)  # more pixels than OpenCV will take
+    # More pixels than OpenCV will take.
+    header = b"IHDR" + struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)
     (tmp_path / "stills" / "huge.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + bytes(99))
-    (tmp_path / "list.txt").write_text(f"{tmp_path / 'stills'}\n{source}\n{tmp_path / 'gone.mp4'}\n")
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+        + struct.pack(">I", zlib.crc32(header)) + bytes(99))
+    (tmp_path / "list.txt").write_text(
+        f"{tmp_path / 'stills'}\n{source}\n{tmp_path / 'gone.mp4'}\n")
     out = tmp_path / "hands"
     printed = run("extract_hands.py", tmp_path / "list.txt", "--out", out, "--fps", 5).stdout
     failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
     prefix = os.path.relpath(tmp_path, os.path.commonpath([tmp_path, source.parent]))
     assert failed == {f"{prefix}/gone.mp4": "no such file",
-                      f"{prefix}/stills": "2 of 21 pictures are missing or cannot be read, the first: 003.png"}
+                      f"{prefix}/stills": "2 of 21 pictures are missing or cannot be read, "
+                                          "the first: 003.png"}
     hands = load_hands(out)
-    stills, video = ([v.startswith(prefix) for v in hands.videos].index(still) for still in (True, False))
-    a, b = (hands.rows["video"] == stills), (hands.rows["video"] == video) & (hands.rows["frame"] != 3)
+    stills, video = ([v.startswith(prefix) for v in hands.videos].index(still)
+                     for still in (True, False))
+    a, b = ((hands.rows["video"] == stills),
+            (hands.rows["video"] == video) & (hands.rows["frame"] != 3))
     assert "frames 39" in printed and a.sum() == b.sum() > 10
     for key in ("frame", "time", "box", "left"):
         assert np.allclose(hands.rows[key][a], hands.rows[key][b])
@@ -479,7 +517,8 @@ def test_a_list_with_a_missing_video_and_a_broken_still(rendered, tmp_path):
 
 
 def retime(path, ticks):
-    """Give every frame of an mp4 its own duration (ticks of 1/10240 s), as phones do: variable frame rate."""
+    """Give every frame of an mp4 its own duration (ticks of 1/10240 s), as phones do: variable
+    frame rate."""
     data = bytearray(path.read_bytes())
     at = data.index(b"stts") - 4
     size, = struct.unpack(">I", data[at:at + 4])
@@ -487,18 +526,21 @@ def retime(path, ticks):
     data[at:at + size] = table + b"".join(struct.pack(">II", 1, tick) for tick in ticks)
     for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
         at = data.index(box) - 4
-        data[at:at + 4] = struct.pack(">I", struct.unpack(">I", data[at:at + 4])[0] + 16 + 8 * len(ticks) - size)
+        data[at:at + 4] = struct.pack(">I", struct.unpack(">I", data[at:at + 4])[0]
+                                      + 16 + 8 * len(ticks) - size)
     at = data.index(b"edts")
     data[at:at + 4] = b"free"  # the edit list, which would cut off what comes after the old end
     path.write_bytes(data)
 
 
 def test_frames_of_a_video_with_variable_frame_rate(tmp_path):
-    write_video(tmp_path / "a.mp4", [np.full((48, 64, 3), 20 * k, np.uint8) for k in range(9)], fps=10)
+    write_video(tmp_path / "a.mp4", [np.full((48, 64, 3), 20 * k, np.uint8) for k in range(9)],
+                fps=10)
     retime(tmp_path / "a.mp4", [1024, 7168, 1024, 30720, 1024, 1024, 10240, 1024, 1024])
     times = np.cumsum([0, 0.1, 0.7, 0.1, 3, 0.1, 0.1, 1, 0.1])
     for fps in (1, 3, 1000):
-        first = sorted({int(np.argmax(times >= k / fps - 1e-4)) for k in range(int(times[-1] * fps + 1e-4) + 1)})
+        first = sorted({int(np.argmax(times >= k / fps - 1e-4))
+                        for k in range(int(times[-1] * fps + 1e-4) + 1)})
         sampled = list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), fps))
         assert [frame.index for frame in sampled] == first
         assert np.allclose([frame.time for frame in sampled], times[first], atol=1e-3)
@@ -508,7 +550,8 @@ def test_frames_of_a_video_with_variable_frame_rate(tmp_path):
 @pytest.mark.parametrize("matrix, turns", [((0, 1, -1, 0, 48, 0), 3), ((-1, 0, 0, -1, 64, 48), 2),
                                            ((0, -1, 1, 0, 0, 64), 1)])
 def test_phone_videos_come_out_upright(tmp_path, matrix, turns):
-    """The camera was held turned; the file's display matrix (x' = a x + c y + tx, y' = b x + d y + ty) says so."""
+    """The camera was held turned; the file's display matrix
+    (x' = a x + c y + tx, y' = b x + d y + ty) says so."""
     held = np.zeros((48, 64, 3), np.uint8)
     held[:24, :32] = 255
     write_video(tmp_path / "a.mp4", [held] * 3)
@@ -525,9 +568,11 @@ def test_phone_videos_come_out_upright(tmp_path, matrix, turns):
         assert np.abs(frame.image.astype(int) - wanted).mean() < 8
 
 
-@pytest.mark.parametrize("suffix, codec", [("mkv", "MJPG"), ("webm", "VP80"), ("avi", "MJPG"), ("mov", "mp4v")])
+@pytest.mark.parametrize("suffix, codec", [("mkv", "MJPG"), ("webm", "VP80"), ("avi", "MJPG"),
+                                           ("mov", "mp4v")])
 def test_every_container_is_read(tmp_path, suffix, codec):
-    writer = cv2.VideoWriter(str(tmp_path / f"a.{suffix}"), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
+    writer = cv2.VideoWriter(str(tmp_path / f"a.{suffix}"), cv2.VideoWriter_fourcc(*codec), 10,
+                             (64, 48))
     for k in range(12):
         writer.write(np.full((48, 64, 3), 20 * k, np.uint8))
     writer.release()
@@ -538,10 +583,12 @@ def test_every_container_is_read(tmp_path, suffix, codec):
 
 
 def ranks(*arguments, variables=(("RANK", "WORLD_SIZE"),) * 2, world=2):
-    """Start the command once for each rank, as torchrun (RANK) or srun (SLURM_PROCID) would. -> the processes."""
+    """Start the command once for each rank, as torchrun (RANK) or srun (SLURM_PROCID)
+    would. -> the processes."""
     command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
     return [subprocess.Popen(command, env={**ENVIRONMENT, r: str(rank), w: str(world)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank, (r, w) in enumerate(variables)]
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for rank, (r, w) in enumerate(variables)]
 
 
 def printed(setting, result):
@@ -550,7 +597,8 @@ def printed(setting, result):
 
 
 def test_two_ranks_give_the_bytes_of_one_process(rendered, extracted, tmp_path):
-    result = torchrun("extract_hands.py", rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
+    result = torchrun("extract_hands.py", rendered / "videos", "--out", tmp_path / "hands",
+                      "--fps", 5)
     assert sorted(printed("rank", result)) == ["0 of 2", "1 of 2"]
     assert printed("to_do", result) == ["4", "4"]
     assert result.stdout.count("wrote ") == 1 or "8" in printed("already_merged", result)
@@ -563,7 +611,8 @@ def test_one_rank_waits_for_the_other_and_a_killed_one_is_made_good(rendered, ex
     first, second = ranks(*arguments, variables=slurm)
     while not list((tmp_path / "hands").glob("parts/*.npz")) and first.poll() is None:
         time.sleep(0.005)
-    with pytest.raises(InputError, match="another run is writing"):  # one process instead of two, meanwhile
+    # One process instead of two, meanwhile.
+    with pytest.raises(InputError, match="another run is writing"):
         open_folder(tmp_path / "hands")
     second.send_signal(signal.SIGKILL)
     printed, errors = first.communicate(timeout=100)
@@ -578,7 +627,8 @@ def test_one_rank_waits_for_the_other_and_a_killed_one_is_made_good(rendered, ex
 
 def test_two_ranks_may_try_to_merge_at_once(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
-    assert kill_when(lambda: len(list((tmp_path / "hands" / "parts").glob("*.npz"))) == 8, *arguments)
+    assert kill_when(lambda: len(list((tmp_path / "hands" / "parts").glob("*.npz"))) == 8,
+                     *arguments)
     for process in ranks(*arguments):  # nothing is left but to merge, if even that
         _, errors = process.communicate(timeout=100)
         assert process.returncode == 0, errors
@@ -589,17 +639,20 @@ def test_ranks_that_cannot_be_are_refused(rendered, tmp_path, monkeypatch):
     for rank, world in (("2", "2"), ("0", "0"), ("x", "2"), ("-1", "2")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", world)
-        assert "0 <= RANK < WORLD_SIZE" in refused("extract_hands.py", rendered / "videos", "--out", tmp_path / "o")
+        assert "0 <= RANK < WORLD_SIZE" in refused("extract_hands.py", rendered / "videos",
+                                                   "--out", tmp_path / "o")
 
 
 def test_a_worker_that_cannot_start_ends_the_run(rendered, tmp_path):
     """As where a library is missing that MediaPipe loads: no video is to blame."""
     (tmp_path / "stub" / "mediapipe").mkdir(parents=True)
     (tmp_path / "stub" / "mediapipe" / "__init__.py").write_text("raise ImportError('libGL.so.1')")
-    command = [sys.executable, ROOT / "extract_hands.py", rendered / "videos", "--out", tmp_path / "hands"]
-    result = subprocess.run(command, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "stub")}, capture_output=True,
-                            text=True, timeout=100)
-    assert result.returncode == 2 and "a worker ended before it could work" in result.stderr.splitlines()[-1]
+    command = [sys.executable, ROOT / "extract_hands.py", rendered / "videos",
+               "--out", tmp_path / "hands"]
+    result = subprocess.run(command, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "stub")},
+                            capture_output=True, text=True, timeout=100)
+    assert (result.returncode == 2
+            and "a worker ended before it could work" in result.stderr.splitlines()[-1])
     assert "libGL.so.1" in (tmp_path / "hands" / "worker.log").read_text()
     assert not (tmp_path / "hands" / "failed.txt").exists()
 
@@ -609,10 +662,12 @@ def test_a_damaged_part_is_named(rendered, extracted, tmp_path):
     assert kill_when(lambda: list((tmp_path / "hands" / "parts").glob("*.npz")), *arguments)
     part = next((tmp_path / "hands" / "parts").glob("*.npz"))
     data = part.read_bytes()
-    for damaged in (data[:len(data) // 2], data[:200] + bytes(1000) + data[1200:]):  # cut short; rotten
+    # Cut short; rotten.
+    for damaged in (data[:len(data) // 2], data[:200] + bytes(1000) + data[1200:]):
         part.write_bytes(damaged)
         line = run("extract_hands.py", *arguments, status=2).stderr.splitlines()[-1]
-        assert f"{part}: damaged; delete it" in line and not (tmp_path / "hands" / "crops.npy").exists()
+        assert (f"{part}: damaged; delete it" in line
+                and not (tmp_path / "hands" / "crops.npy").exists())
     part.unlink()
     run("extract_hands.py", *arguments)
     assert listing(tmp_path / "hands") == listing(extracted)
@@ -620,17 +675,22 @@ def test_a_damaged_part_is_named(rendered, extracted, tmp_path):
 
 def test_a_damaged_hands_folder_is_not_merged_into(rendered, hands, tmp_path):
     shutil.copytree(rendered / "videos", tmp_path / "videos")
-    log = (hands / "log.jsonl").read_text().replace(str(rendered / "videos"), str(tmp_path / "videos"))
+    log = (hands / "log.jsonl").read_text().replace(str(rendered / "videos"),
+                                                    str(tmp_path / "videos"))
     (hands / "log.jsonl").write_text(log)
-    (tmp_path / "videos" / "new.mp4").write_bytes(next((tmp_path / "videos").glob("*.mp4")).read_bytes())
+    (tmp_path / "videos" / "new.mp4").write_bytes(
+        next((tmp_path / "videos").glob("*.mp4")).read_bytes())
     (hands / "hands.npy").unlink()
     before = listing(hands)
-    line = run("extract_hands.py", tmp_path / "videos", "--out", hands, "--fps", 5, status=2).stderr.splitlines()[-1]
-    assert "hands.npy: missing" in line and {k: v for k, v in listing(hands).items() if k in before} == before
+    line = run("extract_hands.py", tmp_path / "videos", "--out", hands, "--fps", 5,
+               status=2).stderr.splitlines()[-1]
+    assert ("hands.npy: missing" in line
+            and {k: v for k, v in listing(hands).items() if k in before} == before)
 
 
 def test_a_merge_that_was_half_moved_is_finished(rendered, extracted, tmp_path):
-    """The state that a kill leaves between two renames, made by hand: it lasts too short to be hit."""
+    """The state that a kill leaves between two renames, made by hand: it lasts too short to
+    be hit."""
     out = Path(shutil.copytree(extracted, tmp_path / "hands"))
     (out / "merged").mkdir()
     for name in ("keypoints.npy", "hands.npy", "videos.txt", "failed.txt", "log.jsonl"):
@@ -641,8 +701,9 @@ def test_a_merge_that_was_half_moved_is_finished(rendered, extracted, tmp_path):
 
 
 def published_crop(image, box, size=224):
-    """The square of 1.3 boxes, cut off at the picture's border and squeezed to a square, step by step as DATASETS.md
-    describes the published loader. -> crop, and its corners in the picture."""
+    """The square of 1.3 boxes, cut off at the picture's border and squeezed to a square,
+    step by step as DATASETS.md describes the published loader. -> crop, and its corners in
+    the picture."""
     x1, y1, x2, y2 = (int(value) for value in box)
     wide, high = int(1.3 * (x2 - x1)), int(1.3 * (y2 - y1))
     dx, dy = int((wide - (x2 - x1)) / 2), int((high - (y2 - y1)) / 2)
@@ -657,13 +718,15 @@ def published_crop(image, box, size=224):
 
 @pytest.fixture
 def annotated(tmp_path):
-    """Hand100M in small: two folders of pictures, in each of which dots mark the joints of two hands. One picture is
-    missing, one hand touches the border. -> folder, annotations, {hand_id: (source points, is left)}"""
+    """Hand100M in small: two folders of pictures, in each of which dots mark the joints of
+    two hands. One picture is missing, one hand touches the border. -> folder, annotations,
+    {hand_id: (source points, is left)}"""
     rng = np.random.default_rng(0)
     images, annotations, truth = [], [], {}
     for number, name in enumerate(["v2/b.png", "v1/00.png", "v1/01.png", "v2/a.png"]):
         image = np.full((240, 320, 3), 60, np.uint8)
-        file_name = str(tmp_path / "frames" / name) if name == "v2/a.png" else name  # an absolute one is allowed
+        # An absolute one is allowed.
+        file_name = str(tmp_path / "frames" / name) if name == "v2/a.png" else name
         images.append({"id": 70 + number, "file_name": file_name, "width": 320, "height": 240})
         for k, corner in enumerate([(-12, 40), (180, 100)]):
             points = corner + np.round(rng.uniform(15, 95, (21, 2)))
@@ -674,18 +737,22 @@ def annotated(tmp_path):
             truth[hand_id] = points, k == 1
             _, (x0, y0, x1, y1) = published_crop(image, box)
             normalised = (points + 0.5 - (x0, y0)) / (x1 - x0, y1 - y0)
-            annotations.append({"hand_id": hand_id, "image_id": 70 + number, "boxes": json.dumps(box),
-                                "left_right": ["Right", "Left"][k], "positive_sample": [], "distance": [],
+            annotations.append({"hand_id": hand_id, "image_id": 70 + number,
+                                "boxes": json.dumps(box), "left_right": ["Right", "Left"][k],
+                                "positive_sample": [], "distance": [],
                                 "keypoint_25d": np.c_[normalised, np.zeros(21)].ravel().tolist()})
         if name != "v1/01.png":
             (tmp_path / "frames" / name).parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(tmp_path / "frames" / name), image)
-    wanted = {"100": [401, 200], "101": [300, 201], "200": [100], "201": [999, 400], "300": [100], "301": [100],
-              "400": [300, 301], "401": [100, 200]}  # 300, 301 are in the missing picture, 999 nowhere
-    for annotation in annotations:  # integers, where hand_id is a string: so the published file has it
+    # 300, 301 are in the missing picture, 999 nowhere.
+    wanted = {"100": [401, 200], "101": [300, 201], "200": [100], "201": [999, 400],
+              "300": [100], "301": [100], "400": [300, 301], "401": [100, 200]}
+    # Integers, where hand_id is a string: so the published file has it.
+    for annotation in annotations:
         annotation["positive_sample"] = wanted[annotation["hand_id"]]
         annotation["distance"] = [0.25, 0.5][:len(annotation["positive_sample"])]
-    (tmp_path / "hands.json").write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    (tmp_path / "hands.json").write_text(
+        json.dumps({"info": {}, "images": images, "annotations": annotations}))
     return tmp_path, annotations, truth
 
 
@@ -693,8 +760,8 @@ def annotated(tmp_path):
 def test_the_authors_annotations_become_a_hands_folder(annotated, margin):
     folder, annotations, truth = annotated
     out = folder / "hands"
-    arguments = ("--annotations", folder / "hands.json", "--frames", folder / "frames", "--out", out,
-                 "--margin", margin)
+    arguments = ("--annotations", folder / "hands.json", "--frames", folder / "frames",
+                 "--out", out, "--margin", margin)
     printed = run("extract_hands.py", *arguments).stdout
     hands = load_hands(out)
     assert hands.videos == ["v1", "v2"] and hands.rows["video"].tolist() == [0, 0, 1, 1, 1, 1]
@@ -703,32 +770,39 @@ def test_the_authors_annotations_become_a_hands_folder(annotated, margin):
     for row, keypoints, i in zip(hands.rows, hands.keypoints, order):
         points, left = truth[i]
         annotation = next(a for a in annotations if a["hand_id"] == i)
-        assert row["left"] == left and row["box"][3] - row["box"][1] == row["box"][2] - row["box"][0]
+        assert (row["left"] == left
+                and row["box"][3] - row["box"][1] == row["box"][2] - row["box"][0])
         picture = np.full((240, 320, 3), 60, np.uint8)
         theirs, corners = published_crop(picture, json.loads(annotation["boxes"]))
-        if i[2] == "1":  # wholly inside: the very square of the authors, or one twice as wide about its middle
+        # Wholly inside: the very square of the authors, or one twice as wide about its middle.
+        if i[2] == "1":
             (x0, y0, x1, y1), more = corners, (margin / 1.3 - 1) / 2
-            grown = [x0 - more * (x1 - x0), y0 - more * (y1 - y0), x1 + more * (x1 - x0), y1 + more * (y1 - y0)]
+            grown = [x0 - more * (x1 - x0), y0 - more * (y1 - y0),
+                     x1 + more * (x1 - x0), y1 + more * (y1 - y0)]
             assert np.abs(row["box"] - grown).max() <= (margin != 1.3)
         keypoints = keypoints * (-1, 1) + (223, 0) if left else keypoints
         side = row["box"][2] - row["box"][0]
         assert np.abs((keypoints + 0.5) * side / 224 - 0.5 + row["box"][:2] - points).max() < 1e-3
     for i in range(6):  # and the dots are where the keypoints say
         crop = read_crop(hands, i).astype(int)[..., 0]
-        inside = [p for p in np.round(hands.keypoints[i]).astype(int) if (p > 4).all() and (p < 219).all()
-                  and crop[p[1], p[0]] > 0 and crop[p[1] - 4:p[1] + 5, p[0] - 4:p[0] + 5].min() > 20]
+        inside = [p for p in np.round(hands.keypoints[i]).astype(int)
+                  if (p > 4).all() and (p < 219).all() and crop[p[1], p[0]] > 0
+                  and crop[p[1] - 4:p[1] + 5, p[0] - 4:p[0] + 5].min() > 20]
         assert len(inside) > 10 and all(crop[y, x] > 90 for x, y in inside)
     neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
     number = {i: k for k, i in enumerate(order)}
-    assert neighbours.tolist() == [[number["100"], -1], [number["400"], -1], [-1, -1], [number["100"], number["200"]],
-                                   [number["401"], number["200"]], [number["201"], -1]]
-    assert distances[:, 0].tolist() == [0.25, 0.5, np.inf, 0.25, 0.25, 0.5] and distances[3, 1] == 0.5
+    assert neighbours.tolist() == [
+        [number["100"], -1], [number["400"], -1], [-1, -1], [number["100"], number["200"]],
+        [number["401"], number["200"]], [number["201"], -1]]
+    assert (distances[:, 0].tolist() == [0.25, 0.5, np.inf, 0.25, 0.25, 0.5]
+            and distances[3, 1] == 0.5)
     assert "2 of 8 annotated hands dropped" in printed and "6 pairs with them" in printed
     assert "1 of 2 pictures are missing" in (out / "failed.txt").read_text()
     before = listing(out)
     run("extract_hands.py", *arguments)
     assert listing(out) == before
-    run("pretrain.py", out, "--out", folder / "run", "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0, *TINY)
+    run("pretrain.py", out, "--out", folder / "run", "--batch-size", 4, "--epochs", 1,
+        "--warmup-epochs", 0, *TINY)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -753,8 +827,11 @@ def test_bad_annotations_are_refused(annotated, change, message):
     arguments = ("--annotations", folder / "hands.json", "--out", folder / "hands")
     assert message in refused("extract_hands.py", *arguments, "--frames", folder / "frames")
     (folder / "hands.json").write_text("{")
-    assert "expected SiMHand's" in refused("extract_hands.py", *arguments, "--frames", folder / "frames")
-    assert "no such folder" in refused("extract_hands.py", *arguments, "--frames", folder / "nowhere")
+    assert "expected SiMHand's" in refused("extract_hands.py", *arguments,
+                                           "--frames", folder / "frames")
+    assert "no such folder" in refused("extract_hands.py", *arguments,
+                                       "--frames", folder / "nowhere")
     assert "with --frames" in refused("extract_hands.py", *arguments)
-    assert "--fps has no effect" in refused("extract_hands.py", *arguments, "--frames", folder, "--fps", 2)
+    assert "--fps has no effect" in refused("extract_hands.py", *arguments, "--frames", folder,
+                                            "--fps", 2)
     assert not (folder / "hands").exists()

@@ -24,15 +24,17 @@ def truths(folder):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.*")) if path.is_file()}
+    return {path.relative_to(folder): path.read_bytes()
+            for path in sorted(folder.rglob("*.*")) if path.is_file()}
 
 
 def a_hand(left=False, name="open", turn=20.0):
     rng = np.random.default_rng(3)
     camera = np.array([(230, 0, 95.5), (0, 230, 95.5), (0, 0, 1)])
     view = synthetic.view_matrix(turn, 10, 15)
-    return synthetic.make_hand(synthetic.make_person(0, 1), synthetic.pose_angles(name), view, np.array((90.0, 100.0)),
-                               330, camera, synthetic.make_light(rng), left)
+    return synthetic.make_hand(synthetic.make_person(0, 1), synthetic.pose_angles(name), view,
+                               np.array((90.0, 100.0)), 330, camera, synthetic.make_light(rng),
+                               left)
 
 
 def test_same_seed_same_files(tmp_path):
@@ -56,13 +58,15 @@ def test_restart_keeps_files_and_fills_gaps(tmp_path):
     synthetic.write_freihand(tmp_path / "freihand", train=2, evaluation=2, seed=1)
     before = contents(tmp_path)
     times = {path: (tmp_path / path).stat().st_mtime_ns for path in before}
-    lost = [next(path for path in before if path.suffix == suffix) for suffix in (".mp4", ".npy", ".jpg", ".json")]
+    lost = [next(path for path in before if path.suffix == suffix)
+            for suffix in (".mp4", ".npy", ".jpg", ".json")]
     for path in lost:
         (tmp_path / path).unlink()
     synthetic.write_videos(tmp_path, videos=2, seconds=1, fps=5, seed=1)
     synthetic.write_freihand(tmp_path / "freihand", train=2, evaluation=2, seed=1)
     assert contents(tmp_path) == before
-    kept = [path for path in before if path.suffix == ".mp4" and path.stem not in {p.stem for p in lost}]
+    kept = [path for path in before
+            if path.suffix == ".mp4" and path.stem not in {p.stem for p in lost}]
     assert kept and all((tmp_path / path).stat().st_mtime_ns == times[path] for path in kept)
 
 
@@ -71,7 +75,8 @@ def test_videos_have_truth_for_each_visible_hand(videos):
     for name, truth in truths(videos).items():
         video = cv2.VideoCapture(str(videos / f"{name}.mp4"))
         assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 20 and video.get(cv2.CAP_PROP_FPS) == 5
-        assert (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (640, 480)
+        assert (video.get(cv2.CAP_PROP_FRAME_WIDTH),
+                video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (640, 480)
         counts = np.bincount(truth["frame"], minlength=20)
         sides |= set(truth["left"].tolist())
         empty, double = empty + (counts == 0).sum(), double + (counts == 2).sum()
@@ -98,16 +103,19 @@ def test_every_pose_from_palm_and_back(videos):
     rows = np.concatenate(list(truths(videos).values()))
     view = np.array([synthetic.palm_side(row["xyz"], row["left"]) for row in rows])
     for pose in range(len(synthetic.NAMES)):
-        assert view[rows["pose"] == pose].max() > 0.1 and view[rows["pose"] == pose].min() < -0.1, synthetic.NAMES[pose]
+        assert (view[rows["pose"] == pose].max() > 0.1
+                and view[rows["pose"] == pose].min() < -0.1), synthetic.NAMES[pose]
     assert (np.abs(view) < 0.3).any()
 
 
 def directions(xyz, left):
-    """xyz (N, 21, 3), left (N,) -> turn, tilt, roll (N, 3) of the palms in degrees, as draw_view gives them."""
+    """xyz (N, 21, 3), left (N,) -> turn, tilt, roll (N, 3) of the palms in degrees, as
+    draw_view gives them."""
     palm = np.vstack([np.zeros(3), synthetic.KNUCKLES])
     angles = []
     for joints, mirrored in zip(xyz[:, [0, 5, 9, 13, 17]], left):
-        seen = (joints - joints[0]) * (-1 if mirrored else 1, -1, -1)  # x right, y up, z to the viewer
+        # x right, y up, z to the viewer
+        seen = (joints - joints[0]) * (-1 if mirrored else 1, -1, -1)
         turn = Rotation.align_vectors(seen, palm)[0]
         angles.append(turn.as_euler("ZXY", degrees=True)[::-1])
     return np.array(angles)
@@ -116,7 +124,8 @@ def directions(xyz, left):
 def test_small_world_has_few_poses_palms_alone_and_one_video_a_person(tmp_path):
     synthetic.write_videos(tmp_path, videos=4, seconds=3, fps=3, size=(160, 120), world="small")
     small = truths(tmp_path)
-    assert [name.split("_")[0] for name in small] == ["person000", "person001", "person002", "person003"]
+    assert [name.split("_")[0] for name in small] == [
+        "person000", "person001", "person002", "person003"]
     rows = np.concatenate(list(small.values()))
     assert len(synthetic.WORLDS["small"]) == 8
     assert {synthetic.NAMES[pose] for pose in rows["pose"]} == set(synthetic.WORLDS["small"])
@@ -164,7 +173,8 @@ def test_freihand_layout(freihand):
         assert xyz.shape == (count, 21, 3) and cameras.shape == (count, 3, 3)
         np.testing.assert_allclose(scale, np.linalg.norm(xyz[:, 9] - xyz[:, 10], axis=1), rtol=1e-6)
         palm = np.linalg.norm(xyz[:, 9] - xyz[:, 0], axis=1)
-        assert (palm > 0.078).all() and (palm < 0.102).all() and (xyz[..., 2] > 0.3).all() and (xyz[..., 2] < 1.1).all()
+        assert ((palm > 0.078).all() and (palm < 0.102).all()
+                and (xyz[..., 2] > 0.3).all() and (xyz[..., 2] < 1.1).all())
         uvw = np.einsum("nij,nkj->nki", cameras, xyz)
         uv = uvw[..., :2] / uvw[..., 2:]
         assert (uv > 0).all() and (uv < 223).all()
@@ -173,7 +183,8 @@ def test_freihand_layout(freihand):
 
 def test_freihand_versions_share_the_hand(freihand):
     for i in range(16):
-        versions = [cv2.imread(str(freihand / f"training/rgb/{i + 16 * k:08d}.jpg")).astype(int) for k in range(4)]
+        versions = [cv2.imread(str(freihand / f"training/rgb/{i + 16 * k:08d}.jpg")).astype(int)
+                    for k in range(4)]
         assert versions[0].shape == (224, 224, 3)
         hand = synthetic.freihand_sample("training", i, 224, 0)
         cover = synthetic.render([hand], (224, 224))[1][0]
@@ -187,7 +198,8 @@ def test_freihand_versions_share_the_hand(freihand):
 def test_persons_of_training_and_evaluation_differ():
     train, evaluation = synthetic.TRAINING_PERSONS, synthetic.EVALUATION_PERSONS
     assert not set(train) & set(evaluation)
-    bones = {split: [synthetic.freihand_sample(split, i, 224, 0)["person"]["scale"] for i in range(8)]
+    bones = {split: [synthetic.freihand_sample(split, i, 224, 0)["person"]["scale"]
+                     for i in range(8)]
              for split in ("training", "evaluation")}
     assert not set(bones["training"]) & set(bones["evaluation"])
 
