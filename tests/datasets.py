@@ -37,9 +37,10 @@ test_crops.__test__ = False  # for pytest
 # ---------------------------------------------------------------------------------------- DexYCB
 
 SUBJECTS = [f"{date}-subject-{k + 1:02d}" for k, date in enumerate((
-    20200709, 20200813, 20200820, 20200903, 20200908, 20200918, 20200928, 20201002, 20201015, 20201022))]
-SERIALS = ("836212060125", "839512060362", "840412060917", "841412060263", "932122060857", "932122060861",
-           "932122061900", "932122062010")
+    20200709, 20200813, 20200820, 20200903, 20200908, 20200918, 20200928, 20201002, 20201015,
+    20201022))]
+SERIALS = ("836212060125", "839512060362", "840412060917", "841412060263", "932122060857",
+           "932122060861", "932122061900", "932122062010")
 META = """serials:
 {serials}
 num_frames: {frames}
@@ -55,7 +56,8 @@ mano_calib:
 """
 
 
-JPEG = (cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+JPEG = (cv2.IMWRITE_JPEG_QUALITY, 100,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
 def a_hand(rng, z=600.0):
@@ -68,31 +70,35 @@ def dotted(width, height, uv):
     picture = np.zeros((height, width, 3), np.uint8)
     for j, (u, v) in enumerate(uv):
         if 6 < u < width - 7 and 6 < v < height - 7:
-            picture[round(v) - 2:round(v) + 3, round(u) - 2:round(u) + 3] = (255, 10 * j, 255 - 10 * j)
+            picture[round(v) - 2:round(v) + 3, round(u) - 2:round(u) + 3] = (
+                255, 10 * j, 255 - 10 * j)
     return picture
 
 
 def write_dexycb(root, sequences=2, frames=3, seed=0):
-    """DexYCB in small -> {path of a picture: (xyz mm, uv, side)} as labelled, None without a label. Odd sequences show
-    left hands. In each camera frame 1 is without a label; frame 2 of even cameras lies across the border, of odd ones
-    far outside."""
+    """DexYCB in small -> {path of a picture: (xyz mm, uv, side)} as labelled, None without
+    a label. Odd sequences show left hands. In each camera frame 1 is without a label; frame
+    2 of even cameras lies across the border, of odd ones far outside."""
     rng, truth = np.random.default_rng(seed), {}
     for subject in SUBJECTS:
         for q in range(sequences):
             folder, side = root / subject / f"20200709_14{q:04d}", ("right", "left")[q % 2]
             folder.mkdir(parents=True)
-            (folder / "meta.yml").write_text(META.format(serials="\n".join(f"- '{s}'" for s in SERIALS), frames=frames,
-                                                         side=side))
+            (folder / "meta.yml").write_text(META.format(
+                serials="\n".join(f"- '{s}'" for s in SERIALS), frames=frames, side=side))
             for c, serial in enumerate(SERIALS):
                 (folder / serial).mkdir()
                 for f in range(frames):
                     xyz = a_hand(rng) + ((0, 350, 2000)[(f == 2) * (1 + c % 2)], 0, 0)
-                    uv = np.stack([613.08 * xyz[:, 0] / xyz[:, 2] + 313.03, 612 * xyz[:, 1] / xyz[:, 2] + 245.01], 1)
+                    uv = np.stack([613.08 * xyz[:, 0] / xyz[:, 2] + 313.03,
+                                   612 * xyz[:, 1] / xyz[:, 2] + 245.01], 1)
                     path = f"{subject}/{folder.name}/{serial}/color_{f:06d}.jpg"
                     cv2.imwrite(str(root / path), dotted(640, 480, uv), JPEG)
                     truth[path] = (xyz, uv, side) if f != 1 else None
-                    shown = (xyz / 1000, uv) if f != 1 else (np.full((21, 3), -1), np.full((21, 2), -1))
-                    np.savez_compressed(folder / serial / f"labels_{f:06d}.npz", seg=np.zeros((480, 640), np.uint8),
+                    shown = (xyz / 1000, uv) if f != 1 else (
+                        np.full((21, 3), -1), np.full((21, 2), -1))
+                    np.savez_compressed(folder / serial / f"labels_{f:06d}.npz",
+                                        seg=np.zeros((480, 640), np.uint8),
                                         joint_3d=shown[0][None].astype(np.float32),
                                         joint_2d=shown[1][None].astype(np.float32))
     (root / SUBJECTS[0] / "notes.txt").write_text("not a sequence")
@@ -106,14 +112,16 @@ def official(truth, subjects=range(10), cameras=range(8)):
 
 
 def visible(xyz, uv):
-    return np.array([x != -1000 and 0 < u <= 640 and 0 < v <= 480 for (x, _, _), (u, v) in zip(xyz, uv)])
+    return np.array([x != -1000 and 0 < u <= 640 and 0 < v <= 480
+                     for (x, _, _), (u, v) in zip(xyz, uv)])
 
 
 # --------------------------------------------------------------------------------- AssemblyHands
 
-def write_assemblyhands(root, modality="ego", suffix="_mono10bit", sequences=(3, 2), frames=4, seed=1):
-    """AssemblyHands in small -> for each split a list of (path, hand, id, xyz mm in FreiHAND's order, uv, valid, box),
-    what a reader must keep, in order."""
+def write_assemblyhands(root, modality="ego", suffix="_mono10bit", sequences=(3, 2), frames=4,
+                        seed=1):
+    """AssemblyHands in small -> for each split a list of (path, hand, id, xyz mm in
+    FreiHAND's order, uv, valid, box), what a reader must keep, in order."""
     rng, kept = np.random.default_rng(seed), {}
     fingers = ["thumb", "index", "middle", "ring", "pinky"]
     tips_first = [f"{finger}{k}" for finger in fingers for k in (4, 3, 2, 1)] + ["wrist"]
@@ -125,8 +133,8 @@ def write_assemblyhands(root, modality="ego", suffix="_mono10bit", sequences=(3,
             poses[sequence], calibration[sequence] = {}, dict(intrinsics={}, extrinsics={})
             for f in range(frames):
                 frame = f"{7 * f + 5:06d}"
-                named = {side: dict(zip(wrist_first, a_hand(rng) + (x, 0, 0))) for side, x in (("right", 160),
-                                                                                               ("left", -160))}
+                named = {side: dict(zip(wrist_first, a_hand(rng) + (x, 0, 0)))
+                         for side, x in (("right", 160), ("left", -160))}
                 shown = [named[side][joint] for side in ("right", "left") for joint in tips_first]
                 turn, _ = cv2.Rodrigues(rng.normal(size=3))
                 shift, world = rng.normal(0, 200, 3), None
@@ -137,16 +145,19 @@ def write_assemblyhands(root, modality="ego", suffix="_mono10bit", sequences=(3,
                     # the second camera sees the same from beside, turned
                     more, _ = cv2.Rodrigues(np.array((0.1, 0.3, -0.2)) * c)
                     move = np.array((-150.0, 0, 80)) * c
-                    extrinsics[camera + suffix] = np.hstack([more @ turn, (more @ shift + move)[:, None]]).tolist()
+                    extrinsics[camera + suffix] = np.hstack(
+                        [more @ turn, (more @ shift + move)[:, None]]).tolist()
                     k = np.array([[310.5 + c, 0, 317.2], [0, 305.25, 243.9], [0, 0, 1]])
                     calibration[sequence]["intrinsics"][camera + suffix] = k.tolist()
-                    name = f"{modality}_images_rectified/{part}/{sequence}/{camera}_mono10bit/{frame}.jpg"
+                    name = (f"{modality}_images_rectified/{part}/{sequence}/{camera}_mono10bit/"
+                            f"{frame}.jpg")
                     number, picture = 100 + len(images), np.zeros((480, 636, 3), np.uint8)
-                    images.append(dict(id=number, file_name=name, width=636, height=480, seq_name=sequence,
-                                       camera=camera, frame_idx=7 * f + 5))
+                    images.append(dict(id=number, file_name=name, width=636, height=480,
+                                       seq_name=sequence, camera=camera, frame_idx=7 * f + 5))
                     boxes, visible = {}, np.ones(42, int)
                     for h, side in enumerate(("right", "left")):
-                        xyz = np.array([named[side][joint] for joint in wrist_first]) @ more.T + move
+                        xyz = (np.array([named[side][joint] for joint in wrist_first]) @ more.T
+                               + move)
                         uv = np.stack([(310.5 + c) * xyz[:, 0] / xyz[:, 2] + 317.2,
                                        305.25 * xyz[:, 1] / xyz[:, 2] + 243.9], 1)
                         boxes[side] = [*(uv.min(0) - 3).tolist(), *(uv.max(0) + 4).tolist()]
@@ -156,20 +167,24 @@ def write_assemblyhands(root, modality="ego", suffix="_mono10bit", sequences=(3,
                             visible[[0, 20]] = 0  # thumb tip and wrist
                         if f == 2 and h == c:
                             boxes[side] = None
-                        if boxes[side] is None or visible[21 * h:21 * h + 21].sum() < 10 or f == 3 and c == 1:
+                        if (boxes[side] is None or visible[21 * h:21 * h + 21].sum() < 10
+                                or f == 3 and c == 1):
                             continue
                         seen = dict(zip(tips_first, visible[21 * h:21 * h + 21]))
-                        kept[part].append((name, side, 1000 + number, xyz, uv,
-                                           np.array([seen[joint] > 0 for joint in wrist_first]), boxes[side]))
+                        kept[part].append((
+                            name, side, 1000 + number, xyz, uv,
+                            np.array([seen[joint] > 0 for joint in wrist_first]), boxes[side]))
                         picture = np.maximum(picture, dotted(636, 480, uv))
                     (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
                     cv2.imwrite(str(root / "images" / name), picture, JPEG)
                     null = f == 3 and c == 1
-                    annotations.append(dict(id=1000 + number, image_id=number, bbox=boxes, frame_id=7 * f + 5,
-                                            joint_valid=None if null else visible.tolist(), keypoints=None))
+                    annotations.append(dict(
+                        id=1000 + number, image_id=number, bbox=boxes, frame_id=7 * f + 5,
+                        joint_valid=None if null else visible.tolist(), keypoints=None))
         folder = root / "annotations" / part
         folder.mkdir(parents=True, exist_ok=True)
-        lists = {f"{modality}_data": dict(images=images, annotations=annotations), "joint_3d": dict(annotations=poses),
+        lists = {f"{modality}_data": dict(images=images, annotations=annotations),
+                 "joint_3d": dict(annotations=poses),
                  f"{modality}_calib": dict(calibration=calibration)}
         for name, content in lists.items():
             (folder / f"assemblyhands_{part}_{name}_v1-1.json").write_text(json.dumps(content))

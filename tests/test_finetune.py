@@ -38,10 +38,11 @@ def first_batch(train, args):
     return rows, finetune.collate([pictures[row] for row in rows])
 
 
-# ------------------------------------------------------------------------------------------------ pictures and targets
+# ---------------------------------------------------------------------------- pictures and targets
 
 def test_picture_and_pose_turn_together(rendered):
-    """The pose of an augmented sample is turned about the camera's axis as OpenCV turns its picture and 2D joints."""
+    """The pose of an augmented sample is turned about the camera's axis as OpenCV turns its
+    picture and 2D joints."""
     args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--no-colour")
     train, _, _, _ = split(args)
     crops = finetune.make_crops(args)
@@ -56,24 +57,29 @@ def test_picture_and_pose_turn_together(rendered):
         turn = cv2.getRotationMatrix2D((0, 0), view.angle, 1)[:, :2]
         expected = np.concatenate([pose[:, :2] @ turn.T, pose[:, 2:]], 1)
         assert np.allclose(made["pose"][row], expected, atol=1e-5)
-        assert np.allclose(made["uv"][row], train.uv[i] @ view.matrix[:, :2].T + view.matrix[:, 2], atol=1e-3)
+        assert np.allclose(made["uv"][row],
+                           train.uv[i] @ view.matrix[:, :2].T + view.matrix[:, 2], atol=1e-3)
 
 
 def test_training_crops_are_jittered_and_colours_stay_near(rendered):
-    """Centre by a tenth of the side, side by a tenth, angle by --rotation; a grey picture stays grey."""
+    """Centre by a tenth of the side, side by a tenth, angle by --rotation; a grey picture
+    stays grey."""
     args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--rotation", 30)
     train, _, _, _ = split(args)
     crops = finetune.make_crops(args)
     views = [finetune.sample_crop(train[0], crops, np.random.default_rng(i)) for i in range(400)]
     angles = np.array([view.angle for view in views])
     sides = np.array([32 / np.linalg.norm(view.matrix[0, :2]) for view in views]) / train.side[0]
-    centres = np.array([np.linalg.solve(view.matrix[:, :2], 15.5 - view.matrix[:, 2]) for view in views])
+    centres = np.array([np.linalg.solve(view.matrix[:, :2], 15.5 - view.matrix[:, 2])
+                        for view in views])
     moves = (centres - train.centre[0]) / train.side[0]
     for values, limit in ((angles, 30), (sides - 1, 0.1), (moves[:, 0], 0.1), (moves[:, 1], 0.1)):
-        assert 0.9 * limit < values.max() <= limit * 1.0001 and -limit * 1.0001 <= values.min() < -0.9 * limit
+        assert (0.9 * limit < values.max() <= limit * 1.0001
+                and -limit * 1.0001 <= values.min() < -0.9 * limit)
     grey = np.full((16, 16, 3), 100, np.uint8)
     pictures = np.array([finetune.jitter(grey, np.random.default_rng(i)) for i in range(200)], int)
-    assert (np.ptp(pictures, axis=3) == 0).all() and pictures.min() >= 48 and 140 < pictures.max() <= 151
+    assert ((np.ptp(pictures, axis=3) == 0).all() and pictures.min() >= 48
+            and 140 < pictures.max() <= 151)
 
 
 def test_test_crops_hold_the_hand_in_their_middle(rendered):
@@ -81,11 +87,13 @@ def test_test_crops_hold_the_hand_in_their_middle(rendered):
     _, _, test, _ = split(args)
     uv = test_crops(test, args)["uv"].numpy()
     low, high = uv.min(1), uv.max(1)
-    assert np.allclose((low + high) / 2, 15.5, atol=1e-3) and np.allclose((high - low).max(1), 16, atol=1e-3)
+    assert (np.allclose((low + high) / 2, 15.5, atol=1e-3)
+            and np.allclose((high - low).max(1), 16, atol=1e-3))
 
 
 def test_heat_targets_against_a_loop():
-    uv = torch.tensor([[[20.0, 33.0], [0.0, 0.0], [127.4, 127.4], [-9.0, 50.0], [-15.0, 50.0], [60.0, 60.0]]])
+    uv = torch.tensor([[[20.0, 33.0], [0.0, 0.0], [127.4, 127.4], [-9.0, 50.0], [-15.0, 50.0],
+                        [60.0, 60.0]]])
     valid = torch.tensor([[True, True, True, True, True, False]])
     found = finetune.heat_targets(uv, valid, 32)[0]
     for j, (u, v) in enumerate(uv[0].tolist()):
@@ -100,12 +108,15 @@ def test_heat_targets_against_a_loop():
 
 def test_loss_against_a_loop_and_invalid_joints_carry_none():
     torch.manual_seed(0)
-    batch = dict(uv=torch.rand(3, 21, 2) * 32, pose=torch.randn(3, 21, 3), valid=torch.rand(3, 21) > 0.3)
+    batch = dict(uv=torch.rand(3, 21, 2) * 32, pose=torch.randn(3, 21, 3),
+                 valid=torch.rand(3, 21) > 0.3)
     batch["valid"][:, 0] = True
-    batch["valid"][:, 9] = torch.tensor([True, False, True])  # the second has no bone 0-9 to be scaled by
+    # The second has no bone 0-9 to be scaled by.
+    batch["valid"][:, 9] = torch.tensor([True, False, True])
     outputs = torch.rand(3, 21, 8, 8), torch.randn(3, 21, 3, 8, 8), torch.randn(3, 21, 3, 8, 8)
     target = finetune.heat_targets(batch["uv"], batch["valid"], 8)
-    heat = sum(((outputs[0][:, j] - target[:, j]) ** 2 * (target[:, j].amax((1, 2)) > 0)[:, None, None]).mean()
+    heat = sum(((outputs[0][:, j] - target[:, j]) ** 2
+                * (target[:, j].amax((1, 2)) > 0)[:, None, None]).mean()
                for j in range(21)) / 2
     delta = location = 0.0
     for i in (0, 2):
@@ -116,12 +127,14 @@ def test_loss_against_a_loop_and_invalid_joints_carry_none():
             goal = bone / bone.norm() if j else bone
             both = batch["valid"][i, j] and batch["valid"][i, parent]
             d += (((outputs[1][i, j] - goal[:, None, None]) * target[i, j] * both) ** 2).sum()
-            l += (((outputs[2][i, j] - batch["pose"][i, j][:, None, None]) * target[i, j]) ** 2).sum()
+            l += (((outputs[2][i, j] - batch["pose"][i, j][:, None, None])
+                   * target[i, j]) ** 2).sum()
         delta, location = delta + d.sqrt() / 2, location + l.sqrt() / 2
     expected = 100 * heat + (delta + 10 * location) / math.sqrt(128)
     assert finetune.detnet_loss(outputs, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     spoilt = torch.where(batch["valid"][..., None], batch["pose"], torch.tensor(1e4))
-    assert finetune.detnet_loss(outputs, {**batch, "pose": spoilt}).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert finetune.detnet_loss(outputs, {**batch, "pose": spoilt}).item() == pytest.approx(
+        expected.item(), rel=1e-4)
 
 
 def test_detnet_shapes_and_prediction_is_read_at_the_hottest_cell(rendered):
@@ -129,7 +142,8 @@ def test_detnet_shapes_and_prediction_is_read_at_the_hottest_cell(rendered):
     torch.manual_seed(0)
     net = finetune.DetNet("resnet18", "none").eval()
     outputs = net(torch.rand(2, 3, 64, 64))
-    assert [tuple(o.shape) for o in outputs] == [(2, 21, 16, 16), (2, 21, 3, 16, 16), (2, 21, 3, 16, 16)]
+    assert [tuple(o.shape) for o in outputs] == [
+        (2, 21, 16, 16), (2, 21, 3, 16, 16), (2, 21, 3, 16, 16)]
     _, _, test, _ = split(args)
     uv, pose = predict(net, test, args)
     batch = test_crops(test, args)
@@ -138,31 +152,38 @@ def test_detnet_shapes_and_prediction_is_read_at_the_hottest_cell(rendered):
         row, column = np.unravel_index(heat[i, j].detach().numpy().argmax(), (8, 8))
         wrist = np.unravel_index(heat[i, 0].detach().numpy().argmax(), (8, 8))
         expected = location[i, j, :, row, column] - location[i, 0, :, wrist[0], wrist[1]]
-        assert np.allclose(uv[i, j], (column * 4 + 1.5, row * 4 + 1.5)) and np.allclose(pose[i, j], expected.detach())
+        assert (np.allclose(uv[i, j], (column * 4 + 1.5, row * 4 + 1.5))
+                and np.allclose(pose[i, j], expected.detach()))
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
 def straight(rendered, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight") / "run"
-    run("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--epochs", 2)
+    run("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", out,
+        *TINY, "--epochs", 2)
     return out
 
 
 def test_the_files_of_a_run(straight, rendered):
     truth = json.loads((rendered / "freihand_eval" / "evaluation_xyz.json").read_text())
-    arrays = {name: np.load(straight / f"{name}.npy") for name in ("pred_xyz", "gt_xyz", "valid", "pred_uv", "gt_uv")}
-    shapes = dict(pred_xyz=(8, 21, 3), gt_xyz=(8, 21, 3), valid=(8, 21), pred_uv=(8, 21, 2), gt_uv=(8, 21, 2))
+    arrays = {name: np.load(straight / f"{name}.npy")
+              for name in ("pred_xyz", "gt_xyz", "valid", "pred_uv", "gt_uv")}
+    shapes = dict(pred_xyz=(8, 21, 3), gt_xyz=(8, 21, 3), valid=(8, 21), pred_uv=(8, 21, 2),
+                  gt_uv=(8, 21, 2))
     for name, array in arrays.items():
-        assert array.dtype == (bool if name == "valid" else np.float32) and array.shape == shapes[name]
+        assert (array.dtype == (bool if name == "valid" else np.float32)
+                and array.shape == shapes[name])
     assert np.abs(arrays["gt_xyz"] - 1000 * np.array(truth)).max() < 1e-3 and arrays["valid"].all()
-    assert np.allclose(arrays["pred_xyz"][:, 0], arrays["gt_xyz"][:, 0], atol=1e-3)  # the wrist's place is the true one
+    # The wrist's place is the true one.
+    assert np.allclose(arrays["pred_xyz"][:, 0], arrays["gt_xyz"][:, 0], atol=1e-3)
     assert ((arrays["pred_uv"] >= 0) & (arrays["pred_uv"] < 32)).all()
     lines = [line.split("\t") for line in (straight / "names.txt").read_text().splitlines()]
     assert [line[0] for line in lines] == [str(i) for i in range(8)]
     assert all(Path(path).is_file() and side == "right" for _, path, side in lines)
-    assert all(cv2.imread(str(straight / name)) is not None for name in ("overlay.jpg", "curves.png"))
+    assert all(cv2.imread(str(straight / name)) is not None
+               for name in ("overlay.jpg", "curves.png"))
     log = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
     errors = [row["validation_error"] for row in log if "validation_error" in row]
     assert log[0]["args"]["epochs"] == len(errors) == 2
@@ -172,21 +193,24 @@ def test_the_files_of_a_run(straight, rendered):
     net.load_state_dict(load_checkpoint(straight / "model.pt")["model"])
     _, validation, _, _ = split(args)  # the model that was kept is the best of both epochs
     pose = predict(net, validation, args)[1]
-    assert np.nanmean(finetune.sample_errors(pose, validation)) == pytest.approx(min(errors), rel=1e-5)
+    assert np.nanmean(finetune.sample_errors(pose, validation)) == pytest.approx(
+        min(errors), rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_ends_bit_for_bit_like_a_straight_one(straight, rendered, tmp_path, number):
     out = tmp_path / "run"
-    arguments = ("--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--epochs", 2,
-                 "--save-minutes", 0)
-    process = subprocess.Popen([sys.executable, ROOT / "finetune.py", *map(str, arguments)], start_new_session=True,
-                               env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ("--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY,
+                 "--epochs", 2, "--save-minutes", 0)
+    process = subprocess.Popen([sys.executable, ROOT / "finetune.py", *map(str, arguments)],
+                               start_new_session=True, env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, number)
     assert process.wait() == (0 if number == signal.SIGTERM else -number)
-    assert 0 < load_checkpoint(out / "checkpoint.pt")["step"] < 10 and not (out / "pred_xyz.npy").exists()
+    assert (0 < load_checkpoint(out / "checkpoint.pt")["step"] < 10
+            and not (out / "pred_xyz.npy").exists())
     run("finetune.py", *arguments)
     assert same(load_checkpoint(out / "model.pt"), load_checkpoint(straight / "model.pt"))
     assert (out / "pred_xyz.npy").read_bytes() == (straight / "pred_xyz.npy").read_bytes()
@@ -194,7 +218,8 @@ def test_a_killed_run_ends_bit_for_bit_like_a_straight_one(straight, rendered, t
 
 @pytest.mark.parametrize("size, angle", [((1501, 2003), 30), ((1501, 2003), 0), ((150, 200), 30)])
 def test_large_pictures_are_averaged_not_sampled(size, angle):
-    """A checkerboard of single pixels becomes grey, dots stay where the joints are; a small picture is untouched."""
+    """A checkerboard of single pixels becomes grey, dots stay where the joints are; a small
+    picture is untouched."""
     rng, (height, width) = np.random.default_rng(0), size
     uv = rng.uniform(0.35, 0.65, (21, 2)) * (width, height)
     y, x = np.mgrid[:height, :width]
@@ -206,7 +231,8 @@ def test_large_pictures_are_averaged_not_sampled(size, angle):
     image, found, _ = finetune.shrink(np.repeat(board[..., None], 3, 2), view, uv, "black")
     large = scale < 0.5
     assert large == (image.shape[0] < height)
-    assert not large or np.abs(image[:-1, :-1].astype(int) - 127).max() <= 2  # black is added beyond the border
+    # Black is added beyond the border.
+    assert not large or np.abs(image[:-1, :-1].astype(int) - 127).max() <= 2
     for joint in uv[::5]:
         spot = np.exp(-((x - joint[0]) ** 2 + (y - joint[1]) ** 2) * (scale / 1.5) ** 2 / 2)
         dot = np.repeat((250 * spot).astype(np.uint8)[..., None], 3, 2)
@@ -229,7 +255,8 @@ def test_the_overlay_shows_the_best_the_median_and_the_worst(tmp_path):
     error = np.random.default_rng(0).permutation(30).astype(float)
     error[4] = np.nan  # cannot be scored: not shown
     crops = finetune.Crops(str(tmp_path), 32, "black")
-    finetune.draw_overlay(tmp_path / "overlay.png", samples, uv / 2, uv / 2, error, crops, columns=4)
+    finetune.draw_overlay(tmp_path / "overlay.png", samples, uv / 2, uv / 2, error, crops,
+                          columns=4)
     sheet = cv2.imread(str(tmp_path / "overlay.png"))
     corners = sheet[250::256, 250::256, 0][:3, :4].ravel() / 8
     order = np.argsort(error)[:29]
@@ -237,58 +264,71 @@ def test_the_overlay_shows_the_best_the_median_and_the_worst(tmp_path):
 
 
 def test_frozen_weights_do_not_move(straight, rendered, tmp_path):
-    start = {k[9:]: v for k, v in load_checkpoint(straight / "model.pt")["model"].items() if k.startswith("backbone.")}
+    start = {k[9:]: v for k, v in load_checkpoint(straight / "model.pt")["model"].items()
+             if k.startswith("backbone.")}
     torch.save(start, tmp_path / "backbone.pt")
     arguments = [a if a != "none" else tmp_path / "backbone.pt" for a in TINY]
-    run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", tmp_path / "run",
-             *arguments, "--epochs", 1, "--freeze")
+    run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand",
+             "--out", tmp_path / "run", *arguments, "--epochs", 1, "--freeze")
     end = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
-    assert all(torch.equal(end["backbone." + k], v) for k, v in start.items())  # BatchNorm's statistics too
+    # BatchNorm's statistics too.
+    assert all(torch.equal(end["backbone." + k], v) for k, v in start.items())
 
 
 def test_the_backbone_has_a_learning_rate_of_its_own(straight, rendered, tmp_path):
-    """At 0 the backbone's weights stay, unlike with --freeze BatchNorm's statistics move, and the heads learn."""
+    """At 0 the backbone's weights stay, unlike with --freeze BatchNorm's statistics move,
+    and the heads learn."""
     state = load_checkpoint(straight / "model.pt")["model"]
-    torch.save({k[9:]: v for k, v in state.items() if k.startswith("backbone.")}, tmp_path / "backbone.pt")
+    torch.save({k[9:]: v for k, v in state.items() if k.startswith("backbone.")},
+               tmp_path / "backbone.pt")
     arguments = [a if a != "none" else tmp_path / "backbone.pt" for a in TINY]
-    run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out", tmp_path / "run",
-             *arguments, "--epochs", 1, "--backbone-lr", 0)
+    run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand",
+             "--out", tmp_path / "run", *arguments, "--epochs", 1, "--backbone-lr", 0)
     end = load_checkpoint(tmp_path / "run" / "model.pt")["model"]
     for k in (k for k in state if not k.endswith("num_batches_tracked")):
-        assert torch.equal(end[k], state[k]) == (k.startswith("backbone.") and "running" not in k), k
+        assert torch.equal(end[k], state[k]) == (
+            k.startswith("backbone.") and "running" not in k), k
 
 
 def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_path):
     state = load_checkpoint(straight / "model.pt")["model"]
-    torch.save({k[9:]: v for k, v in state.items() if k.startswith("backbone.")}, tmp_path / "backbone.pt")
+    torch.save({k[9:]: v for k, v in state.items() if k.startswith("backbone.")},
+               tmp_path / "backbone.pt")
     arguments = ["--root", rendered / "freihand", "--out", tmp_path / "run",
                  *(a if a != "none" else tmp_path / "backbone.pt" for a in TINY), "--head", "knn",
                  "--label-fraction", 0.5]
-    before = [{"command": "", "args": {"method": "peclr", "hands": ["a", "b"], "weighting": "none"}}, {"hands": 60}]
+    before = [{"command": "",
+               "args": {"method": "peclr", "hands": ["a", "b"], "weighting": "none"}},
+              {"hands": 60}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     run_here("finetune.py", "--dataset", "freihand", *arguments)
     settings = evaluate.read_settings(tmp_path / "run")  # what its plots go by
-    assert settings["data"] == "FreiHAND" and settings["label_fraction"] == 0.5 and settings["head"] == "knn"
+    assert (settings["data"] == "FreiHAND" and settings["label_fraction"] == 0.5
+            and settings["head"] == "knn")
     assert settings["method"] == "peclr" and settings["hands"] == "a+b" and settings["pool"] == 60
     (tmp_path / "log.jsonl").write_text("another program's\n")
     (tmp_path / "run" / "checkpoint.pt").unlink()
     printed = run_here("finetune.py", "--dataset", "freihand", *arguments)
-    assert "not of pretrain.py" in printed and evaluate.read_settings(tmp_path / "run")["pool"] is None
+    assert ("not of pretrain.py" in printed
+            and evaluate.read_settings(tmp_path / "run")["pool"] is None)
     args = parse(*arguments)
     train, validation, test, _ = split(args)
     assert len(train) == 4 * 8 and not len(validation)  # all chosen labels
     net = finetune.load_backbone("resnet18", tmp_path / "backbone.pt").eval()
     labelled, asked = test_crops(train, args), test_crops(test, args)
     with torch.no_grad():
-        keys, queries = (net(finetune.normalise(part["image"])).double() for part in (labelled, asked))
-    predicted, truth, uv = (np.load(tmp_path / "run" / f"{name}.npy") for name in ("pred_xyz", "gt_xyz", "pred_uv"))
+        keys, queries = (net(finetune.normalise(part["image"])).double()
+                         for part in (labelled, asked))
+    predicted, truth, uv = (np.load(tmp_path / "run" / f"{name}.npy")
+                            for name in ("pred_xyz", "gt_xyz", "pred_uv"))
     neighbours = set()
     for k, q in enumerate(queries):
         n = max(range(len(keys)), key=lambda i: (q @ keys[i] / q.norm() / keys[i].norm()).item())
         length = np.linalg.norm(truth[k, 9] - truth[k, 0])
         pose = train.xyz[n] - train.xyz[n, 0]
         expected = truth[k, 0] + pose * length / np.linalg.norm(pose[9])
-        assert np.abs(predicted[k] - expected).max() < 1e-2 and np.allclose(uv[k], labelled["uv"][n], atol=1e-3)
+        assert (np.abs(predicted[k] - expected).max() < 1e-2
+                and np.allclose(uv[k], labelled["uv"][n], atol=1e-3))
         neighbours.add(n)
     assert len(neighbours) > 2
     assert cv2.imread(str(tmp_path / "run" / "overlay.jpg")) is not None
@@ -296,7 +336,8 @@ def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_pa
     before = (tmp_path / "run" / "pred_xyz.npy").read_bytes()
     run_here("finetune.py", "--dataset", "freihand", *arguments, "--batch-size", 10)
     assert (tmp_path / "run" / "pred_xyz.npy").read_bytes() == before
-    assert "--label-fraction was 0.5, is 1.0" in refused("finetune.py", "--dataset", "freihand", *arguments[:-2])
+    assert "--label-fraction was 0.5, is 1.0" in refused(
+        "finetune.py", "--dataset", "freihand", *arguments[:-2])
 
 
 RANKS = """
@@ -329,8 +370,8 @@ def test_two_ranks_have_the_gradient_of_one_process(rendered, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     found = []
     for world in (1, 2):
-        argv = ["finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", *TINY, "--out",
-                tmp_path / f"{world}.pt"]
+        argv = ["finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", *TINY,
+                "--out", tmp_path / f"{world}.pt"]
         torchrun(tmp_path / "ranks.py", json.dumps([str(a) for a in argv]), ranks=world)
         found.append(load_checkpoint(tmp_path / f"{world}.pt"))
     (loss1, one, posed1), (loss2, two, posed2) = found
@@ -341,8 +382,9 @@ def test_two_ranks_have_the_gradient_of_one_process(rendered, tmp_path):
 
 def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_path):
     out = tmp_path / "run"
-    arguments = ["--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY, "--batch-size", 4,
-                 "--epochs", 1]  # two batches of test pictures: one for each rank
+    # Two batches of test pictures: one for each rank.
+    arguments = ["--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY,
+                 "--batch-size", 4, "--epochs", 1]
     torchrun("finetune.py", *arguments)
     assert {p.name for p in straight.iterdir()} == {p.name for p in out.iterdir()}
     args = parse(*arguments[2:])
@@ -373,12 +415,14 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     pictures = sorted((rendered / "freihand" / "evaluation" / "rgb").glob("*.jpg"))[:3]
     for k, picture in enumerate(pictures):
         image = cv2.imread(str(picture))
-        cv2.imwrite(str(folder / f"händ {k}.PNG"), image[:200 if k == 1 else 224, :150 if k == 2 else 224])
+        cv2.imwrite(str(folder / f"händ {k}.PNG"),
+                    image[:200 if k == 1 else 224, :150 if k == 2 else 224])
     (folder / "notes.txt").write_text("no picture")
-    command = ("finetune.py", "--predict", folder, "--weights", straight / "model.pt", "--out", out, "--workers", 0)
+    command = ("finetune.py", "--predict", folder, "--weights", straight / "model.pt",
+               "--out", out, "--workers", 0)
     run(*command)
-    assert {p.name for p in out.iterdir()} == {".lock", "log.jsonl", "names.txt", "overlay.jpg", "pred_uv.npy",
-                                               "pred_xyz.npy"}
+    assert {p.name for p in out.iterdir()} == {
+        ".lock", "log.jsonl", "names.txt", "overlay.jpg", "pred_uv.npy", "pred_xyz.npy"}
     lines = (out / "names.txt").read_text().splitlines()
     assert lines == [f"{k}\t{folder / f'händ {k}.PNG'}\tright" for k in range(3)]
     xyz, uv = np.load(out / "pred_xyz.npy"), np.load(out / "pred_uv.npy")
@@ -386,10 +430,12 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     net = finetune.DetNet("resnet18", "none").eval()
     net.load_state_dict(kept["model"])
     train = split(parse("--root", rendered / "freihand", "--out", "x", *TINY))[0]
-    assert kept["bone"] == pytest.approx(np.median([np.linalg.norm(hand[9] - hand[0]) for hand in train.xyz]))
+    assert kept["bone"] == pytest.approx(
+        np.median([np.linalg.norm(hand[9] - hand[0]) for hand in train.xyz]))
     for k in range(3):
         image = cv2.cvtColor(cv2.imread(str(folder / f"händ {k}.PNG")), cv2.COLOR_BGR2RGB)
-        rows, columns = 224 - image.shape[0], 224 - image.shape[1]  # black to both sides, up to a square
+        # Black to both sides, up to a square.
+        rows, columns = 224 - image.shape[0], 224 - image.shape[1]
         matrix = np.array([[1, 0, columns / 2 / 7], [0, 1, rows / 2 / 7]])  # 224 -> 32 pixels
         made = torch.from_numpy(cv2.warpAffine(block_means(image, 7), matrix, (32, 32)))[None]
         with torch.no_grad():
@@ -408,11 +454,14 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
         file.unlink()
     assert "holds neither keypoints.npy nor a picture" in refused(*command)
     assert "no such folder" in refused(*command[:2], tmp_path / "none", *command[3:])
-    assert "choose another --out" in refused("finetune.py", "--predict", rendered / "freihand" / "evaluation" / "rgb",
-                                             "--weights", straight / "model.pt", "--out", straight)
+    assert "choose another --out" in refused(
+        "finetune.py", "--predict", rendered / "freihand" / "evaluation" / "rgb",
+        "--weights", straight / "model.pt", "--out", straight)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "other.pt: not the model.pt" in refused(*command[:3], "--weights", tmp_path / "other.pt", "--out", out)
-    for arguments in ((*command, "--dataset", "freihand", "--root", "x"), ("finetune.py", "--root", "x", "--out", out)):
+    assert "other.pt: not the model.pt" in refused(
+        *command[:3], "--weights", tmp_path / "other.pt", "--out", out)
+    for arguments in ((*command, "--dataset", "freihand", "--root", "x"),
+                      ("finetune.py", "--root", "x", "--out", out)):
         assert "expected --dataset and --root, or --predict" in refused(*arguments)
 
 
@@ -430,21 +479,25 @@ def test_the_border_of_training_is_that_of_prediction(rendered, straight, tmp_pa
         if border is None:
             del content["border"]
         torch.save(content, tmp_path / f"{border}.pt")
-        run_here("finetune.py", "--predict", folder, "--weights", tmp_path / f"{border}.pt", "--out",
-                 tmp_path / f"{border}", "--workers", 0)
+        run_here("finetune.py", "--predict", folder, "--weights", tmp_path / f"{border}.pt",
+                 "--out", tmp_path / f"{border}", "--workers", 0)
         found[border] = np.load(tmp_path / f"{border}" / "pred_xyz.npy")
-    assert np.array_equal(found[None], found["black"]) and not np.array_equal(found["mirror"], found["black"])
+    assert (np.array_equal(found[None], found["black"])
+            and not np.array_equal(found["mirror"], found["black"]))
     samples = finetune.make_samples(1, path=["wide.png"])
     samples.centre, samples.side = (111.5, 49.5), 224
     args = parse("--root", folder, "--out", "x", *TINY, "--input-size", 224)
     black = test_crops(samples, args)["image"][0].numpy()
-    mirrored = test_crops(samples, parse("--root", folder, "--out", "x", *TINY, "--input-size", 224, "--border",
-                                         "mirror"))["image"][0].numpy()
+    mirrored = test_crops(samples, parse(
+        "--root", folder, "--out", "x", *TINY, "--input-size", 224, "--border",
+        "mirror"))["image"][0].numpy()
     inside = cv2.cvtColor(cv2.imread(str(folder / "wide.png")), cv2.COLOR_BGR2RGB)
     assert np.array_equal(black[62:162], inside) and not black[:62].any() and not black[162:].any()
     assert np.array_equal(mirrored[62:162], inside)
-    assert np.array_equal(mirrored[:62], inside[62:0:-1]) and np.array_equal(mirrored[162:], inside[-2:-64:-1])
-    large = cv2.resize(inside, None, fx=8, fy=8, interpolation=cv2.INTER_NEAREST)[:797]  # squares at the edge are cut
+    assert (np.array_equal(mirrored[:62], inside[62:0:-1])
+            and np.array_equal(mirrored[162:], inside[-2:-64:-1]))
+    # Squares at the edge are cut.
+    large = cv2.resize(inside, None, fx=8, fy=8, interpolation=cv2.INTER_NEAREST)[:797]
     view = finetune.View(finetune.crop_matrix((895.5, 398), 1792, 224))
     for border, shown in (("black", False), ("mirror", True)):
         small, inner, _ = finetune.shrink(large, view, np.zeros((21, 2)), border)
@@ -454,11 +507,13 @@ def test_the_border_of_training_is_that_of_prediction(rendered, straight, tmp_pa
 
 def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
     rows, out = np.load(hands / "hands.npy"), tmp_path / "predicted"
-    printed = run("finetune.py", "--predict", hands, "--weights", straight / "model.pt", "--out", out, "--workers", 2)
+    printed = run("finetune.py", "--predict", hands, "--weights", straight / "model.pt",
+                  "--out", out, "--workers", 2)
     assert len(printed.stdout) < 2000
     lines = [line.split("\t") for line in (out / "names.txt").read_text().splitlines()]
     assert [line[2] == "left" for line in lines] == rows["left"].tolist() and rows["left"].any()
-    assert [line[0] for line in lines] == [str(i) for i in range(len(rows))] and not (out / "gt_xyz.npy").exists()
+    assert ([line[0] for line in lines] == [str(i) for i in range(len(rows))]
+            and not (out / "gt_xyz.npy").exists())
     uv, xyz = np.load(out / "pred_uv.npy"), np.load(out / "pred_xyz.npy")
     assert uv.shape == (len(rows), 21, 2) and np.isfinite(xyz).all() and not xyz[:, 0].any()
     opened, net = finetune.load_hands(hands), finetune.DetNet("resnet18", "none").eval()
@@ -476,13 +531,15 @@ def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
         found = [np.unravel_index(heat[j].numpy().argmax(), (8, 8)) for j in range(21)]
         assert np.allclose(uv[i], [(column * 4 + 1.5, row * 4 + 1.5) for row, column in found])
     (hands / "keypoints.npy").write_bytes(b"")
-    assert "keypoints.npy: truncated" in refused("finetune.py", "--predict", hands, "--weights", straight / "model.pt",
-                                                 "--out", out)
+    assert "keypoints.npy: truncated" in refused(
+        "finetune.py", "--predict", hands, "--weights", straight / "model.pt", "--out", out)
 
 
 def test_it_learns_what_it_is_shown(rendered):
-    """A few steps on one batch must bring the loss down by far: targets, loss and network fit together."""
-    args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--rotation", 0, "--no-colour")
+    """A few steps on one batch must bring the loss down by far: targets, loss and network
+    fit together."""
+    args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--rotation", 0,
+                 "--no-colour")
     train, _, _, _ = split(args)
     torch.manual_seed(0)
     net = finetune.DetNet("resnet18", "none").train()

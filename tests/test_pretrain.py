@@ -41,7 +41,8 @@ def same(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return all(same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, (list, tuple)) else a == b
+    return (all(same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, (list, tuple))
+            else a == b)
 
 
 def vary(args, **changes):
@@ -64,7 +65,8 @@ def first_step(args, data):
 
 
 def standing_still(net):
-    """An optimiser that leaves the network as it is: what a step computed shows in the gradients."""
+    """An optimiser that leaves the network as it is: what a step computed shows in the
+    gradients."""
     return torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
 
 
@@ -79,26 +81,30 @@ def setting(mined):
 
 
 def smooth(net):
-    """The same network without corners. Where the input of a ReLU lies within rounding of 0, or two of a
-    max-pooling's are that close to each other, two ways to compute a gradient may both be right and differ."""
+    """The same network without corners. Where the input of a ReLU lies within rounding of
+    0, or two of a max-pooling's are that close to each other, two ways to compute a
+    gradient may both be right and differ."""
     for module in net.modules():
         for name, child in module.named_children():
             if isinstance(child, torch.nn.ReLU):
                 setattr(module, name, torch.nn.SiLU())
             if isinstance(child, torch.nn.MaxPool2d):
-                setattr(module, name, torch.nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+                setattr(module, name,
+                        torch.nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
     return net.eval()
 
 
 def test_views_hardly_show_the_border_of_their_crop(mined):
-    """A view is centred on the mean of the keypoints, a crop on their box: what lies between depends on the pose, and a
-    border that is seen gives it away. Crops of the paper's size, half as wide as ours, show it in nearly all views."""
+    """A view is centred on the mean of the keypoints, a crop on their box: what lies
+    between depends on the pose, and a border that is seen gives it away. Crops of the
+    paper's size, half as wide as ours, show it in nearly all views."""
     hands, rng = load_hands(mined), np.random.default_rng(0)
     seen = {1: [], 2: []}
     for points in np.concatenate([hands.keypoints] * 5):
         for smaller, shares in seen.items():
             side, move = hands.side / smaller, 15 / 448 * smaller
-            view = sample_view(rng, points - (hands.side - side) / 2, side, 64, move=move, colour=False)
+            view = sample_view(rng, points - (hands.side - side) / 2, side, 64, move=move,
+                               colour=False)
             white = np.full((round(side),) * 2, 255, np.uint8)
             shares.append((apply_view(view, white, points, 64, "black")[0] < 128).mean())
     shares = {smaller: np.array(values) for smaller, values in seen.items()}
@@ -128,11 +134,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(setting, mined, meth
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
 
 
-@pytest.mark.parametrize("method, equivariance", [("simhand", None), ("simhand", "rotation"), ("peclr", "shift"),
-                                                  ("peclr", "none"), ("simclr", None)])
+@pytest.mark.parametrize("method, equivariance", [
+    ("simhand", None), ("simhand", "rotation"), ("peclr", "shift"), ("peclr", "none"),
+    ("simclr", None)])
 def test_the_whole_step_equals_autograd_through_everything(setting, mined, method, equivariance):
-    """One piece: the gradient must be that of the loss written straight on the network's output, from the pictures on:
-    torchvision's normalisation, the view undone except by simclr, the temperature asked for."""
+    """One piece: the gradient must be that of the loss written straight on the network's
+    output, from the pictures on: torchvision's normalisation, the view undone except by
+    simclr, the temperature asked for."""
     _, _, net = setting
     flags = ("--equivariance", equivariance) if equivariance else ()
     args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--method", method,
@@ -143,7 +151,8 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
     ours = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     images = batch["image"].permute(0, 3, 1, 2) / 255
-    images = torchvision.transforms.functional.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    images = torchvision.transforms.functional.normalize(
+        images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     z = torch.nn.functional.normalize(net(images), dim=1)
     if method != "simclr" and equivariance != "none":
         angle, shift = batch["angle"], batch["shift"]
@@ -157,22 +166,25 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
     loss = nt_xent(*z.chunk(2), *pair_weights(*batch["weight_keypoints"].chunk(2)), temperature=0.2)
     loss.backward()
     assert values[0].item() == pytest.approx(loss.item(), rel=1e-6)
-    assert all(torch.allclose(a, p.grad, rtol=1e-3, atol=1e-6) for a, p in zip(ours, net.parameters()))
+    assert all(torch.allclose(a, p.grad, rtol=1e-3, atol=1e-6)
+               for a, p in zip(ours, net.parameters()))
 
 
-@pytest.mark.parametrize("flags", [(), ("--weight-on", "pos"), ("--weight-on", "neg"), ("--weighting", "none"),
-                                   ("--weighting", "nonlinear", "--slope-pos", 0.3, "--slope-neg", 0.01),
-                                   ("--weight-pca",)])
+@pytest.mark.parametrize("flags", [
+    (), ("--weight-on", "pos"), ("--weight-on", "neg"), ("--weighting", "none"),
+    ("--weighting", "nonlinear", "--slope-pos", 0.3, "--slope-neg", 0.01), ("--weight-pca",)])
 def test_weights_are_those_that_the_flags_ask_for(mined, flags):
     args = parse(mined, "--out", "unused", *TINY, "--weighting", "linear", *flags)
-    pca, (k1, k2) = pretrain.load_data(args).pca, torch.rand(2, 9, 21, 2, generator=torch.manual_seed(0)) * 32
+    pca, (k1, k2) = (pretrain.load_data(args).pca,
+                     torch.rand(2, 9, 21, 2, generator=torch.manual_seed(0)) * 32)
     found = pretrain.weigh(k1, k2, pca, args)
     every = np.concatenate([k1, k2]).astype(float)
     if "--weight-pca" in flags:
         every = (every.reshape(18, 42) @ np.load(mined / "pca.npy")[1:].T.astype(float))[:, None]
     d = np.linalg.norm(every[:, None] - every[None], axis=3).mean(2)
-    for name, other, w, distance, slope in (("pos", "neg", found[0], d[np.arange(9), np.arange(9) + 9], 0.3),
-                                            ("neg", "pos", found[1], d, 0.01)):
+    for name, other, w, distance, slope in (
+            ("pos", "neg", found[0], d[np.arange(9), np.arange(9) + 9], 0.3),
+            ("neg", "pos", found[1], d, 0.01)):
         if "none" in flags or other in flags:
             assert w is None
         elif "nonlinear" in flags:
@@ -190,8 +202,10 @@ def test_the_values_of_a_step_against_loops(setting):
         z = pretrain.embed(net, batch, "fp32", args)
     similarity = z @ z.T
     positive = [similarity[i, (i + 12) % 24].item() for i in range(24)]
-    negative = [similarity[i, k].item() for i in range(24) for k in range(24) if k not in (i, (i + 12) % 24)]
-    distance = np.linalg.norm(batch["weight_keypoints"][:12] - batch["weight_keypoints"][12:], axis=2).mean(1)
+    negative = [similarity[i, k].item() for i in range(24) for k in range(24)
+                if k not in (i, (i + 12) % 24)]
+    distance = np.linalg.norm(batch["weight_keypoints"][:12] - batch["weight_keypoints"][12:],
+                              axis=2).mean(1)
     assert values["positive_similarity"] == pytest.approx(np.mean(positive), rel=1e-4)
     assert values["negative_similarity"] == pytest.approx(np.mean(negative), rel=1e-4)
     weights = (distance.max() - distance) / np.ptp(distance)
@@ -293,7 +307,8 @@ def test_lars_factor_against_its_formula():
     model = torch.nn.Sequential(layer, norm)
     args = argparse.Namespace(optimizer="lars-adam", lr=0.1, weight_decay=0.01)
     optimizer = pretrain.make_optimizer(model, args)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3]  # the weight; three that do not adapt
+    # The weight; three that do not adapt.
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3]
     for scale in (1.0, 1e-4, 0.0):
         for p in model.parameters():
             p.grad = torch.randn_like(p) * scale
@@ -315,7 +330,8 @@ def test_every_backbone_fits_the_projection(backbone):
 def test_learning_rate_warms_up_and_ends_near_zero():
     rates = [pretrain.learning_rate(step, 100, 10, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) == max(rates)
-    assert rates[55] == pytest.approx(1.0) and rates[99] < 0.002 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert (rates[55] == pytest.approx(1.0) and rates[99] < 0.002
+            and rates[10:] == sorted(rates[10:], reverse=True))
     assert pretrain.learning_rate(0, 5, 0, 2.0) == 2.0
 
 
@@ -399,8 +415,9 @@ def test_a_batch_holds_all_first_views_before_all_second_ones(setting):
 
 @pytest.fixture
 def twins(hands, tmp_path):
-    """A hands folder of two videos: the hands of one, and the same turned and resized, pictures too. -> folder, the
-    angles by which they were turned (N,), as in cv2.getRotationMatrix2D."""
+    """A hands folder of two videos: the hands of one, and the same turned and resized,
+    pictures too. -> folder, the angles by which they were turned (N,), as in
+    cv2.getRotationMatrix2D."""
     one = load_hands(hands)
     rng = np.random.default_rng(0)
     count = 40
@@ -412,7 +429,8 @@ def twins(hands, tmp_path):
             if twin:
                 middle = points.mean(0, dtype=np.float64)
                 matrix = cv2.getRotationMatrix2D(middle.tolist(), angles[i], rng.uniform(0.6, 0.9))
-                image = cv2.warpAffine(image, matrix, (one.side, one.side), borderMode=cv2.BORDER_REFLECT_101)
+                image = cv2.warpAffine(image, matrix, (one.side, one.side),
+                                       borderMode=cv2.BORDER_REFLECT_101)
                 points = points @ matrix[:, :2].T + matrix[:, 2]
             crops.append(cv2.imencode(".jpg", image[:, :, ::-1])[1])
             keypoints.append(points)
@@ -462,7 +480,8 @@ def test_turns_of_another_mining_are_refused(twins, tmp_path):
     np.save(folder / "neighbours.npy", neighbours[:, ::-1].copy())
     assert "two minings" in refused("pretrain.py", *flags)
     np.save(folder / "neighbours.npy", neighbours)
-    for change in (lambda t: t[:, :1], lambda t: t.astype(float), lambda t: np.where(t == t[3, 0], np.nan, t),
+    for change in (lambda t: t[:, :1], lambda t: t.astype(float),
+                   lambda t: np.where(t == t[3, 0], np.nan, t),
                    lambda t: np.where(t == t[3, 0], t + 5, t)):
         np.save(folder / "turns.npy", change(turns))
         assert "turns.npy" in refused("pretrain.py", *flags)
@@ -521,7 +540,8 @@ def test_optional_augmentations_do_what_they_say_and_leave_the_geometry_alone(se
     assert np.abs(shown["sobel"][1:-1, 1:-1] - np.hypot(across, along).clip(0, 255)).max() <= 1
     lost = (shown["cut_out"] != image).any(2)
     y, x = np.nonzero(lost)
-    assert (shown["cut_out"][lost] == 0).all() and max(np.ptp(y), np.ptp(x)) < 0.4 * 64 and lost.any()
+    assert ((shown["cut_out"][lost] == 0).all() and max(np.ptp(y), np.ptp(x)) < 0.4 * 64
+            and lost.any())
     rare = vary(args, colour_drop=0.3)
     views = [view.image for i in range(100) for view in pretrain.make_pair(data, i % 60, i, rare)]
     grey = sum((view[..., :1] == view).all() for view in views)
@@ -540,8 +560,8 @@ def test_pca_distances_use_the_frozen_components(mined):
 def straight(mined, tmp_path_factory):
     """A run of two epochs without a stop."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2,
-        "--weighting", "linear")
+    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10,
+        "--epochs", 2, "--weighting", "linear")
     return out
 
 
@@ -562,7 +582,8 @@ def test_backbone_loads_into_torchvision_alone(straight):
             "assert sorted(r.missing_keys) == ['fc.bias', 'fc.weight'] and not r.unexpected_keys;"
             "assert torch.isfinite(n.eval()(torch.rand(1, 3, 64, 64))).all()")
     subprocess.run([sys.executable, "-c", code, straight / "backbone.pt"], check=True, cwd="/")
-    moved, fresh = load_checkpoint(straight / "backbone.pt"), pretrain.SimHandModel("resnet18", "none").backbone
+    moved, fresh = (load_checkpoint(straight / "backbone.pt"),
+                    pretrain.SimHandModel("resnet18", "none").backbone)
     assert not torch.equal(moved["conv1.weight"], fresh.state_dict()["conv1.weight"])
 
 
@@ -576,10 +597,11 @@ def wait_for(path, process):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp_path, number):
     out = tmp_path / "run"
-    arguments = (mined, "--out", out, *TINY[:-1], 1, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2,
-                 "--save-minutes", 0)
-    process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, arguments)], start_new_session=True,
-                               env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    arguments = (mined, "--out", out, *TINY[:-1], 1, "--batch-size", 20, "--micro-batch", 10,
+                 "--epochs", 2, "--save-minutes", 0)
+    process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, arguments)],
+                               start_new_session=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
     wait_for(out / "checkpoint.pt", process)
     os.killpg(process.pid, number)
     printed, _ = process.communicate()
@@ -587,11 +609,13 @@ def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp
         assert process.returncode == 0 and "stopped by SIGTERM" in printed
     else:
         assert process.returncode == -number
-    assert not (out / "backbone.pt").exists() and load_checkpoint(out / "checkpoint.pt")["step"] < 16
+    assert (not (out / "backbone.pt").exists()
+            and load_checkpoint(out / "checkpoint.pt")["step"] < 16)
     run("pretrain.py", *arguments)
     assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
     a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (out, straight))
-    assert same({k: v for k, v in a.items() if k != "args"}, {k: v for k, v in b.items() if k != "args"})
+    assert same({k: v for k, v in a.items() if k != "args"},
+                {k: v for k, v in b.items() if k != "args"})
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_it(straight, mined, tmp_path):
@@ -605,31 +629,37 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(straight, mined, tmp_pat
     assert (out / "log.jsonl").read_bytes() == (straight / "log.jsonl").read_bytes()
 
 
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(straight, mined, tmp_path):
-    """A limit on the size of files stands for the full disk; loader processes must not keep the run alive."""
-    arguments = (mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--micro-batch", 10,
-                 "--epochs", 2)
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(
+        straight, mined, tmp_path):
+    """A limit on the size of files stands for the full disk; loader processes must not keep
+    the run alive."""
+    arguments = (mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20,
+                 "--micro-batch", 10, "--epochs", 2)
     command = shlex.join(map(str, [sys.executable, ROOT / "pretrain.py", *arguments]))
-    result = subprocess.run(["bash", "-c", f"ulimit -f 20000; {command}"], capture_output=True, text=True, timeout=100,
-                            env=ENVIRONMENT)
+    result = subprocess.run(["bash", "-c", f"ulimit -f 20000; {command}"], capture_output=True,
+                            text=True, timeout=100, env=ENVIRONMENT)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].endswith("could not be written: File too large")
     assert (tmp_path / "run" / "log.jsonl").exists()
     assert not list((tmp_path / "run").glob("*.pt")) and not list((tmp_path / "run").glob(".*.tmp"))
     run("pretrain.py", *arguments)
-    assert same(load_checkpoint(tmp_path / "run" / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
+    assert same(load_checkpoint(tmp_path / "run" / "backbone.pt"),
+                load_checkpoint(straight / "backbone.pt"))
 
 
 def test_a_finished_run_given_again_changes_nothing(straight, mined, tmp_path):
     out = Path(shutil.copytree(straight, tmp_path / "run"))
-    again = ("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    again = ("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10,
+             "--epochs", 2)
     for parted in (False, True):  # what it says at its end follows from the log's last row
         *before, last = (out / "log.jsonl").read_text().splitlines()
-        last = json.loads(last) | dict(positive_similarity=0.9 if parted else 0.81, negative_similarity=0.8)
+        last = json.loads(last) | dict(positive_similarity=0.9 if parted else 0.81,
+                                       negative_similarity=0.8)
         (out / "log.jsonl").write_text("\n".join([*before, json.dumps(last)]) + "\n")
         assert ("careful: the embeddings have not parted" in run_here(*again)) != parted
         assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
-    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 3, "--lr", 1)
+    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--epochs", 3,
+                   "--lr", 1)
     for words in ("--epochs was 2, is 3", "--lr was 0.0032, is 1.0", "--micro-batch was 10, is 20"):
         assert words in line
 
@@ -640,7 +670,8 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(straight, mined,
     content["args"]["weights"] = str(tmp_path / "gone.pt")
     torch.save(content, out / "checkpoint.pt")
     arguments = [tmp_path / "gone.pt" if a == "none" else a for a in TINY]
-    run_here("pretrain.py", mined, "--out", out, *arguments, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    run_here("pretrain.py", mined, "--out", out, *arguments, "--batch-size", 20,
+             "--micro-batch", 10, "--epochs", 2)
     assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
 
 
@@ -651,7 +682,8 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
     log = load_checkpoint(out / "checkpoint.pt")
     log["args"]["hands"] = [str(pairs)]
     torch.save(log, out / "checkpoint.pt")
-    line = refused("pretrain.py", pairs, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2)
+    line = refused("pretrain.py", pairs, "--out", out, *TINY, "--batch-size", 20,
+                   "--micro-batch", 10, "--epochs", 2)
     assert "was trained on other hands or pairs" in line
     np.save(pairs / "neighbours.npy", neighbours)
     plain = parse(pairs, "--out", "x", *TINY)
@@ -665,24 +697,27 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
     digests.add(pretrain.load_data(plain).digest)
     assert len(digests) == 4
     np.save(pairs / "neighbours.npy", np.arange(len(neighbours))[:, None])
-    assert "a hand is its own neighbour" in refused("pretrain.py", pairs, "--out", tmp_path / "new", *TINY)
+    assert "a hand is its own neighbour" in refused(
+        "pretrain.py", pairs, "--out", tmp_path / "new", *TINY)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
-    line = refused("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 20, "--epochs", 2, "--lr",
-                   1e30, "--optimizer", "adam", "--weighting", "linear")
+    line = refused("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 20,
+                   "--epochs", 2, "--lr", 1e30, "--optimizer", "adam", "--weighting", "linear")
     assert "loss is not finite at step 2;" in line
     out = tmp_path / "kept"  # one step an epoch: the state after the first is finite, and stays
-    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 100, "--epochs", 9, "--warmup-epochs", 0,
-                   "--lr", 1e30, "--optimizer", "adam")
+    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 100, "--epochs", 9,
+                   "--warmup-epochs", 0, "--lr", 1e30, "--optimizer", "adam")
     assert "loss is not finite at step" in line
     state = load_checkpoint(out / "checkpoint.pt")
-    assert state["step"] == 1 and "step 2;" in line and all(v.isfinite().all() for v in state["model"].values())
+    assert (state["step"] == 1 and "step 2;" in line
+            and all(v.isfinite().all() for v in state["model"].values()))
 
 
 @pytest.mark.parametrize("flags", [("--weight-on", "neg", *MEASURED), ("--method", "peclr")])
 def test_variants_run(mined, tmp_path, flags):
-    arguments = ("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, *flags)
+    arguments = ("pretrain.py", mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60,
+                 "--epochs", 1, *flags)
     run_here(*arguments)
     assert (tmp_path / "run" / "backbone.pt").exists() and (tmp_path / "run" / "views.jpg").exists()
 
@@ -696,20 +731,22 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
     arguments = (*TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2, "--steps", 6)
     result = run("pretrain.py", mined, "--out", tmp_path / "run", *arguments)
     rate, seconds, memory, steps, hours = map(float, re.search(
-        r"dry run: (\d+) views/s, ([\d.]+) s a step, ([\d.]+) GB of cpu memory .*; the whole run, (\d+) steps, "
-        r"would take ([\d.]+) hours", result.stdout).groups())
+        r"dry run: (\d+) views/s, ([\d.]+) s a step, ([\d.]+) GB of cpu memory .*; the whole "
+        r"run, (\d+) steps, would take ([\d.]+) hours", result.stdout).groups())
     assert rate == pytest.approx(40 / seconds, rel=0.01, abs=0.6)  # it is printed without decimals
     assert hours == pytest.approx(steps * seconds / 3600, abs=0.006)
     assert 0.2 < memory < 8 and steps == 2 * (len(np.load(mined / "keypoints.npy")) // 20)
     assert not (tmp_path / "run").exists()
     before = {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
-    command = ("pretrain.py", mined, "--out", straight, *arguments[:-1], 2, "--lr", 1)  # beside a run of other ones
+    # Beside a run of other ones.
+    command = ("pretrain.py", mined, "--out", straight, *arguments[:-1], 2, "--lr", 1)
     run_here(*command)
     assert before == {path.name: path.stat().st_mtime_ns for path in straight.iterdir()}
 
 
 def test_tensorboard_where_it_is_installed(mined, tmp_path):
-    arguments = (mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1, "--tensorboard")
+    arguments = (mined, "--out", tmp_path / "run", *TINY, "--batch-size", 60, "--epochs", 1,
+                 "--tensorboard")
     try:
         importlib.import_module("torch.utils.tensorboard")
     except ImportError:
@@ -722,8 +759,8 @@ def test_tensorboard_where_it_is_installed(mined, tmp_path):
 def test_a_loader_process_that_dies_ends_in_one_line(mined, tmp_path):
     """As where the memory or /dev/shm is full."""
     process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, (
-        mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--epochs", 500))], env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--epochs", 500))],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run" / "checkpoint.pt", process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -743,8 +780,8 @@ def test_sigterm_at_one_rank_stops_all_and_the_same_command_goes_on(mined, tmp_p
 
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     torchrun("pretrain.py", *command(tmp_path / "straight")[6:])
-    process = subprocess.Popen(list(map(str, command(tmp_path / "run"))), env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command(tmp_path / "run"))), env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run" / "checkpoint.pt", process)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGTERM)
@@ -752,11 +789,13 @@ def test_sigterm_at_one_rank_stops_all_and_the_same_command_goes_on(mined, tmp_p
     assert process.returncode == 0 and "stopped by SIGTERM after step" in printed, errors
     assert not (tmp_path / "run" / "backbone.pt").exists()
     torchrun("pretrain.py", *command(tmp_path / "run")[6:])
-    assert (tmp_path / "run" / "backbone.pt").read_bytes() == (tmp_path / "straight" / "backbone.pt").read_bytes()
+    assert ((tmp_path / "run" / "backbone.pt").read_bytes()
+            == (tmp_path / "straight" / "backbone.pt").read_bytes())
 
 
 def test_unmined_folders_are_used_whole_by_peclr_only(extracted, tmp_path):
-    assert "neighbours.npy: missing" in refused("pretrain.py", extracted, "--out", tmp_path / "run", *TINY)
+    assert "neighbours.npy: missing" in refused(
+        "pretrain.py", extracted, "--out", tmp_path / "run", *TINY)
     args = parse(extracted, "--out", "unused", *TINY, "--method", "simclr")
     assert args.rotation == 0 and args.crop_margin == [1.25, 1.25]
     data = pretrain.load_data(args)
@@ -771,14 +810,16 @@ def test_several_folders_and_pairs_elsewhere(mined, extracted, tmp_path):
     line = refused("pretrain.py", mined, extracted, "--pairs", mined, "--out", tmp_path / "run")
     assert "expected one for each" in line
     for method in ("simhand", "peclr"):  # pairs that were asked for are never done without
-        assert "neighbours.npy: missing" in refused("pretrain.py", mined, "--pairs", tmp_path / "typo", "--out",
-                                                    tmp_path / "run", *TINY, "--method", method)
+        assert "neighbours.npy: missing" in refused(
+            "pretrain.py", mined, "--pairs", tmp_path / "typo", "--out", tmp_path / "run", *TINY,
+            "--method", method)
 
 
 def test_one_pca_measures_all_folders(mined, pairs):
     np.save(pairs / "pca.npy", np.load(pairs / "pca.npy")[::-1].copy())
     data = pretrain.load_data(parse(mined, pairs, "--out", "unused", *TINY, *MEASURED))
-    assert np.array_equal(data.pca, np.load(mined / "pca.npy")[1:]) and "serve the hands of" in data.notes[0]
+    assert (np.array_equal(data.pca, np.load(mined / "pca.npy")[1:])
+            and "serve the hands of" in data.notes[0])
 
 
 def test_rows_without_a_neighbour_are_not_used(pairs):
@@ -798,22 +839,24 @@ def test_bad_input_is_refused_in_one_line(pairs, tmp_path):
     assert "fewer than --batch-size 8192" in line()
     assert "3 neighbours a hand were mined, --top-k is 4" in line("--batch-size", 8, "--top-k", 4)
     assert "must be below --epochs" in line("--epochs", 5, "--warmup-epochs", 5)
-    for flag, value in (("--lr", "nan"), ("--lr", "inf"), ("--seed", -1), ("--workers", -1), ("--rotation", "nan")):
+    for flag, value in (("--lr", "nan"), ("--lr", "inf"), ("--seed", -1), ("--workers", -1),
+                        ("--rotation", "nan")):
         assert f"{flag} is" in line(flag, value)
     for device in ("cuda:99", "foo"):  # wrong with and without a GPU
         assert f"--device {device}" in line("--device", device)
     assert "must be a multiple of" in line("--batch-size", 9, "--micro-batch", 2)
     assert "one has no negatives" in line("--batch-size", 1)
-    assert "is a hands folder, choose another --out" in refused("pretrain.py", pairs, "--out", pairs, *TINY,
-                                                                "--batch-size", 8)
+    assert "is a hands folder, choose another --out" in refused(
+        "pretrain.py", pairs, "--out", pairs, *TINY, "--batch-size", 8)
     assert "--seed is" in line("--batch-size", 8, "--seed", 2 ** 64)
     assert "must lie in 0..1" in line("--batch-size", 8, "--blur", 1.5)
     assert "--steps must be above 1" in line("--batch-size", 8, "--steps", 1)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "other.pt: not the weights of a resnet18" in line("--batch-size", 8, "--weights", tmp_path / "other.pt")
+    assert "other.pt: not the weights of a resnet18" in line(
+        "--batch-size", 8, "--weights", tmp_path / "other.pt")
     assert "nowhere.pt: missing" in line("--batch-size", 8, "--weights", tmp_path / "nowhere.pt")
-    for content, word in ((np.zeros((5, 1), np.int64), "expected int64"), (np.load(pairs / "neighbours.npy") + 10 ** 6,
-                                                                            "values in -1")):
+    for content, word in ((np.zeros((5, 1), np.int64), "expected int64"),
+                          (np.load(pairs / "neighbours.npy") + 10 ** 6, "values in -1")):
         np.save(pairs / "neighbours.npy", content)
         assert "neighbours.npy" in (found := line("--batch-size", 8)) and word in found
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -824,6 +867,7 @@ def test_a_damaged_crop_is_named(pairs, tmp_path):
     crops[offsets[4]:offsets[5]] = 0
     np.save(pairs / "crops.npy", crops)
     for workers in (0, 1):  # an error in a loader's process arrives as one line too
-        result = run("pretrain.py", pairs, "--out", tmp_path / f"run{workers}", *TINY[:-1], workers, "--batch-size", 60,
-                     "--method", "peclr", "--epochs", 1, status=2)
-        assert "crops.npy: crop 4, at" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+        result = run("pretrain.py", pairs, "--out", tmp_path / f"run{workers}", *TINY[:-1],
+                     workers, "--batch-size", 60, "--method", "peclr", "--epochs", 1, status=2)
+        assert ("crops.npy: crop 4, at" in result.stderr.splitlines()[-1]
+                and "Traceback" not in result.stderr)

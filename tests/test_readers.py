@@ -13,8 +13,8 @@ import torch
 
 import finetune
 from conftest import refused, run, run_here
-from datasets import (META, SERIALS, SUBJECTS, TINY, a_hand, official, parse, split, test_crops, visible,
-                      write_assemblyhands, write_dexycb)
+from datasets import (META, SERIALS, SUBJECTS, TINY, a_hand, official, parse, split, test_crops,
+                      visible, write_assemblyhands, write_dexycb)
 
 
 @pytest.fixture
@@ -30,14 +30,18 @@ def test_freihand_is_read_to_the_letter(freihand):
     args = parse("--root", freihand, "--out", "x")
     labels = finetune.read_freihand(args)
     train, test, notes = labels.train, labels.test, labels.notes
-    xyz, matrix = (json.loads((freihand / f"training_{key}.json").read_text()) for key in ("xyz", "K"))
-    assert len(train.uv) == 64 and len(test.uv) == 8 and "64 training pictures of 16 samples" in notes[1]
+    xyz, matrix = (json.loads((freihand / f"training_{key}.json").read_text())
+                   for key in ("xyz", "K"))
+    assert (len(train.uv) == 64 and len(test.uv) == 8
+            and "64 training pictures of 16 samples" in notes[1])
     for i in (0, 17, 33, 63):  # picture i shows sample i % 16, in four versions
         x, y, z = np.array(xyz[i % 16]).T
         k = np.array(matrix[i % 16])
         assert np.allclose(train.xyz[i], 1000 * np.array(xyz[i % 16]), atol=1e-9)
-        assert np.allclose(train.uv[i], np.stack([k[0, 0] * x / z + k[0, 2], k[1, 1] * y / z + k[1, 2]], 1))
-        assert train.group[i] == i % 16 and train.path[i].decode().endswith(f"training/rgb/{i:08d}.jpg")
+        assert np.allclose(train.uv[i], np.stack([k[0, 0] * x / z + k[0, 2],
+                                                  k[1, 1] * y / z + k[1, 2]], 1))
+        assert (train.group[i] == i % 16
+                and train.path[i].decode().endswith(f"training/rgb/{i:08d}.jpg"))
     moved = freihand / "evaluation_xyz.json"  # the evaluation lists may lie in the root as well
     (freihand.with_name("set_eval") / "evaluation_xyz.json").rename(moved)
     assert np.array_equal(finetune.read_freihand(args).test.xyz, test.xyz)
@@ -45,21 +49,24 @@ def test_freihand_is_read_to_the_letter(freihand):
 
 def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     def line(root=freihand, *arguments):
-        return refused("finetune.py", "--dataset", "freihand", "--root", root, "--out", tmp_path / "run", *TINY,
-                       *arguments)
+        return refused("finetune.py", "--dataset", "freihand", "--root", root,
+                       "--out", tmp_path / "run", *TINY, *arguments)
 
-    run("finetune.py", "--dataset", "freihand", "--root", tmp_path / "no", "--out", tmp_path / "run", status=2)
+    run("finetune.py", "--dataset", "freihand", "--root", tmp_path / "no",
+        "--out", tmp_path / "run", status=2)
     assert "training_K.json: missing" in line(tmp_path / "nowhere")
     assert "fewer than --batch-size 9999" in line(freihand, "--batch-size", 9999)
     assert "--label-fraction" in line(freihand, "--label-fraction", 0)
     assert "expected at least 2" in line(freihand, "--label-fraction", 0.05)
     assert "multiple of 32" in line(freihand, "--input-size", 100)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "other.pt: not the weights of a resnet18" in line(freihand, "--weights", tmp_path / "other.pt")
+    assert "other.pt: not the weights of a resnet18" in line(
+        freihand, "--weights", tmp_path / "other.pt")
     file = freihand / "training_xyz.json"
     text, values = file.read_text(), json.loads(file.read_text())
     for content, words in ((json.dumps(values[:-1]), "has 16 entries, training_xyz.json has 15"),
-                           (text[:len(text) // 2], "truncated"), (json.dumps([v[:20] for v in values]), "(16, 20, 3)"),
+                           (text[:len(text) // 2], "truncated"),
+                           (json.dumps([v[:20] for v in values]), "(16, 20, 3)"),
                            (json.dumps((np.array(values) * 1000).tolist()), "expected metres"),
                            (text.replace("0.", "NaN, 0.", 1), "training_xyz.json")):
         file.write_text(content)
@@ -69,7 +76,8 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     picture = freihand / "training" / "rgb" / "00000005.jpg"
     picture.rename(tmp_path / "kept.jpg")
     assert "1 pictures are missing, the first ['00000005.jpg']; expected 4 x 16" in line()
-    (tmp_path / "kept.jpg").rename(picture.with_name("00000064.jpg"))  # as many as before, but not the same ones
+    # As many as before, but not the same ones.
+    (tmp_path / "kept.jpg").rename(picture.with_name("00000064.jpg"))
     assert "1 pictures are missing, the first ['00000005.jpg']" in line()
     picture.write_text("not a picture")
     assert "00000005.jpg: truncated, or not a picture" in line()
@@ -89,8 +97,10 @@ def test_label_fractions_are_nested_and_divided_by_sample(rendered):
         train, validation, test, _ = split(parse("--root", rendered / "freihand", "--out", "x",
                                                           "--label-fraction", fraction))
         groups, held = set(train.group.tolist()), set(validation.group.tolist())
-        assert not groups & held and len(train.uv) == 4 * len(groups) and len(validation.uv) == 4 * len(held)
-        assert len(groups | held) == 16 * fraction and len(held) == math.ceil(1.6 * fraction) and len(test.uv) == 8
+        assert (not groups & held and len(train.uv) == 4 * len(groups)
+                and len(validation.uv) == 4 * len(held))
+        assert (len(groups | held) == 16 * fraction and len(held) == math.ceil(1.6 * fraction)
+                and len(test.uv) == 8)
         used[fraction] = groups | held
     assert used[0.25] < used[0.5] < used[1.0]
 
@@ -123,9 +133,11 @@ def test_dexycb_is_read_to_the_letter(dexycb, tmp_path, setup, parts, paper):
         for k, (_, path) in enumerate(kept):
             xyz, uv, side = truth[path]
             sign = np.array([-1 if side == "left" else 1, 1, 1])
-            assert found.left[k] == (side == "left") and np.abs(found.xyz[k] - xyz * sign).max() < 1e-3
+            assert (found.left[k] == (side == "left")
+                    and np.abs(found.xyz[k] - xyz * sign).max() < 1e-3)
             mirrored = np.stack([639 - uv[:, 0], uv[:, 1]], 1) if side == "left" else uv
-            assert np.abs(found.uv[k] - mirrored).max() < 1e-3 and (found.valid[k] == visible(xyz, uv)).all()
+            assert (np.abs(found.uv[k] - mirrored).max() < 1e-3
+                    and (found.valid[k] == visible(xyz, uv)).all())
             low, high = mirrored.min(0), mirrored.max(0)
             assert np.allclose(found.centre[k], (low + high) / 2, atol=1e-3)
             assert found.side[k] == pytest.approx(1.75 * (high - low).max(), abs=1e-3)
@@ -152,9 +164,12 @@ def test_dexycb_setups_against_the_officials_lists():
                [(s, q, c) for s in range(2, 10) for q in range(4, 100, 5) for c in cameras]],
         "s1": [[(s, q, c) for s in subjects for q in range(100) for c in cameras]
                for subjects in ((0, 1, 2, 3, 4, 5, 9), (6,), (7, 8))],
-        "s2": [[(s, q, c) for s in every for q in range(100) for c in some] for some in (range(6), (6,), (7,))],
-        "s3": [[(s, q, c) for s in every for q in range(100) if (q // 5 in objects) == inside for c in cameras]
-               for objects, inside in (((3, 7, 11, 15, 19), False), ((3, 19), True), ((7, 11, 15), True))]}
+        "s2": [[(s, q, c) for s in every for q in range(100) for c in some]
+               for some in (range(6), (6,), (7,))],
+        "s3": [[(s, q, c) for s in every for q in range(100) if (q // 5 in objects) == inside
+                for c in cameras]
+               for objects, inside in (((3, 7, 11, 15, 19), False), ((3, 19), True),
+                                       ((7, 11, 15), True))]}
     for setup, expected in lists.items():
         assert all(a == b for a, b in zip(members(setup), expected))
     assert [len(part) // 8 for part in members("s0")] == [800, 40, 160]
@@ -162,7 +177,8 @@ def test_dexycb_setups_against_the_officials_lists():
 
 
 def test_official_indices_of_the_whole_dexycb(tmp_path):
-    """All 1000 sequences and 8 cameras: the positions in dex-ycb-toolkit's lists, frames without a label counted."""
+    """All 1000 sequences and 8 cameras: the positions in dex-ycb-toolkit's lists, frames
+    without a label counted."""
     rng, root = np.random.default_rng(0), tmp_path / "set"
     root.mkdir()
     for name in ("labelled", "empty"):
@@ -175,7 +191,8 @@ def test_official_indices_of_the_whole_dexycb(tmp_path):
         for q in range(100):
             folder, frames = root / subject / f"20200709_14{q:04d}", 1 + (q % 9 == 4)
             folder.mkdir(parents=True)
-            (folder / "meta.yml").write_text(META.format(serials=serials, frames=frames, side="right"))
+            (folder / "meta.yml").write_text(
+                META.format(serials=serials, frames=frames, side="right"))
             for c, serial in enumerate(SERIALS):
                 (folder / serial).mkdir()
                 for f in range(frames):
@@ -188,8 +205,8 @@ def test_official_indices_of_the_whole_dexycb(tmp_path):
     for setup, inside in tests.items():
         mine = [(path, labelled) for s, q, c, path, labelled in every if inside(s, q, c)]
         expected = [(i, path) for i, (path, labelled) in enumerate(mine) if labelled]
-        test = split(parse("--root", root, "--out", tmp_path / "run", "--setup", setup, "--workers", 2,
-                                    dataset="dexycb"))[2]
+        test = split(parse("--root", root, "--out", tmp_path / "run", "--setup", setup,
+                           "--workers", 2, dataset="dexycb"))[2]
         assert [(i, path.decode()) for i, path in zip(test.index, test.path)] == expected
 
 
@@ -198,11 +215,13 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
     write_dexycb(root, sequences=1, frames=1)
 
     def line(*arguments):
-        return refused("finetune.py", "--dataset", "dexycb", "--root", root, "--out", tmp_path / "run", *TINY,
-                       *arguments)
+        return refused("finetune.py", "--dataset", "dexycb", "--root", root,
+                       "--out", tmp_path / "run", *TINY, *arguments)
 
-    assert "subject-01: holds 1 sequences" in line("--setup", "s0") and "expected 100" in line("--setup", "s3")
-    found = refused("finetune.py", "--dataset", "freihand", "--root", root, "--out", tmp_path / "run", "--setup", "s1")
+    assert ("subject-01: holds 1 sequences" in line("--setup", "s0")
+            and "expected 100" in line("--setup", "s3"))
+    found = refused("finetune.py", "--dataset", "freihand", "--root", root,
+                    "--out", tmp_path / "run", "--setup", "s1")
     assert "--setup, --paper-filter: DexYCB only" in found
     folder = root / SUBJECTS[3] / "20200709_140000"
     labels, meta = folder / SERIALS[2] / "labels_000000.npz", folder / "meta.yml"
@@ -217,9 +236,10 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
     labels.unlink()
     assert "labels_000000.npz: missing" in line()
     labels.write_bytes(content)
-    for damage in (text[:60], text.replace("- left", "- both").replace("- right", "- both"), "[", "",
-                   text.replace("!!python/tuple", "!!python/object/apply:os.getcwd", 1),
-                   text.replace("num_frames: 1", "num_frames: none"), text.replace("836212060125", "836212060126")):
+    for damage in (text[:60], text.replace("- left", "- both").replace("- right", "- both"), "[",
+                   "", text.replace("!!python/tuple", "!!python/object/apply:os.getcwd", 1),
+                   text.replace("num_frames: 1", "num_frames: none"),
+                   text.replace("836212060125", "836212060126")):
         meta.write_text(damage)
         assert f"{meta}: expected DexYCB's serials" in line()
     meta.unlink()
@@ -229,7 +249,8 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
 
 
 def equal(one, other):
-    return all(a.tobytes() == b.tobytes() for a, b in zip(one[:3], other[:3], strict=True)) and one[3] == other[3]
+    return (all(a.tobytes() == b.tobytes() for a, b in zip(one[:3], other[:3], strict=True))
+            and one[3] == other[3])
 
 
 def test_labels_are_kept_visibly_and_belong_to_data_set_root_and_division(tmp_path, capsys):
@@ -238,11 +259,12 @@ def test_labels_are_kept_visibly_and_belong_to_data_set_root_and_division(tmp_pa
     shutil.copytree(root, tmp_path / "other")
 
     def read(*arguments, root=root):
-        return split(parse("--root", root, "--out", tmp_path / "runs" / "one", "--workers", 0, *arguments,
-                           dataset="dexycb"))
+        return split(parse("--root", root, "--out", tmp_path / "runs" / "one", "--workers", 0,
+                           *arguments, dataset="dexycb"))
 
     first = read("--labels", kept)
-    assert {p.name for p in kept.iterdir()} == {".lock", "origin.json", "train.npy", "val.npy", "test.npy"}
+    assert {p.name for p in kept.iterdir()} == {
+        ".lock", "origin.json", "train.npy", "val.npy", "test.npy"}
     assert equal(read(), first)  # no other place is looked at
     for path in truth:
         (root / path).with_name("labels_000000.npz").unlink()
@@ -252,7 +274,8 @@ def test_labels_are_kept_visibly_and_belong_to_data_set_root_and_division(tmp_pa
     with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
         read()
     (tmp_path / "link").symlink_to(root)
-    assert equal(read("--labels", kept, root=tmp_path / "link"), first)  # the same folder by another name
+    # The same folder by another name.
+    assert equal(read("--labels", kept, root=tmp_path / "link"), first)
     for more in (("--setup", "s2"), ("--paper-filter",)):
         with pytest.raises(finetune.InputError, match="another data set, division or root"):
             read("--labels", kept, *more)
@@ -281,38 +304,47 @@ def test_labels_are_kept_visibly_and_belong_to_data_set_root_and_division(tmp_pa
     with pytest.raises(finetune.InputError, match="label files that were changed since; delete it"):
         read("--labels", kept)
     (kept / "origin.json").unlink()  # then they may be the user's own: never overwritten
-    with pytest.raises(finetune.InputError, match="holds labels of your own, use them with --dataset own"):
+    with pytest.raises(finetune.InputError,
+                       match="holds labels of your own, use them with --dataset own"):
         read("--labels", kept)
 
 
 def test_an_own_data_set_of_the_same_records_trains_the_same_model(freihand, assembly, tmp_path):
     kept = tmp_path / "labels"
     for name, root in (("freihand", freihand), ("assemblyhands", assembly[0])):
-        train, validation, test, _ = split(parse("--root", root, "--out", "x", "--labels", kept / name, dataset=name))
-        assert train.left.any() == (name == "assemblyhands") and not (kept / name / "val.npy").exists()
+        train, validation, test, _ = split(parse("--root", root, "--out", "x",
+                                                 "--labels", kept / name, dataset=name))
+        assert (train.left.any() == (name == "assemblyhands")
+                and not (kept / name / "val.npy").exists())
         (kept / name / "origin.json").unlink()  # nothing but records is left
         own = split(parse("--root", root, "--out", "x", "--labels", kept / name, dataset="own"))
         assert equal((train, validation, test, 0), (*own[:3], 0)) and str(kept / name) in own[3][0]
     arguments = ("--root", freihand, *TINY, "--epochs", 1)
     run_here("finetune.py", "--dataset", "freihand", *arguments, "--out", tmp_path / "one")
-    run_here("finetune.py", "--dataset", "own", "--labels", kept / "freihand", *arguments, "--out", tmp_path / "two")
+    run_here("finetune.py", "--dataset", "own", "--labels", kept / "freihand", *arguments,
+             "--out", tmp_path / "two")
     for name in ("pred_xyz.npy", "gt_xyz.npy", "gt_uv.npy", "names.txt", "overlay.jpg"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert ((tmp_path / "one" / name).read_bytes()
+                == (tmp_path / "two" / name).read_bytes()), name
     one, two = (torch.load(tmp_path / name / "model.pt") for name in ("one", "two"))
     assert one["crop"] == 2 and two["crop"] == pytest.approx(2)
     shutil.copy(kept / "freihand" / "test.npy", kept / "freihand" / "val.npy")
-    _, validation, test, notes = split(parse("--root", freihand, "--out", "x", "--labels", kept / "freihand",
-                                             dataset="own"))
+    _, validation, test, notes = split(parse("--root", freihand, "--out", "x",
+                                             "--labels", kept / "freihand", dataset="own"))
     assert validation.tobytes() == test.tobytes() and "for validation" not in notes[-1]
 
     def line(*labels):
-        return refused("finetune.py", "--dataset", "own", *arguments, "--out", tmp_path / "three", *labels)
+        return refused("finetune.py", "--dataset", "own", *arguments, "--out", tmp_path / "three",
+                       *labels)
 
     assert "--dataset own: expected --labels FOLDER" in line()
-    assert "train.npy: missing, expected records of path, left" in line("--labels", tmp_path / "none")
+    assert "train.npy: missing, expected records of path, left" in line(
+        "--labels", tmp_path / "none")
     records = np.load(kept / "freihand" / "test.npy")
-    for field, value, words in (("side", 0, "crop's side must be above 0"), ("left", True, "left hand's width"),
-                                ("xyz", np.nan, "values must be finite"), ("xyz", 1, "expected hands")):
+    for field, value, words in (("side", 0, "crop's side must be above 0"),
+                                ("left", True, "left hand's width"),
+                                ("xyz", np.nan, "values must be finite"),
+                                ("xyz", 1, "expected hands")):
         wrong = records.copy()
         wrong[field] = value
         np.save(kept / "freihand" / "test.npy", wrong)
@@ -320,8 +352,9 @@ def test_an_own_data_set_of_the_same_records_trains_the_same_model(freihand, ass
 
 
 def dots_found(images, uvs, valid):
-    """Are the dots of `dotted` where uv says in crops as the network gets them? -> how many were looked for. Each must
-    have its own colour, and on average lie off by no more than a fraction of a pixel."""
+    """Are the dots of `dotted` where uv says in crops as the network gets them? -> how many
+    were looked for. Each must have its own colour, and on average lie off by no more than a
+    fraction of a pixel."""
     offsets = []
     for image, uv, joints in zip(images, uvs, valid):
         for j in np.flatnonzero(joints):
@@ -329,7 +362,8 @@ def dots_found(images, uvs, valid):
             alone = np.sort(np.linalg.norm(uv - uv[j], axis=1))[1] > 14
             if alone and 6 <= u < len(image) - 6 and 6 <= v < len(image) - 6:
                 red, green, blue = image[v, u].astype(int)
-                assert abs(red - (255 - 10 * j)) < 40 and abs(green - 10 * j) < 40 and blue > 200, (j, image[v, u])
+                assert (abs(red - (255 - 10 * j)) < 40 and abs(green - 10 * j) < 40
+                        and blue > 200), (j, image[v, u])
                 weight = image[v - 6:v + 7, u - 6:u + 7, 2].astype(float)
                 rows, columns = np.mgrid[v - 6:v + 7, u - 6:u + 7]
                 offsets.append([(columns * weight).sum() / weight.sum() - uv[j, 0],
@@ -338,16 +372,19 @@ def dots_found(images, uvs, valid):
     return len(offsets)
 
 
-def test_a_dot_at_a_joint_is_found_there_by_the_network_and_the_known_answer_comes_out(dexycb, tmp_path):
-    """Mirrored left hands, hands across the border and hands outside: the picture, gt_uv and gt_xyz of a real run."""
+def test_a_dot_at_a_joint_is_found_there_by_the_network_and_the_known_answer_comes_out(
+        dexycb, tmp_path):
+    """Mirrored left hands, hands across the border and hands outside: the picture, gt_uv
+    and gt_xyz of a real run."""
     root, truth = dexycb
     out = tmp_path / "run"
-    run_here("finetune.py", "--dataset", "dexycb", "--root", root, "--out", out, *TINY, "--epochs", 1,
-             "--label-fraction", 0.1)
+    run_here("finetune.py", "--dataset", "dexycb", "--root", root, "--out", out, *TINY,
+             "--epochs", 1, "--label-fraction", 0.1)
     paths = [path for path in official(truth, subjects=(7, 8)) if truth[path]]
     xyz, uv, valid = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "gt_uv", "valid"))
     lines = [line.split("\t") for line in (out / "names.txt").read_text().splitlines()]
-    assert [Path(path) for _, path, _ in lines] == [root / path for path in paths] and len(xyz) == len(paths)
+    assert ([Path(path) for _, path, _ in lines] == [root / path for path in paths]
+            and len(xyz) == len(paths))
     for k, path in enumerate(paths):
         expected, pixels, side = truth[path]
         sign = np.array([-1 if side == "left" else 1, 1, 1])
@@ -366,9 +403,11 @@ def test_a_dot_at_a_joint_is_found_there_by_the_network_and_the_known_answer_com
         assert dots_found(images[some], uv[some], drawn[some]) > 100
     assert outside.any() and not images[outside].any()  # far outside: black, never another sample
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert log[1]["split"].startswith("DexYCB s1") and any("without a label" in note for note in log[1]["notes"])
+    assert (log[1]["split"].startswith("DexYCB s1")
+            and any("without a label" in note for note in log[1]["notes"]))
     line = refused("evaluate.py", out, "--submission", "dexycb")
-    assert f"{out / 'names.txt'}: has no official indices but -1" in line and not (out / "dexycb.txt").exists()
+    assert (f"{out / 'names.txt'}: has no official indices but -1" in line
+            and not (out / "dexycb.txt").exists())
 
 
 # --------------------------------------------------------------------------------- AssemblyHands
@@ -382,11 +421,14 @@ def assembly(tmp_path_factory):
 def same_hands(found, expected):
     assert len(found) == len(expected)
     for k, (path, side, number, xyz, uv, valid, box) in enumerate(expected):
-        assert (found.path[k].decode(), found.left[k], found.index[k]) == (f"images/{path}", side == "left", number)
+        assert (found.path[k].decode(), found.left[k], found.index[k]) == (
+            f"images/{path}", side == "left", number)
         x0, y0, x1, y1 = box if side == "right" else (635 - box[2], box[1], 635 - box[0], box[3])
-        xyz, uv = (xyz, uv) if side == "right" else (xyz * (-1, 1, 1), np.stack([635 - uv[:, 0], uv[:, 1]], 1))
+        xyz, uv = (xyz, uv) if side == "right" else (
+            xyz * (-1, 1, 1), np.stack([635 - uv[:, 0], uv[:, 1]], 1))
         assert np.abs(found.xyz[k] - xyz).max() < 1e-6 and np.abs(found.uv[k] - uv).max() < 1e-6
-        assert (found.valid[k] == valid).all() and np.allclose(found.centre[k], ((x0 + x1) / 2, (y0 + y1) / 2))
+        assert ((found.valid[k] == valid).all()
+                and np.allclose(found.centre[k], ((x0 + x1) / 2, (y0 + y1) / 2)))
         assert found.side[k] == pytest.approx(max(1.75 * max(x1 - x0, y1 - y0), 100))
 
 
@@ -394,21 +436,26 @@ def same_hands(found, expected):
 def test_assemblyhands_is_read_to_the_letter(tmp_path, suffix, modality):
     root = tmp_path / "set"
     kept = write_assemblyhands(root, modality, suffix)
-    args = parse("--root", root, "--out", tmp_path / "run", "--modality", modality, dataset="assemblyhands")
+    args = parse("--root", root, "--out", tmp_path / "run", "--modality", modality,
+                 dataset="assemblyhands")
     train, validation, test, notes = split(args)
     same_hands(test, kept["val"])
     both = np.concatenate([train, validation])
     same_hands(both[np.argsort(both["group"])].view(np.recarray), kept["train"])
-    assert not {*train.scene} & {*validation.scene} and len({*validation.scene}) == 1 and len({*train.scene}) == 2
-    compared, none, *_, notes_of_knn = split(parse("--root", root, "--out", tmp_path / "run", "--modality",
-                                                            modality, "--head", "knn", dataset="assemblyhands"))
+    assert (not {*train.scene} & {*validation.scene} and len({*validation.scene}) == 1
+            and len({*train.scene}) == 2)
+    compared, none, *_, notes_of_knn = split(parse(
+        "--root", root, "--out", tmp_path / "run", "--modality", modality, "--head", "knn",
+        dataset="assemblyhands"))
     posed = [hand for hand in kept["train"] if hand[5][0] and hand[5][9]]
     assert len(compared) == len(posed) < len(kept["train"]) and not len(none)
     assert f"{len(posed)} of {len(kept['train'])} that have wrist and joint 9" in notes_of_knn[-1]
     text = " ".join(notes)
-    for count, reason in ((6, "with fewer than 10 valid joints"), (6, "without a box"), (6, "without labels")):
+    for count, reason in ((6, "with fewer than 10 valid joints"), (6, "without a box"),
+                          (6, "without labels")):
         assert f"{count} {reason}" in notes[1], text
-    assert "tested on val" in notes[0] and "no labels" in notes[0] and f"AssemblyHands {modality}" in notes[0]
+    assert ("tested on val" in notes[0] and "no labels" in notes[0]
+            and f"AssemblyHands {modality}" in notes[0])
 
 
 def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
@@ -416,8 +463,8 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
     write_assemblyhands(root)
 
     def line(*arguments):
-        return refused("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", tmp_path / "run", *TINY,
-                       *arguments)
+        return refused("finetune.py", "--dataset", "assemblyhands", "--root", root,
+                       "--out", tmp_path / "run", *TINY, *arguments)
 
     assert "assemblyhands_train_exo_data_v1-1.json: No such file" in line("--modality", "exo")
     for part, name in (("train", "ego_data"), ("val", "ego_calib"), ("train", "joint_3d")):
@@ -433,9 +480,11 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
     whole = json.loads(data.read_text())
     for change in (dict(image_id=-1), dict(joint_valid=[1] * 40), dict(bbox=3), dict(id="x"),
                    dict(bbox=dict(right=[1, 2, 3], left=None))):
-        data.write_text(json.dumps({**whole, "annotations": [{**whole["annotations"][0], **change}]}))
+        data.write_text(json.dumps(
+            {**whole, "annotations": [{**whole["annotations"][0], **change}]}))
         assert f"{data}: annotation" in line()
-    data.write_text(json.dumps({**whole, "annotations": [{**a, "joint_valid": None} for a in whole["annotations"]]}))
+    data.write_text(json.dumps(
+        {**whole, "annotations": [{**a, "joint_valid": None} for a in whole["annotations"]]}))
     assert "without a labelled wrist" in line() and "without labels" in line()
     data.write_text(json.dumps(whole))
     calib = root / "annotations" / "train" / "assemblyhands_train_ego_calib_v1-1.json"
@@ -447,13 +496,16 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
     calib.write_text(text)
     poses = root / "annotations" / "train" / "assemblyhands_train_joint_3d_v1-1.json"
     text, world = poses.read_text(), json.loads(poses.read_text())
-    for frame in world["annotations"]["nusar-train_0"].values():  # joints without a place are not valid
+    # Joints without a place are not valid.
+    for frame in world["annotations"]["nusar-train_0"].values():
         frame["world_coord"][20] = [math.nan, 0, math.inf]
     poses.write_text(json.dumps(world))
-    train, validation, _, _ = split(parse("--root", root, "--out", tmp_path / "run", dataset="assemblyhands"))
+    train, validation, _, _ = split(parse("--root", root, "--out", tmp_path / "run",
+                                          dataset="assemblyhands"))
     both = np.concatenate([train, validation]).view(np.recarray)
     right = both[(both.scene == 0) & ~both.left]
-    assert not right.valid[:, 0].any() and np.isfinite(both.xyz).all() and np.isfinite(both.uv).all()
+    assert (not right.valid[:, 0].any() and np.isfinite(both.xyz).all()
+            and np.isfinite(both.uv).all())
     poses.write_text(text)
     picture = next((root / "images").rglob("*/train/**/*.jpg"))
     cv2.imwrite(str(picture), np.zeros((480, 640, 3), np.uint8))
@@ -466,7 +518,8 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
 def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
     root, kept = assembly
     out = tmp_path / "run"
-    run_here("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY, "--epochs", 1)
+    run_here("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY,
+             "--epochs", 1)
     xyz, uv, valid = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "gt_uv", "valid"))
     for k, (_, side, _, expected, _, seen, _) in enumerate(kept["val"]):
         assert np.abs(xyz[k] - expected * (-1 if side == "left" else 1, 1, 1)).max() < 1e-3
@@ -475,14 +528,16 @@ def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
                  dataset="assemblyhands")
     images = test_crops(split(args)[2], args)["image"].numpy()
     left = np.array([side == "left" for _, side, *_ in kept["val"]])
-    drawn = np.array([((pixels > 8) & (pixels < (627, 471))).all(1) for _, _, _, _, pixels, _, _ in kept["val"]])
+    drawn = np.array([((pixels > 8) & (pixels < (627, 471))).all(1)
+                      for _, _, _, _, pixels, _, _ in kept["val"]])
     for some in (left, ~left):
         assert dots_found(images[some], 10 * uv[some] + 4.5, (valid & drawn)[some]) > 20
     assert np.isfinite(np.load(out / "pred_xyz.npy")).all()
 
 
 def test_assemblyhands_is_scored_as_by_its_toolkit(assembly, tmp_path):
-    """The wrist's place serves where that joint is not valid; without a place, the sample is not aligned."""
+    """The wrist's place serves where that joint is not valid; without a place, the sample
+    is not aligned."""
     root, out = tmp_path / "set", tmp_path / "run"
     shutil.copytree(assembly[0] / "annotations", root / "annotations")
     (root / "images").symlink_to(assembly[0] / "images")
@@ -493,15 +548,21 @@ def test_assemblyhands_is_scored_as_by_its_toolkit(assembly, tmp_path):
     frames["000005"]["world_coord"][20] = [math.nan] * 3  # the right wrist
     frames["000019"]["world_coord"][21 + 11] = [math.nan] * 3  # the left hand's joint 9
     poses.write_text(json.dumps(world))
-    run_here("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY, "--epochs", 1)
-    xyz, predicted, valid, wrist = (np.load(out / f"{name}.npy") for name in ("gt_xyz", "pred_xyz", "valid", "wrist"))
-    lost = np.array(["nusar-val_1" in path and "000005" in path and side == "right" for path, side, *_ in kept])
-    assert (wrist == ~lost).all() and lost.any() and (~valid[~lost, 0]).any() and not valid[lost, 0].any()
-    no_bone = np.array(["nusar-val_1" in path and "000019" in path and side == "left" for path, side, *_ in kept])
+    run_here("finetune.py", "--dataset", "assemblyhands", "--root", root, "--out", out, *TINY,
+             "--epochs", 1)
+    xyz, predicted, valid, wrist = (np.load(out / f"{name}.npy")
+                                    for name in ("gt_xyz", "pred_xyz", "valid", "wrist"))
+    lost = np.array(["nusar-val_1" in path and "000005" in path and side == "right"
+                     for path, side, *_ in kept])
+    assert ((wrist == ~lost).all() and lost.any() and (~valid[~lost, 0]).any()
+            and not valid[lost, 0].any())
+    no_bone = np.array(["nusar-val_1" in path and "000019" in path and side == "left"
+                        for path, side, *_ in kept])
     assert no_bone.any() and not valid[no_bone, 9].any()
     lengths = np.linalg.norm(xyz[:, 9] - xyz[:, 0], axis=1)
     predicted_lengths = np.linalg.norm(predicted[:, 9] - predicted[:, 0], axis=1)
-    assert lengths[lost | no_bone].min() > 300 > predicted_lengths[lost | no_bone].max()  # 0 stands for no place
+    # 0 stands for no place.
+    assert lengths[lost | no_bone].min() > 300 > predicted_lengths[lost | no_bone].max()
     assert np.allclose(predicted[:, 0], xyz[:, 0], atol=1e-3)
     run_here("evaluate.py", out)
     metrics = json.loads((out / "metrics.json").read_text())
