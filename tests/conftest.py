@@ -22,8 +22,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--workers", "0")
 
 
-OURS = ("common", "extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate", "conftest", "test_[a-z_]+",
-        "synthetic", "bench", "study", "demo", "datasets")
+OURS = ("common", "extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate", "conftest",
+        "test_[a-z_]+", "synthetic", "bench", "study", "demo", "datasets")
 
 
 def pytest_configure(config):
@@ -39,16 +39,18 @@ def run(script, *arguments, status=0):
     CompletedProcess; a wrong exit status shows all that it printed."""
     strict = ["-W", "error:::__main__", "-W", "error:::common"]
     command = [sys.executable, *strict, ROOT / script, *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT)
-    assert result.returncode == status, f"{script} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True,
+                            env=ENVIRONMENT)
+    assert result.returncode == status, (f"{script} ended with {result.returncode}\n"
+                                         f"{result.stdout}\n{result.stderr}")
     return result
 
 
 def torchrun(script, *arguments, ranks=2):
     """Run a script, ours or another that may import ours, under torchrun. ->
     CompletedProcess, as of `run`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-               ROOT / script, *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={ranks}", ROOT / script, *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200,
                             env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
@@ -58,7 +60,8 @@ def torchrun(script, *arguments, ranks=2):
 def run_main(script, *arguments):
     """Run a script's main() in this process: another would take seconds. -> exit status,
     stdout, stderr."""
-    module, printed, errors = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
+    module = importlib.import_module(script.removesuffix(".py"))
+    printed, errors = io.StringIO(), io.StringIO()
     argv, handler, status = sys.argv, signal.getsignal(signal.SIGTERM), 0
     sys.argv = [script, *map(str, arguments)]
     try:
@@ -91,7 +94,8 @@ def refused(script, *arguments):
 def listing(folder):
     """{name: bytes} of a folder's files, those of logs and locks apart."""
     apart = {"log.jsonl", "worker.log", ".lock"}
-    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in apart}
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name not in apart}
 
 
 @pytest.fixture(scope="session")

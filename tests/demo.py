@@ -69,8 +69,8 @@ def commands(out, seed):
     labels = ("--dataset", "freihand", "--root", out / "freihand", *network)
     yield ("render", "tests/synthetic.py", "videos", out / "videos", *world, "--videos", PERSONS,
            "--seconds", 8, "--fps", 3, "--workers", len(os.sched_getaffinity(0)))
-    yield ("render", "tests/synthetic.py", "freihand", out / "freihand", *world, "--train", LABELLED,
-           "--evaluation", 240)
+    yield ("render", "tests/synthetic.py", "freihand", out / "freihand", *world,
+           "--train", LABELLED, "--evaluation", 240)
     yield ("extract", "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 3,
            "--size", 128)
     yield "mine", "mine_pairs.py", out / "hands"
@@ -115,8 +115,8 @@ def report(out):
     rows = map(json.loads, (out / "simhand" / "log.jsonl").read_text().splitlines())
     hands = next(row["hands"] for row in rows if "hands" in row)
     parts = [f"Pre-trained on {hands} hands of {PERSONS} persons, without labels. Then {LABELLED} "
-             "labelled hands, and pictures of other persons to test on. Error: how far the 21 joints are from the truth on "
-             "average, in mm, the wrists laid on each other."]
+             "labelled hands, and pictures of other persons to test on. Error: how far the 21 "
+             "joints are from the truth on average, in mm, the wrists laid on each other."]
     for kind, title in TITLES.items():
         metrics = {method: json.loads((out / f"{kind}-{method}" / "metrics.json").read_text())
                    for method in METHODS}

@@ -10,9 +10,10 @@ stage is a command, logged below OUT/logs; a second call goes on where the first
 Ends with tests/study.md (what the mined pairs are, and a table for each experiment) and
 tests/study.png.
 
-    python tests/study.py                               # CPU size, for two cores python
-    tests/study.py --size gpu --prepare          # render, extract and mine alone, say on
-    another machine python tests/study.py --size gpu --out study-gpu
+    python tests/study.py                       # CPU size, for two cores
+    # render, extract and mine alone, say on another machine
+    python tests/study.py --size gpu --prepare
+    python tests/study.py --size gpu --out study-gpu
 """
 
 import argparse
@@ -39,15 +40,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # for knn, the last one for the ablations too; pools: sizes of smaller pools, pre-trained on
 # for as many steps.
 SIZES = {
-    "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=64, train=1200, test=300, batch=64,
-                epochs=15, warmup=2, tune_batch=8, tune_epochs=12, shares=(0.01, 0.1), probes=(0.01, 0.1, 1.0),
-                seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000)),
-    "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200, test=500, batch=512,
-                epochs=40, warmup=4, tune_batch=32, tune_epochs=30, shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0),
-                seeds=(0, 1, 2), hands=20_000, pools=(2500, 5000, 10_000))}
+    "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=64, train=1200,
+                test=300, batch=64, epochs=15, warmup=2, tune_batch=8, tune_epochs=12,
+                shares=(0.01, 0.1), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=12_000,
+                pools=(1500, 3000, 6000)),
+    "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
+                test=500, batch=512, epochs=40, warmup=4, tune_batch=32, tune_epochs=30,
+                shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=20_000,
+                pools=(2500, 5000, 10_000))}
 HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
-MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"), "temporal": ("--temporal",),
-         "same-video": ("--same-video", "--top-k", 5)}
+MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),
+         "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", 5)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
 # Name: hands, pairs, flags of pretrain.py; None: no pre-training.
 METHODS = {"none": None,
@@ -62,12 +65,14 @@ ABLATIONS = {"weighting-linear": ("hands", "upright", "--weighting", "linear"),
              "temporal": ("hands", "temporal"),
              "same-video": ("hands", "same-video")}
 RESULTS = ROOT / "tests"
+# Elsewhere bf16 is slower.
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
-    "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"  # elsewhere bf16 is slower
+    "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="study", help="folder for everything (default: study)")
     parser.add_argument("--size", choices=sorted(SIZES), default="cpu")
     parser.add_argument("--prepare", action="store_true", help="stop before pre-training")
@@ -85,19 +90,23 @@ def main():
     equal_pairs(out)
     if args.prepare:
         return
-    follow_lanes(out, [lane(out, size, method, seed) for method, seed in plan(size)], jobs, cores // jobs)
+    follow_lanes(out, [lane(out, size, method, seed) for method, seed in plan(size)], jobs,
+                 cores // jobs)
     text = pair_report(out)
     panels = {}
     for title, command in comparisons(out, size):
         panels[title] = [Path(run) for run in command[1:command.index("--seeds")]]
-        printed = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        printed = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
+                                 capture_output=True, text=True)
         if printed.returncode:
             sys.exit(printed.stderr)
         text += f"\n### {title}\n\n" + (Path(command[-1]) / "table.md").read_text()
-    heading = f"# Does mining similar hands help?\n\nWritten by `python tests/study.py --size {args.size}`.\n\n"
+    heading = ("# Does mining similar hands help?\n\n"
+               f"Written by `python tests/study.py --size {args.size}`.\n\n")
     (RESULTS / "study.md").write_text(f"{heading}![The study's runs](study.png)\n\n{text}")
     draw(RESULTS / "study.png", panels)
-    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote {RESULTS}/study.md and study.png")
+    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote "
+          f"{RESULTS}/study.md and study.png")
 
 
 def follow_lanes(out, lanes, jobs, threads):
@@ -128,10 +137,12 @@ def run(out, name, done, command, threads):
     with open(log, "a") as file:
         file.write(shlex.join(["python", *map(str, command)]) + "\n")
         file.flush()
-        status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+        status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file,
+                                stderr=subprocess.STDOUT,
                                 env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
     if status:
-        sys.exit(f"study.py: {name} ended with status {status}, see {log}; the same command goes on where this stopped")
+        sys.exit(f"study.py: {name} ended with status {status}, see {log}; the same command goes "
+                 "on where this stopped")
     print(f"{name}: {time.time() - start:.0f} s", flush=True)
 
 
@@ -139,21 +150,22 @@ def preparation(out, size):
     """-> name, last file, command of the stages before pre-training."""
     out = out.absolute()
     yield "videos", out / "videos" / f"person{size['videos'] // 2 - 1:03d}_clip2.mp4", (
-        "tests/synthetic.py", "videos", out / "videos", "--videos", size["videos"], "--seconds", size["seconds"],
-        "--fps", 5, "--objects", 0.5, "--seed", 0)
+        "tests/synthetic.py", "videos", out / "videos", "--videos", size["videos"], "--seconds",
+        size["seconds"], "--fps", 5, "--objects", 0.5, "--seed", 0)
     yield "labels", out / "labels_eval" / "evaluation_xyz.json", (
-        "tests/synthetic.py", "freihand", out / "labels", "--train", size["train"], "--evaluation", size["test"],
-        "--seed", 1)  # another seed: other persons and backgrounds
+        "tests/synthetic.py", "freihand", out / "labels", "--train", size["train"], "--evaluation",
+        size["test"], "--seed", 1)  # another seed: other persons and backgrounds
     for name, flags in HANDS.items():
         yield name, out / name / "hands.jpg", (
-            "extract_hands.py", out / "videos", "--out", out / name, "--fps", 5, "--size", size["crop"], *flags)
+            "extract_hands.py", out / "videos", "--out", out / name, "--fps", 5, "--size",
+            size["crop"], *flags)
     for name, flags in MINED.items():
         yield f"mine-{name}", out / "mined" / name / "pairs.jpg", (
             "mine_pairs.py", out / "hands", "--out", out / "mined" / name, *flags)
     for count in size["pools"]:
         yield f"mine-pool{count}", out / "pairs" / f"pool{count}" / "pairs.jpg", (
-            "mine_pairs.py", out / "hands", "--out", out / "pairs" / f"pool{count}", "--limit", count,
-            *MINED["upright"])
+            "mine_pairs.py", out / "hands", "--out", out / "pairs" / f"pool{count}", "--limit",
+            count, *MINED["upright"])
 
 
 def equal_pairs(out):
@@ -166,7 +178,8 @@ def equal_pairs(out):
         folder.mkdir(parents=True, exist_ok=True)
         turns = out / "mined" / name / "turns.npy"
         if turns.exists():
-            np.save(folder / "turns.npy", np.where(usable[:, None], np.load(turns), np.float32(np.nan)))
+            np.save(folder / "turns.npy",
+                    np.where(usable[:, None], np.load(turns), np.float32(np.nan)))
         np.save(folder / "neighbours.npy", np.where(usable[:, None], neighbours, -1))
 
 
@@ -174,7 +187,8 @@ def pools(size):
     """-> {method: pre-training} of the smaller pools, {method: epochs}: as many steps as
     with the whole pool."""
     methods = {f"pool{count}": ("hands", f"pool{count}") for count in size["pools"]}
-    epochs = {f"pool{count}": round(size["epochs"] * size["hands"] / count) for count in size["pools"]}
+    epochs = {f"pool{count}": round(size["epochs"] * size["hands"] / count)
+              for count in size["pools"]}
     return methods, epochs
 
 
@@ -190,17 +204,20 @@ def lane(out, size, method, seed):
     out = out.absolute()
     smaller, epochs = pools(size)
     pretraining = (METHODS | ABLATIONS | smaller)[method]
-    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION, "--input-size", size["input"])
+    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION,
+             "--input-size", size["input"])
     weights = "none"
     if pretraining:
         hands, pairs, *flags = pretraining
         folder = out / "pretrained" / f"{method}-seed{seed}"
         weights = folder / "backbone.pt"
         yield f"pretrain-{method}-seed{seed}", weights, (
-            "pretrain.py", out / hands, "--pairs", out / "pairs" / pairs, *flags, "--out", folder, "--weights",
-            "none", "--batch-size", size["batch"], "--epochs", epochs.get(method, size["epochs"]),
-            "--warmup-epochs", size["warmup"], "--optimizer", "adam", "--lr", 1e-3, *small)
-    finetune = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights", weights, *small)
+            "pretrain.py", out / hands, "--pairs", out / "pairs" / pairs, *flags, "--out", folder,
+            "--weights", "none", "--batch-size", size["batch"], "--epochs",
+            epochs.get(method, size["epochs"]), "--warmup-epochs", size["warmup"], "--optimizer",
+            "adam", "--lr", 1e-3, *small)
+    finetune = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights",
+                weights, *small)
     for share in size["probes"] if method in METHODS else size["probes"][-1:]:
         folder = out / f"knn-{share}" / f"{method}-seed{seed}"
         yield f"knn-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
@@ -208,8 +225,9 @@ def lane(out, size, method, seed):
     for share in size["shares"] if method in METHODS else ():
         folder = out / f"tuned-{share}" / f"{method}-seed{seed}"
         yield f"tuned-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
-            *finetune, "--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"], "--rotation", 15,
-            "--no-colour", "--label-fraction", share, "--out", folder)  # few steps: easy views
+            *finetune, "--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"],
+            "--rotation", 15, "--no-colour", "--label-fraction", share,
+            "--out", folder)  # few steps: easy views
 
 
 def comparisons(out, size):
@@ -220,8 +238,8 @@ def comparisons(out, size):
         for share in shares:
             runs = [out / f"{head}-{share}" / f"{method}-seed{seed}" for method, seed in plan(size)
                     if method in METHODS]
-            yield title.format(share), ("evaluate.py", *runs, "--seeds", "--baseline", "peclr", "--out",
-                                        out / "tables" / f"{head}-{share}")
+            yield title.format(share), ("evaluate.py", *runs, "--seeds", "--baseline", "peclr",
+                                        "--out", out / "tables" / f"{head}-{share}")
     for title, methods in (("Ablations", ABLATIONS), ("Smaller pools", pools(size)[0])):
         runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method, seed in plan(size)
                 if method in ("simhand", *methods)]
@@ -282,15 +300,18 @@ def pair_report(out):
         if (out / "pairs" / name / "turns.npy").exists():
             turn = np.load(out / "pairs" / name / "turns.npy")[usable, 0]
         seen = hands.keypoints[other] - hands.keypoints[other].mean(1, keepdims=True)
-        seen = turned(seen, turn) - hands.keypoints[usable] + hands.keypoints[usable].mean(1, keepdims=True)
+        seen = turned(seen, turn) - hands.keypoints[usable]
+        seen = seen + hands.keypoints[usable].mean(1, keepdims=True)
         apart = np.linalg.norm(seen, axis=2).mean(1) / hands.side
         every = np.ones((len(usable), 21), bool)
         distances = evaluate.distances(turned(xyz[other], turn), xyz[usable], every, every[:, 0])
         same = np.mean(rows["pose"][usable] == rows["pose"][other])
-        lines.append(f"| {name} | {len(usable)} | {100 * np.mean(apart):.1f} | {distances[''].mean():.1f} | "
-                     f"{distances['pa_'].mean():.1f} | {100 * same:.0f} % |")
-    return ("### What the pairs are\n\n| pairs | hands | keypoints apart from their means, % of the crop | apart in space, mm | after "
-            "Procrustes, mm | same pose |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n")
+        lines.append(f"| {name} | {len(usable)} | {100 * np.mean(apart):.1f} | "
+                     f"{distances[''].mean():.1f} | {distances['pa_'].mean():.1f} | "
+                     f"{100 * same:.0f} % |")
+    return ("### What the pairs are\n\n| pairs | hands | keypoints apart from their means, % of "
+            "the crop | apart in space, mm | after Procrustes, mm | same pose |\n"
+            "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n")
 
 
 def turned(points, degrees):

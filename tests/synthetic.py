@@ -1,8 +1,10 @@
-"""Rendered articulated hands: videos and a labelled set in FreiHAND's layout, to run everything without real data.
+"""Rendered articulated hands: videos and a labelled set in FreiHAND's layout, to run
+everything without real data.
 
-A 21-joint skeleton with human proportions is clothed in round cones joined by a smooth minimum, found by sphere
-tracing in batches (torch, on the GPU when there is one) and coloured by where a point lies on its bone: creases, nails,
-knuckles. Everything follows from the seed. Hands are right-handed, a left one is the mirror image. Lengths are mm,
+A 21-joint skeleton with human proportions is clothed in round cones joined by a smooth
+minimum, found by sphere tracing in batches (torch, on the GPU when there is one) and
+coloured by where a point lies on its bone: creases, nails, knuckles. Everything follows
+from the seed. Hands are right-handed, a left one is the mirror image. Lengths are mm,
 angles degrees.
 
 The full world, the default, has 16 poses, seen from all around the forearm: among a few thousand
@@ -10,11 +12,16 @@ hands, most have none that is really similar. The small world is for short runs:
 nobody takes for one another, the palm towards the camera, and another person in each video, so that
 every hand has similar ones of other persons.
 
-    python tests/synthetic.py videos data/videos --videos 24 --seconds 10 --fps 5     # NAME.mp4 and its truth, NAME.npy
-    python tests/synthetic.py freihand data/freihand --train 300 --evaluation 100     # FreiHAND's own layout
-    python tests/synthetic.py videos data/small --videos 48 --world small             # the small world
-    python tests/synthetic.py sheet sheet.jpg                                         # some hands, to look at
-    python tests/synthetic.py report data/videos                                      # what MediaPipe finds in them
+    # NAME.mp4 and its truth, NAME.npy
+    python tests/synthetic.py videos data/videos --videos 24 --seconds 10 --fps 5
+    # FreiHAND's own layout
+    python tests/synthetic.py freihand data/freihand --train 300 --evaluation 100
+    # the small world
+    python tests/synthetic.py videos data/small --videos 48 --world small
+    # some hands, to look at
+    python tests/synthetic.py sheet sheet.jpg
+    # what MediaPipe finds in them
+    python tests/synthetic.py report data/videos
 """
 
 import argparse
@@ -32,16 +39,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# Hand frame: origin in the wrist, x to the thumb's side, y to the fingertips, z out of the palm. A right hand.
-KNUCKLES = np.array([(24, 89, -3), (3, 93, -6), (-16, 87, -5), (-33, 77, -1)], float)  # index to little finger
+# Hand frame: origin in the wrist, x to the thumb's side, y to the fingertips, z out of the
+# palm. A right hand; knuckles from index to little finger.
+KNUCKLES = np.array([(24, 89, -3), (3, 93, -6), (-16, 87, -5), (-33, 77, -1)], float)
 PHALANGES = np.array([(44, 26, 19), (49, 30, 20), (45, 28, 20), (36, 21, 18)], float)
-RADII = np.array([(11, 9.2, 8.0, 6.6), (11, 9.5, 8.2, 6.8), (10.5, 9.0, 7.8, 6.4), (9.5, 7.8, 6.8, 5.6)])
+RADII = np.array([(11, 9.2, 8.0, 6.6), (11, 9.5, 8.2, 6.8), (10.5, 9.0, 7.8, 6.4),
+                  (9.5, 7.8, 6.8, 5.6)])
 ROLL = (-4, 0, 6, 14)  # turns the flexion planes of the fingers towards the middle of the palm
 THUMB_BASE, THUMB_BONES, THUMB_RADII = np.array((20, 18, 6), float), (45, 33, 22), (13, 11.5, 10, 8)
 PARENTS = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19)
 
-# Index to little finger: (knuckle, middle joint) flexion; spread 0..1; thumb: to the side, out of the palm, roll, its
-# two joints. The outermost joint bends by 0.72 of the middle one.
+# Index to little finger: (knuckle, middle joint) flexion; spread 0..1; thumb: to the side,
+# out of the palm, roll, its two joints. The outermost joint bends by 0.72 of the middle one.
 UP, DOWN = (2, 5), (86, 109)
 POSES = {
     "open": ((UP, UP, UP, UP), 1.0, (45, 15, 40, 0, 0)),
@@ -65,7 +74,8 @@ NAMES = list(POSES)
 WORLDS = {"full": NAMES,
           "small": ["open", "fist", "point", "victory", "ok", "grasp", "call", "rock"]}
 SPREAD = np.array((14, 2, -9, -20), float)  # of the knuckles at spread 1, positive to the thumb
-SKINS = np.array([(238, 200, 178), (222, 176, 146), (196, 146, 112), (150, 105, 76), (104, 72, 54)], float)  # RGB
+SKINS = np.array([(238, 200, 178), (222, 176, 146), (196, 146, 112), (150, 105, 76),
+                  (104, 72, 54)], float)  # RGB
 BARE, NAILED, CLOTH = 0, 1, 2  # what a cone shows
 NO_CREASE = 99  # creases lie at shares of a bone's length; this one lies off every hand
 SHARP, SOFT = 1.0, 4.5  # mm: how far two fingers, two parts of the palm blend
@@ -75,8 +85,10 @@ FRAME = (640, 480)  # of the videos: width, height
 LENGTHS = (110, 205)  # pixels of an open hand: a sixth to a third of the frame's width
 AT_EDGE = 0.3  # share of the keyframes whose hand lies at the frame's edge; on the way it leaves it
 ARM = 1000  # mm from the wrist to where an arm ends, out of the picture
-TRUTH = [("frame", "<i4"), ("left", "?"), ("pose", "<i4"), ("keypoints", "<f4", (21, 2)), ("xyz", "<f4", (21, 3))]
-TRAINING_PERSONS, EVALUATION_PERSONS = range(1000, 1032), range(2000, 2008)  # videos show persons 0, 1, ...
+TRUTH = [("frame", "<i4"), ("left", "?"), ("pose", "<i4"), ("keypoints", "<f4", (21, 2)),
+         ("xyz", "<f4", (21, 3))]
+# Videos show persons 0, 1, ...
+TRAINING_PERSONS, EVALUATION_PERSONS = range(1000, 1032), range(2000, 2008)
 
 
 def rotation(axis, degrees):
@@ -96,16 +108,17 @@ def make_person(seed, number):
     skin = np.clip(skin * rng.uniform(0.94, 1.06, 3), 30, 250) / 255
     palm = 0.5 * skin + 0.5 * np.array((0.90, 0.68, 0.60))
     return {
-        "scale": rng.uniform(0.90, 1.06), "fingers": rng.uniform(0.95, 1.05, 5), "thickness": rng.uniform(0.92, 1.10),
-        "width": rng.uniform(0.94, 1.07), "skin": skin, "palm": palm,
-        "nail": 0.4 * palm + 0.6 * np.array((0.95, 0.74, 0.70)),
+        "scale": rng.uniform(0.90, 1.06), "fingers": rng.uniform(0.95, 1.05, 5),
+        "thickness": rng.uniform(0.92, 1.10), "width": rng.uniform(0.94, 1.07), "skin": skin,
+        "palm": palm, "nail": 0.4 * palm + 0.6 * np.array((0.95, 0.74, 0.70)),
         "sleeve": rng.uniform(25, 110) if rng.random() < 0.5 else None,
         "cloth": rng.uniform(0.08, 0.85) * rng.uniform(0.6, 1, 3), "phase": rng.uniform(0, 6.28, 4),
         "veins": rng.uniform(0.2, 1.0)}
 
 
 def pose_angles(name, rng=None, noise=3.0):
-    """-> (23,): four fingers x (knuckle, middle, outer joint, spread), five of the thumb, two of the wrist."""
+    """-> (23,): four fingers x (knuckle, middle, outer joint, spread), five of the thumb,
+    two of the wrist."""
     fingers, spread, thumb = POSES[name]
     angles = [(mcp, pip, 0.72 * pip, spread * side) for (mcp, pip), side in zip(fingers, SPREAD)]
     angles = np.concatenate([np.ravel(angles), thumb, (0, 0)])
@@ -119,7 +132,8 @@ def pose_angles(name, rng=None, noise=3.0):
 
 
 def skeleton(person, angles):
-    """-> joints (21, 3) in the hand frame, frames (21, 3, 3): x, y along the bone that starts here, z palmar."""
+    """-> joints (21, 3) in the hand frame, frames (21, 3, 3): x, y along the bone that
+    starts here, z palmar."""
     joints, frames = np.zeros((21, 3)), np.zeros((21, 3, 3))
     frames[0] = np.eye(3)
     for f in range(4):
@@ -130,7 +144,8 @@ def skeleton(person, angles):
         for k, bend in enumerate((mcp, pip, dip)):
             frame = frame @ rotation(0, bend)
             frames[first + k] = frame
-            joints[first + k + 1] = joints[first + k] + frame[:, 1] * PHALANGES[f, k] * person["fingers"][f + 1]
+            bone = frame[:, 1] * PHALANGES[f, k] * person["fingers"][f + 1]
+            joints[first + k + 1] = joints[first + k] + bone
         frames[first + 3] = frame
     side, out, roll, mcp, ip = np.radians(angles[16:21])
     along = np.array((np.sin(side) * np.cos(out), np.cos(side) * np.cos(out), np.sin(out)))
@@ -148,15 +163,16 @@ def skeleton(person, angles):
 
 
 def clothe(person, joints, frames, angles, arm=ARM):
-    """-> dict of arrays over C round cones: ends a, b (C, 3), their radii ra, rb (C,), the bone's frame (C, 3, 3), soft
-    (C,) 1 where it blends into the palm, kind (C,), owner (C,) the cone whose texture it wears, creases (C, 2)."""
+    """-> dict of arrays over C round cones: ends a, b (C, 3), their radii ra, rb (C,), the
+    bone's frame (C, 3, 3), soft (C,) 1 where it blends into the palm, kind (C,), owner (C,)
+    the cone whose texture it wears, creases (C, 2)."""
     s, thick = person["scale"], person["thickness"] * person["scale"]
     cones = []
 
     def add(a, b, ra, rb, frame=0, soft=1, kind=BARE, owner=None,
             creases=(NO_CREASE, NO_CREASE)):
-        cones.append((np.array(a, float), np.array(b, float), ra * thick, rb * thick, frames[frame], soft, kind,
-                      len(cones) if owner is None else owner, creases))
+        cones.append((np.array(a, float), np.array(b, float), ra * thick, rb * thick,
+                      frames[frame], soft, kind, len(cones) if owner is None else owner, creases))
 
     def spot(x, y, z):
         return np.array((x * person["width"], y, z)) * s
@@ -169,15 +185,18 @@ def clothe(person, joints, frames, angles, arm=ARM):
                 continue  # the thumb's metacarpal belongs to the palm
             creases = ((0.44, 1), (0, 1), (0, NO_CREASE))[k]
             owner = len(cones)
-            add(a, b, radii[k] * 0.94, radii[k + 1] * 0.96, first + k, 0, NAILED if k == 2 else BARE, owner, creases)
+            add(a, b, radii[k] * 0.94, radii[k + 1] * 0.96, first + k, 0,
+                NAILED if k == 2 else BARE, owner, creases)
             pad = frame[:, 2] * thick * (2.6 if k < 2 else 1.4)
-            add(a + 0.30 * (b - a) + pad, a + (0.7 if k < 2 else 0.9) * (b - a) + pad, 0.90 * radii[k],
-                (0.90 if k < 2 else 0.98) * radii[k + 1], first + k, 0, BARE, owner)
+            add(a + 0.30 * (b - a) + pad, a + (0.7 if k < 2 else 0.9) * (b - a) + pad,
+                0.90 * radii[k], (0.90 if k < 2 else 0.98) * radii[k + 1], first + k, 0, BARE,
+                owner)
     bases = (13, 16, 2), (4, 16, 0), (-6, 15, 0), (-15, 14, 2)
     for f in range(4):
         first = 5 + 4 * f
         add(spot(*bases[f]), joints[first] + spot(0, -2, -1), 12.5, 8)
-        add(joints[first], joints[first] + 0.36 * (joints[first + 1] - joints[first]), 7.6, 6.8, first)
+        add(joints[first], joints[first] + 0.36 * (joints[first + 1] - joints[first]), 7.6, 6.8,
+            first)
     for a, b in ((5, 9), (9, 13), (13, 17)):
         add(0.88 * joints[a] + spot(0, 0, 4), 0.88 * joints[b] + spot(0, 0, 4), 7, 7)
     add(joints[1], joints[2], 11, 9.5, 1)
@@ -205,23 +224,27 @@ def clothe(person, joints, frames, angles, arm=ARM):
 def make_hand(person, angles, view, centre, distance, camera, light, left=False):
     """A hand to render, a dict.
 
-    view (3, 3) turns the hand frame to x right, y up, z to the viewer; the middle of the joints' box falls on the pixel
-    centre (2,) at the distance; camera is the 3x3 matrix K; light is make_light's. left: the picture is flipped in the
-    end, so that all of these are given as seen in a mirror."""
+    view (3, 3) turns the hand frame to x right, y up, z to the viewer; the middle of the
+    joints' box falls on the pixel centre (2,) at the distance; camera is the 3x3 matrix K;
+    light is make_light's. left: the picture is flipped in the end, so that all of these are
+    given as seen in a mirror."""
     joints, frames = skeleton(person, angles)
     turn = np.diag((1.0, -1, -1)) @ view
     xyz = joints @ turn.T
     middle = np.array((0.0, 0.0, distance - xyz[:, 2].mean()))
     for _ in range(4):  # perspective: move until the box lies where it should
         x0, y0, x1, y1 = box_of(project(xyz + middle, camera))
-        middle[:2] += (centre - np.array((x0 + x1, y0 + y1)) / 2) * distance / (camera[0, 0], camera[1, 1])
-    # An arm that comes towards the camera ends before it gets nearer than half of the hand's distance.
+        missing = centre - np.array((x0 + x1, y0 + y1)) / 2
+        middle[:2] += missing * distance / (camera[0, 0], camera[1, 1])
+    # An arm that comes towards the camera ends before it gets nearer than half of the
+    # hand's distance.
     down = (turn @ rotation(0, angles[21]) @ rotation(2, angles[22]))[2, 1]
     arm = ARM
     if down > 0.05:
         arm = min(ARM, max(120, 0.45 * distance / down / person["scale"]))
-    return {"person": person, "cones": clothe(person, joints, frames, angles, arm), "turn": turn, "offset": middle,
-            "xyz": xyz + middle, "camera": np.array(camera, float), "light": light, "left": left}
+    return {"person": person, "cones": clothe(person, joints, frames, angles, arm), "turn": turn,
+            "offset": middle, "xyz": xyz + middle, "camera": np.array(camera, float),
+            "light": light, "left": left}
 
 
 def project(xyz, camera):
@@ -242,12 +265,15 @@ def hand_pixels(hand, width):
 
 
 def skin_distance(u, q, cone):
-    """Signed distance to the hand (T, S) and the terms of the blend, of S points in each of T tiles to K cones.
+    """Signed distance to the hand (T, S) and the terms of the blend, of S points in each of
+    T tiles to K cones.
 
-    u (T, K, S): position along the cones, 0..1 between the ends; q (T, K, S): squared distance to their start.
-    The palm's cones join by a wide smooth minimum, its result and the fingers' cones by a narrow one."""
+    u (T, K, S): position along the cones, 0..1 between the ends; q (T, K, S): squared
+    distance to their start. The palm's cones join by a wide smooth minimum, its result and
+    the fingers' cones by a narrow one."""
     along = u.clamp(0, 1)
-    d = (q - cone["l2"] * along * (2 * u - along)).clamp_min(1e-6).sqrt() - cone["ra"] - cone["dr"] * along
+    d = (q - cone["l2"] * along * (2 * u - along)).clamp_min(1e-6).sqrt()
+    d = d - cone["ra"] - cone["dr"] * along
     e = torch.exp(-d * cone["sharpness"])
     soft = (e * cone["soft"]).sum(1)
     total = (e * (1 - cone["soft"])).sum(1) + soft ** (SOFT / SHARP)
@@ -262,7 +288,8 @@ def point_distance(p, cone):
 
 
 def pack(hands, device):
-    """The cones of N hands as tensors (N, C, ...) in the camera frame, with what skin_distance needs of them."""
+    """The cones of N hands as tensors (N, C, ...) in the camera frame, with what
+    skin_distance needs of them."""
     def stack(values):
         return torch.tensor(np.stack(values), dtype=torch.float32, device=device)
     a = stack([h["cones"]["a"] @ h["turn"].T + h["offset"] for h in hands])
@@ -281,14 +308,16 @@ def pack(hands, device):
 
 
 def find_tiles(cones, cameras, width, height):
-    """Tiles of TILE x TILE pixels that a cone may touch -> hand (T,), first pixel x, y (T,), touched (T, C)."""
+    """Tiles of TILE x TILE pixels that a cone may touch -> hand (T,), first pixel x, y
+    (T,), touched (T, C)."""
     def to_pixels(p):
         z = p[..., 2:].clamp_min(60)
         return (p[..., :2] / z * cameras[:, None, :2] + cameras[:, None, 2:]), z[..., 0]
     a, za = to_pixels(cones["a"])
     b, zb = to_pixels(cones["a"] + cones["axis"])
     f = cameras[:, :1]
-    margin = 4 + 12 * cones["soft"][..., 0]  # mm: so far a cone still changes the blend, or the shade
+    # mm: so far a cone still changes the blend, or the shade.
+    margin = 4 + 12 * cones["soft"][..., 0]
     ra = (cones["ra"][..., 0] + margin) / za * f * 1.04
     rb = ((cones["ra"] + cones["dr"])[..., 0] + margin) / zb * f * 1.04
     axis = b - a
@@ -329,13 +358,14 @@ def places(width, height, side, device):
 def trace(ray, radius, cone):
     """Sphere tracing, first a ray a tile, then every ray.
 
-    ray (T, 3, S) with z = 1, radius (T, 1) of a pixel at depth 1 -> depth (T, S) where the ray came nearest to the
-    skin, gap (T, S) that it left there in pixels: 0 for a hit, below 1 at the edge of the silhouette."""
+    ray (T, 3, S) with z = 1, radius (T, 1) of a pixel at depth 1 -> depth (T, S) where the
+    ray came nearest to the skin, gap (T, S) that it left there in pixels: 0 for a hit,
+    below 1 at the edge of the silhouette."""
     norm = magnitude(ray, 1)[:, 0]
     near = cone["a"][..., 2:] - cone["ra"]
     far = cone["a"][..., 2:] + torch.where(cone["ra"] > 0, cone["ra"], 0)
-    near = torch.minimum(near, near + cone["axis"][..., 2:] - cone["dr"]).amin(1).clamp_min(40)  # T, 1
-    far = torch.maximum(far, far + cone["axis"][..., 2:] + cone["dr"]).amax(1)
+    near = torch.minimum(near, near + cone["axis"][..., 2:] - cone["dr"]).amin(1).clamp_min(40)
+    far = torch.maximum(far, far + cone["axis"][..., 2:] + cone["dr"]).amax(1)  # both T, 1
     middle = ray.mean(2, keepdim=True)
     across, scale, t = radius * TILE * 0.75, magnitude(middle, 1)[:, 0], near
     for _ in range(12):
@@ -345,7 +375,8 @@ def trace(ray, radius, cone):
     gap = torch.full_like(depth, 1e9)
     # Every tile takes a few steps, then only those where a ray still flies on.
     tile = torch.arange(len(ray), device=ray.device)
-    state = [depth, gap, depth, norm, (cone["axis"] @ ray) / cone["l2"], -2 * (cone["a"] @ ray), radius, far]
+    state = [depth, gap, depth, norm, (cone["axis"] @ ray) / cone["l2"], -2 * (cone["a"] @ ray),
+             radius, far]
     cone = {key: cone[key] for key in ("l2", "ra", "dr", "sharpness", "soft", "aa", "a_axis")}
     for steps in (5, 3, 3, 4, 6, 10, 20):
         t, best, best_t, norm, ray_axis, ray_a, radius, far = state
@@ -390,9 +421,10 @@ def line(x, width):
 def paint(in_palm, v, u, w, length, r, palmar, kind, creases, spot, person):
     """Colour of skin, nails and cloth at P points, all in mm of an average hand.
 
-    in_palm (P,): 1 on the palm and the arm, 0 on a finger; v, u, w (P,): along, across and palmar on the bone of that
-    length that ends with radius r; palmar (P,): 1 facing to the palm's side, -1 to the back; spot (P, 3): in the hand
-    frame; person: its colours, a row for each point -> linear RGB (P, 3), gloss (P,)."""
+    in_palm (P,): 1 on the palm and the arm, 0 on a finger; v, u, w (P,): along, across and
+    palmar on the bone of that length that ends with radius r; palmar (P,): 1 facing to the
+    palm's side, -1 to the back; spot (P, 3): in the hand frame; person: its colours, a row
+    for each point -> linear RGB (P, 3), gloss (P,)."""
     x, y = spot[:, 0], spot[:, 1]
     inner, outer = fade(palmar, -0.15, 0.45), fade(-palmar, 0.0, 0.5)
     colour = person["skin"] + (person["palm"] - person["skin"]) * inner[:, None]
@@ -404,12 +436,14 @@ def paint(in_palm, v, u, w, length, r, palmar, kind, creases, spot, person):
         dark = dark + line(s, 1.0) + 0.4 * line(s.abs() - 2.4, 0.8)
         joint = (creases[:, k] != 0.44).float()  # not the line where the finger leaves the palm
         bow = 0.012 * u * u * s.sign()
-        wrinkle = wrinkle + joint * line(s, 5) * line(u, 0.8 * r) * (0.6 + 0.4 * torch.cos(2 * s + bow))
+        folds = 0.6 + 0.4 * torch.cos(2 * s + bow)
+        wrinkle = wrinkle + joint * line(s, 5) * line(u, 0.8 * r) * folds
     dark = dark * inner * (1 - in_palm)
     # The three lines of the palm, the lines of the wrist.
     life = ((x - 34) ** 2 + (y - 36) ** 2).sqrt() - 36
     life = line(life, 1.2) * fade(y, 6, 20) * fade(-x, -32, -24) * fade(-y, -76, -70)
-    head = line(y - (50 + 0.25 * (x + 25) + 0.0018 * (x + 25) ** 2), 1.2) * fade(x, -28, -15) * fade(-x, -32, -26)
+    head = y - (50 + 0.25 * (x + 25) + 0.0018 * (x + 25) ** 2)
+    head = line(head, 1.2) * fade(x, -28, -15) * fade(-x, -32, -26)
     heart = line(y - (62 + 0.1 * (x + 38) + 0.0068 * (x + 38) ** 2), 1.2) * fade(-x, -15, -8)
     wrist = line(y + 1, 1.0) + 0.7 * line(y + 6, 1.0)
     dark = dark + in_palm * inner * (0.9 * life + 0.8 * head + 0.9 * heart + 0.8 * wrist)
@@ -424,12 +458,15 @@ def paint(in_palm, v, u, w, length, r, palmar, kind, creases, spot, person):
     phase = person["phase"]
     vein = torch.sin(0.16 * x + 1.5 * torch.sin(0.05 * y + phase[:, 0]) + phase[:, 1])
     vein = line(vein, 0.25) * fade(y, -60, 10) * fade(-y, -85, -60) * back * person["veins"][:, 0]
-    mottle = torch.sin(0.23 * x + 2 * torch.sin(0.11 * y + phase[:, 2])) * torch.sin(0.19 * y + 0.1 * x + phase[:, 3])
+    mottle = torch.sin(0.23 * x + 2 * torch.sin(0.11 * y + phase[:, 2]))
+    mottle = mottle * torch.sin(0.19 * y + 0.1 * x + phase[:, 3])
     tips = (kind == NAILED).float() * fade(v, 4, 18)
-    pink = 0.5 * tips * inner + 0.6 * back * knuckle + 0.35 * wrinkle * outer * (1 - in_palm) + 0.15 * in_palm * inner
+    pink = 0.5 * tips * inner + 0.6 * back * knuckle
+    pink = pink + 0.35 * wrinkle * outer * (1 - in_palm) + 0.15 * in_palm * inner
     tint = torch.stack([-0.01 * pink, -0.11 * pink, -0.10 * pink], 1)
     tint = tint + torch.stack([-0.10 * vein, -0.05 * vein, -0.01 * vein], 1)
-    shade = 1 - 0.32 * dark.clamp(0, 1) - 0.20 * (wrinkle * outer * (1 - in_palm)) - 0.12 * back * knuckle.clamp(0, 1)
+    shade = 1 - 0.32 * dark.clamp(0, 1) - 0.20 * (wrinkle * outer * (1 - in_palm))
+    shade = shade - 0.12 * back * knuckle.clamp(0, 1)
     shade = shade + 0.06 * tendon * back + 0.03 * mottle
     colour = (colour * (1 + tint)) * shade[:, None]
     gloss = torch.full_like(v, 0.08)
@@ -450,13 +487,16 @@ def paint(in_palm, v, u, w, length, r, palmar, kind, creases, spot, person):
 
 
 def shade_tiles(hand, ray, depth, gap, cone, index, cones, scene):
-    """Colour of the pixels that show the hand -> tile, pixel (P,), RGB (P, 3) as the eye sees it, 0..1."""
+    """Colour of the pixels that show the hand -> tile, pixel (P,), RGB (P, 3) as the eye
+    sees it, 0..1."""
     p = ray * depth[:, None]                                                     # T, 3, S
     _, e, soft, total, along = point_distance(p, cone)
     weight = e * torch.where(cone["soft"] > 0.5, soft[:, None] ** (SOFT / SHARP - 1), 1)
     weight = weight / total[:, None].clamp_min(1e-30)
-    normal = p * weight.sum(1, keepdim=True) - cone["a"].mT @ weight - cone["axis"].mT @ (weight * along)
-    # Each cone's direction has length |p - c|, not 1: the thicker cone counts more, which only smooths the normals.
+    normal = p * weight.sum(1, keepdim=True) - cone["a"].mT @ weight
+    normal = normal - cone["axis"].mT @ (weight * along)
+    # Each cone's direction has length |p - c|, not 1: the thicker cone counts more, which
+    # only smooths the normals.
     normal = unit(normal, dim=1)
     palmar_axis = cone["frame"].unflatten(-1, (3, 3))[..., 2].mT @ weight        # T, 3, S
     palmar = (normal * unit(palmar_axis, dim=1)).sum(1)
@@ -482,7 +522,8 @@ def shade_tiles(hand, ray, depth, gap, cone, index, cones, scene):
                           cones["creases"][n, owner], spot, person)
     light, eye = scene["light"][n], -unit(ray.mT[tile, pixel], dim=1)
     lit = (normal * light).sum(1, keepdim=True)
-    wrap = torch.tensor((0.32, 0.20, 0.15), device=p.device)  # light that wanders in the skin: red most
+    # Light that wanders in the skin: red most.
+    wrap = torch.tensor((0.32, 0.20, 0.15), device=p.device)
     lit = ((lit + wrap) / (1 + wrap)).clamp(0) ** 1.2
     ao = open_sky[tile, pixel][:, None]
     sky = 0.5 - 0.5 * normal[:, 1:2]
@@ -503,9 +544,11 @@ def default_device():
 def render(hands, size=(192, 192), device=None):
     """hands: a list from make_hand; size: width, height.
 
-    -> BGR uint8 (N, height, width, 3) on black, coverage float32 (N, height, width), keypoints (N, 21, 2) in pixels."""
+    -> BGR uint8 (N, height, width, 3) on black, coverage float32 (N, height, width),
+    keypoints (N, 21, 2) in pixels."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small tensors: a second thread gains little and loses much where the cores are busy
+    # Many small tensors: a second thread gains little and loses much where the cores are busy.
+    torch.set_num_threads(1)
     try:
         return draw_hands(hands, size, device or default_device())
     finally:
@@ -521,7 +564,8 @@ def draw_hands(hands, size, device):
         return torch.tensor(np.stack(values), dtype=torch.float32, device=device)
     cameras = stack([h["camera"][[0, 1, 0, 1], [0, 1, 2, 2]] for h in hands])
     people = [h["person"] for h in hands]
-    scene = {"turn": stack([h["turn"] for h in hands]), "offset": stack([h["offset"] for h in hands]),
+    scene = {"turn": stack([h["turn"] for h in hands]),
+             "offset": stack([h["offset"] for h in hands]),
              "scale": stack([p["scale"] for p in people]),
              "person": {key: stack([np.atleast_1d(p[key]) for p in people])
                         for key in ("skin", "palm", "nail", "cloth", "phase", "veins")}}
@@ -539,18 +583,21 @@ def draw_hands(hands, size, device):
         index = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :slots]
         used = mask.gather(1, index)
         cone = {key: value[n[:, None], index] for key, value in cones.items()}
-        cone["ra"] = torch.where(used[..., None], cone["ra"], -1e3)  # an empty slot: far from everything
+        # An empty slot: far from everything.
+        cone["ra"] = torch.where(used[..., None], cone["ra"], -1e3)
         px = first[part, :1] + step % TILE                                       # T, S
         py = first[part, 1:] + step // TILE
         k = cameras[n]
-        ray = torch.stack([(px - k[:, 2:3]) / k[:, :1], (py - k[:, 3:]) / k[:, 1:2], torch.ones_like(px)], 1).float()
+        ray = torch.stack([(px - k[:, 2:3]) / k[:, :1], (py - k[:, 3:]) / k[:, 1:2],
+                           torch.ones_like(px)], 1).float()
         radius = 1 / k[:, :1]
         depth, gap = trace(ray, radius, cone)
         keep = (gap.amin(1) < 1).nonzero()[:, 0]
         if not len(keep):
             continue
         cone = {key: value[keep] for key, value in cone.items()}
-        tile, pixel, colour = shade_tiles(n[keep], ray[keep], depth[keep], gap[keep], cone, index[keep], cones, scene)
+        tile, pixel, colour = shade_tiles(n[keep], ray[keep], depth[keep], gap[keep], cone,
+                                          index[keep], cones, scene)
         t = keep[tile]
         x, y = px[t, pixel], py[t, pixel]
         inside = (x < width) & (y < height)
@@ -568,7 +615,8 @@ def draw_hands(hands, size, device):
 
 
 def backdrop(rng, width, height):
-    """A made-up room or table, uint8 BGR (height, width, 3): a gradient, patches of light, things, grain."""
+    """A made-up room or table, uint8 BGR (height, width, 3): a gradient, patches of light,
+    things, grain."""
     def tint(low=30, high=225, colourful=0.35):
         grey = rng.uniform(low, high)
         return np.clip(grey + colourful * rng.normal(0, 45, 3), 0, 255)
@@ -579,12 +627,15 @@ def backdrop(rng, width, height):
     kind = rng.integers(4)
     if kind == 0:  # boards
         stripe = np.sin((x * np.sin(angle) + y * np.cos(angle)) * rng.uniform(20, 60)
-                        + 2 * cv2.resize(rng.normal(0, 1, (4, 5)), (width, height), interpolation=cv2.INTER_CUBIC))
+                        + 2 * cv2.resize(rng.normal(0, 1, (4, 5)), (width, height),
+                                         interpolation=cv2.INTER_CUBIC))
         picture += stripe[..., None].astype(np.float32) * rng.uniform(5, 25)
     for cells, strength in ((3, 1), (9, 0.8), (30, 0.4))[:rng.integers(1, 4)]:
         grey, coloured = rng.uniform(4, 20), rng.uniform(0, 6)
-        patches = rng.normal(0, grey, (cells, cells, 1)) + rng.normal(0, coloured, (cells, cells, 3))
-        picture += strength * cv2.resize(patches, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+        patches = rng.normal(0, grey, (cells, cells, 1))
+        patches = patches + rng.normal(0, coloured, (cells, cells, 3))
+        patches = cv2.resize(patches, (width, height), interpolation=cv2.INTER_CUBIC)
+        picture += strength * patches.astype(np.float32)
     for _ in range(rng.integers(0, 14) if kind else 2):  # things
         cx, cy, w, h = rng.uniform(0, (width, height, width / 3, height / 3))
         box = cv2.boxPoints(((cx, cy), (w + 8, h + 8), rng.uniform(0, 30))).astype(np.int32)
@@ -592,13 +643,16 @@ def backdrop(rng, width, height):
             cv2.fillPoly(picture, [box], tint().tolist(), cv2.LINE_AA)
         else:
             axes = (int(w / 2) + 4, int(h / 2) + 4)
-            cv2.ellipse(picture, (int(cx), int(cy)), axes, 0, 0, 360, tint().tolist(), -1, cv2.LINE_AA)
+            cv2.ellipse(picture, (int(cx), int(cy)), axes, 0, 0, 360, tint().tolist(), -1,
+                        cv2.LINE_AA)
     picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.6, 3))
-    return np.clip(picture + rng.normal(0, rng.uniform(0, 4), picture.shape), 0, 255).astype(np.uint8)
+    picture = picture + rng.normal(0, rng.uniform(0, 4), picture.shape)
+    return np.clip(picture, 0, 255).astype(np.uint8)
 
 
 def make_light(rng):
-    """-> direction to the light in the camera frame, its linear RGB, RGB of the light from above and from below."""
+    """-> direction to the light in the camera frame, its linear RGB, RGB of the light from
+    above and from below."""
     direction = np.array((rng.normal(0, 0.6), -rng.uniform(0.2, 1.2), -rng.uniform(0.3, 1.2)))
     warm = np.array((1.0, 1, 1)) + rng.uniform(-0.10, 0.14) * np.array((1.0, 0.1, -1))
     sun, sky, ground = rng.uniform(0.9, 1.35), rng.uniform(0.28, 0.48), rng.uniform(0.5, 0.8)
@@ -606,11 +660,12 @@ def make_light(rng):
 
 
 def draw_view(rng, side=None, upright=False, world="full"):
-    """-> degrees: turn about the forearm's axis (0 shows the palm, 180 the back), tilt, roll in the picture.
+    """-> degrees: turn about the forearm's axis (0 shows the palm, 180 the back), tilt,
+    roll in the picture.
 
-    The turn is uniform over the circle, over one half of it where side says "palm" or "back"; upright: little roll.
-    This was fixed before any detector saw a hand. The small world shows the palm, whatever else is
-    asked for."""
+    The turn is uniform over the circle, over one half of it where side says "palm" or
+    "back"; upright: little roll. This was fixed before any detector saw a hand. The small
+    world shows the palm, whatever else is asked for."""
     if world == "small":
         return rng.uniform(-40, 40), rng.uniform(-20, 20), rng.uniform(-45, 45)
     turn = rng.uniform(-90, 90) + (180 if (side == "back" if side else rng.random() < 0.5) else 0)
@@ -622,7 +677,8 @@ def view_matrix(turn, tilt, roll):
 
 
 def place_hand(person, angles, view, spot, length, camera, size, light, left=False, area=None):
-    """A hand whose box lies inside the area (x0, y0, x1, y1), at spot (2,) in 0..1 of the room there.
+    """A hand whose box lies inside the area (x0, y0, x1, y1), at spot (2,) in 0..1 of the
+    room there.
 
     length: pixels of an open hand; light as seen in the picture."""
     matrix = view_matrix(*view)
@@ -632,7 +688,8 @@ def place_hand(person, angles, view, spot, length, camera, size, light, left=Fal
         area[[0, 2]] = size[0] - area[[2, 0]]
         light, spot = (light[0] * (-1, 1, 1), *light[1:]), np.array((1 - spot[0], spot[1]))
     room = area[2:] - area[:2]
-    # Half way between a box of fixed size and a hand of fixed distance: a fist is smaller than an open hand, not tiny.
+    # Half way between a box of fixed size and a hand of fixed distance: a fist is smaller
+    # than an open hand, not tiny.
     side = min(length * (extent.max() / 185) ** 0.5, *(0.85 * room * extent.max() / extent))
     distance, centre = camera[0, 0] * extent.max() / side, (area[:2] + area[2:]) / 2
     for _ in range(3):
@@ -645,8 +702,8 @@ def place_hand(person, angles, view, spot, length, camera, size, light, left=Fal
 
 
 def blend(background, hands, pictures, covers, rng, blur, noise, front=()):
-    """The hands over the background, the far ones first, then what is in front of them, pairs of picture and cover,
-    through a lens and a sensor -> uint8 BGR."""
+    """The hands over the background, the far ones first, then what is in front of them,
+    pairs of picture and cover, through a lens and a sensor -> uint8 BGR."""
     picture = background.astype(np.float32)
     for i in sorted(range(len(hands)), key=lambda i: -hands[i]["offset"][2]):
         lay_over(picture, pictures[i], covers[i])
@@ -666,9 +723,11 @@ def lay_over(picture, thing, cover):
 
 
 def plan_videos(videos, seconds, fps, seed, world="full"):
-    """-> for each video its name, its person, when it is empty, and one or two tracks (left, keyframes).
+    """-> for each video its name, its person, when it is empty, and one or two tracks
+    (left, keyframes).
 
-    All is drawn before any is rendered, so that every pose comes from the palm's side as often as from the back."""
+    All is drawn before any is rendered, so that every pose comes from the palm's side as
+    often as from the back."""
     rng = np.random.default_rng((seed, 2))
     pairs, plan = [], []
     clips = 1 if world == "small" else 2  # of each person
@@ -689,8 +748,8 @@ def plan_videos(videos, seconds, fps, seed, world="full"):
                 if len(sides) == 2:  # hands apart, each on its own side
                     spot[0] = 0.6 * spot[0] + (0 if left else 0.4)
                 low, high = LENGTHS
-                keys.append({"pose": NAMES.index(name), "angles": pose_angles(name, rng), "spot": spot,
-                             "view": draw_view(rng, side, len(sides) == 2, world),
+                keys.append({"pose": NAMES.index(name), "angles": pose_angles(name, rng),
+                             "spot": spot, "view": draw_view(rng, side, len(sides) == 2, world),
                              "length": low * (high / low) ** rng.random()})
             tracks.append((left, keys))
         person, clip = divmod(v, clips)
@@ -710,7 +769,8 @@ def draw_spot(rng):
 
 
 def pose_at(keys, time):
-    """Between two keyframes, poses held a while, all else on its way -> pose index, angles, view, spot, length."""
+    """Between two keyframes, poses held a while, all else on its way -> pose index, angles,
+    view, spot, length."""
     def smooth(x):
         return x * x * (3 - 2 * x)
     k = min(int(time / PERIOD), len(keys) - 2)
@@ -748,11 +808,13 @@ def cover_of(thing, keypoints, time):
 
 def write_videos(folder, videos=24, seconds=10, fps=5, size=FRAME, seed=0, device=None, objects=0.0,
                  world="full", workers=1):
-    """Videos of one person each, NAME.mp4, and the truth, NAME.npy: one row (TRUTH) for each hand of each frame.
-    objects: share of the videos in which something moves in front of the hands. world: a key of
-    WORLDS. workers: processes, a video at a time each; their number changes nothing in the files.
+    """Videos of one person each, NAME.mp4, and the truth, NAME.npy: one row (TRUTH) for
+    each hand of each frame. objects: share of the videos in which something moves in front
+    of the hands. world: a key of WORLDS. workers: processes, a video at a time each; their
+    number changes nothing in the files.
 
-    keypoints are pixels of the picture (centres at integers), xyz mm in the camera frame, pose an index into NAMES."""
+    keypoints are pixels of the picture (centres at integers), xyz mm in the camera frame,
+    pose an index into NAMES."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     count = round(seconds * fps)
@@ -796,7 +858,8 @@ def draw_video(video, rng, count, fps, size, seed, device, thing=None):
     person, light = make_person(seed, video["person"]), make_light(rng)
     focal = rng.uniform(0.9, 1.5) * width
     camera = np.array([(focal, 0, (width - 1) / 2), (0, focal, (height - 1) / 2), (0, 0, 1)])
-    room, drift = backdrop(rng, width + 32, height + 32), rng.uniform(0, 32, (2, 2)) * rng.integers(0, 2)
+    room = backdrop(rng, width + 32, height + 32)
+    drift = rng.uniform(0, 32, (2, 2)) * rng.integers(0, 2)
     blur, noise = rng.uniform(0.6, 1.2), rng.uniform(1, 3)
     hands, owners, rows = [], [], []
     for frame in range(count):
@@ -805,9 +868,12 @@ def draw_video(video, rng, count, fps, size, seed, device, thing=None):
         for left, keys in video["tracks"]:
             pose, angles, view, spot, length = pose_at(keys, frame / fps)
             area = None
-            if len(video["tracks"]) == 2:  # crossed arms would hide a hand: the right hand stays on the right
-                area = (0, 0, width / 2 - 12, height) if left else (width / 2 + 12, 0, width, height)
-            hands.append(place_hand(person, angles, view, spot, length, camera, size, light, left, area))
+            if len(video["tracks"]) == 2:
+                # Crossed arms would hide a hand: the right hand stays on the right.
+                area = (0, 0, width / 2 - 12, height) if left else (
+                    width / 2 + 12, 0, width, height)
+            hands.append(place_hand(person, angles, view, spot, length, camera, size, light, left,
+                                    area))
             owners.append(frame)
             xyz = hands[-1]["xyz"] * ((-1, 1, 1) if left else (1, 1, 1))
             rows.append((frame, left, pose, hand_pixels(hands[-1], width), xyz))
@@ -826,8 +892,9 @@ def draw_video(video, rng, count, fps, size, seed, device, thing=None):
         front = []
         if thing is not None:
             front = [(thing["texture"], cover_of(thing, rows[i][3], frame / fps)) for i in mine]
-        frames.append(blend(cv2.warpAffine(room, move, size), [hands[i] for i in mine], [pictures[i] for i in mine],
-                            [covers[i] for i in mine], rng, blur, noise, front))
+        frames.append(blend(cv2.warpAffine(room, move, size), [hands[i] for i in mine],
+                            [pictures[i] for i in mine], [covers[i] for i in mine], rng, blur,
+                            noise, front))
     return frames, np.array(rows, TRUTH)
 
 
@@ -852,9 +919,11 @@ def freihand_sample(split, i, size, seed, world="full"):
 
 
 def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=None, world="full"):
-    """A labelled set in FreiHAND's layout: right hands, four versions of a training picture, xyz in metres.
+    """A labelled set in FreiHAND's layout: right hands, four versions of a training
+    picture, xyz in metres.
 
-    evaluation_xyz.json lies in the sibling folder FOLDER_eval. The persons of the two splits differ."""
+    evaluation_xyz.json lies in the sibling folder FOLDER_eval. The persons of the two
+    splits differ."""
     folder = Path(folder)
     sibling = folder.parent / f"{folder.name}_eval"
     for split, count, versions in (("training", train, 4), ("evaluation", evaluation, 1)):
@@ -864,15 +933,18 @@ def write_freihand(folder, train=300, evaluation=100, size=224, seed=0, device=N
         names = [[rgb / f"{i + k * count:08d}.jpg" for k in range(versions)] for i in range(count)]
         hands = [freihand_sample(split, i, size, seed, world) for i in range(count)]
         for start in tqdm(range(0, count, 32), desc=f"freihand {split}", unit="batch"):
-            ids = range(start, min(start + 32, count))  # always the same batches: their mix changes the last digits
+            # Always the same batches: their mix changes the last digits.
+            ids = range(start, min(start + 32, count))
             if all(name.exists() for i in ids for name in names[i]):
                 continue
             pictures, covers, _ = render([hands[i] for i in ids], (size, size), device)
             for i, picture, cover in zip(ids, pictures, covers):
-                write_versions(names[i], hands[i], picture, cover, (seed, 5, split == "training", i))
+                write_versions(names[i], hands[i], picture, cover,
+                               (seed, 5, split == "training", i))
         xyz = [hand["xyz"] / 1000 for hand in hands]
         lists = {folder / f"{split}_K.json": [hand["camera"] for hand in hands],
-                 folder / f"{split}_scale.json": [np.linalg.norm(joints[9] - joints[10]) for joints in xyz],
+                 folder / f"{split}_scale.json": [np.linalg.norm(joints[9] - joints[10])
+                                                  for joints in xyz],
                  (folder if split == "training" else sibling) / f"{split}_xyz.json": xyz}
         for path, values in lists.items():
             if not path.exists():
@@ -891,7 +963,8 @@ def write_versions(names, hand, picture, cover, seed):
         if name.exists():
             continue
         if len(names) == 4 and k == 0:
-            scene = np.full((size, size, 3), (60, 160, 50)) + np.linspace(0, 30, size)[:, None, None]
+            scene = np.full((size, size, 3), (60, 160, 50))
+            scene = scene + np.linspace(0, 30, size)[:, None, None]
         drawn = blend(scene, [hand], [picture], [cover], np.random.default_rng(seed), blur, noise)
         partial = name.with_name(f".{name.stem}.partial.jpg")
         cv2.imwrite(str(partial), drawn, (cv2.IMWRITE_JPEG_QUALITY, 95))
@@ -899,7 +972,8 @@ def write_versions(names, hand, picture, cover, seed):
 
 
 def palm_side(xyz, left):
-    """xyz (21, 3), camera frame -> cosine between the palm's normal and the way to the camera: 1 palm, -1 back."""
+    """xyz (21, 3), camera frame -> cosine between the palm's normal and the way to the
+    camera: 1 palm, -1 back."""
     normal = np.cross(xyz[5] - xyz[0], xyz[17] - xyz[0]) * (-1 if left else 1)
     eye = -xyz[[0, 5, 17]].mean(0)
     return float(normal @ eye / np.linalg.norm(normal) / np.linalg.norm(eye))
@@ -932,8 +1006,10 @@ def report(folder):
     def show(name, mask):
         if mask.any():
             got = mask & found
-            side, size = (100 * right[got].mean(), 100 * np.median(error[got])) if got.any() else (0, 0)
-            print(f"{name:12} {mask.sum():6d} {100 * found[mask].mean():8.1f} {side:13.1f} {size:16.1f}")
+            side, size = (100 * right[got].mean(),
+                          100 * np.median(error[got])) if got.any() else (0, 0)
+            print(f"{name:12} {mask.sum():6d} {100 * found[mask].mean():8.1f} {side:13.1f} "
+                  f"{size:16.1f}")
     show("all", np.ones_like(found))
     for name, mask in (("palm", view > 0.35), ("edge", abs(view) <= 0.35), ("back", view < -0.35)):
         show(name, mask)
@@ -946,13 +1022,16 @@ def report(folder):
 
 
 def match(truth, answer, shape):
-    """One-to-one, nearest first -> for each true hand: found, right side, error / box's side, view, pose, left."""
+    """One-to-one, nearest first -> for each true hand: found, right side, error / box's
+    side, view, pose, left."""
     guesses = []
     for marks, sides in zip(answer.hand_landmarks, answer.handedness):
         points = np.array([(mark.x * shape[1] - 0.5, mark.y * shape[0] - 0.5) for mark in marks])
         guesses.append((points, sides[0].category_name == "Left"))
-    rows = [[False, False, np.nan, palm_side(t["xyz"], t["left"]), t["pose"], t["left"]] for t in truth]
-    pairs = sorted((np.linalg.norm(g[0] - t["keypoints"], axis=1).mean() / np.ptp(t["keypoints"], axis=0).max(), i, j)
+    rows = [[False, False, np.nan, palm_side(t["xyz"], t["left"]), t["pose"], t["left"]]
+            for t in truth]
+    pairs = sorted((np.linalg.norm(g[0] - t["keypoints"], axis=1).mean()
+                    / np.ptp(t["keypoints"], axis=0).max(), i, j)
                    for i, t in enumerate(truth) for j, g in enumerate(guesses))
     used = set()
     for error, i, j in pairs:
@@ -970,8 +1049,8 @@ def sheet(path, seed=0, columns=12, device=None):
         camera = np.array([(230, 0, 95.5), (0, 230, 95.5), (0, 0, 1)])
         for column in range(columns // 2):
             view = draw_view(rng, ("palm", "back")[column % 2])
-            hands.append(place_hand(person, pose_angles(name, rng), view, np.array((0.5, 0.5)), 150, camera,
-                                    (size, size), make_light(rng)))
+            hands.append(place_hand(person, pose_angles(name, rng), view, np.array((0.5, 0.5)), 150,
+                                    camera, (size, size), make_light(rng)))
         for hand, picture, cover, keypoints in zip(hands, *render(hands, (size, size), device)):
             drawn = blend(backdrop(rng, size, size), [hand], [picture], [cover], rng, 0.5, 2)
             marked = drawn.copy()
@@ -984,19 +1063,22 @@ def sheet(path, seed=0, columns=12, device=None):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     videos = tasks.add_parser("videos", help="videos and their truth")
     videos.add_argument("out")
     videos.add_argument("--videos", type=int, default=24, help="how many")
     videos.add_argument("--seconds", type=float, default=10, help="length of each")
     videos.add_argument("--fps", type=float, default=5, help="frames a second")
-    videos.add_argument("--objects", type=float, default=0, help="share of the videos with objects in front of hands")
+    videos.add_argument("--objects", type=float, default=0,
+                        help="share of the videos with objects in front of hands")
     videos.add_argument("--workers", type=int, default=1, help="processes, a video at a time each; "
                         "the files are the same with any number (default: 1)")
     freihand = tasks.add_parser("freihand", help="a labelled set in FreiHAND's layout")
     freihand.add_argument("out")
-    freihand.add_argument("--train", type=int, default=300, help="training hands, four pictures each")
+    freihand.add_argument("--train", type=int, default=300,
+                          help="training hands, four pictures each")
     freihand.add_argument("--evaluation", type=int, default=100, help="evaluation hands")
     pictures = tasks.add_parser("sheet", help="a picture of many hands")
     pictures.add_argument("out")
@@ -1015,8 +1097,9 @@ def parse_args():
 def main():
     args = parse_args()
     if args.task == "videos":
-        write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed, device=args.device,
-                     objects=args.objects, world=args.world, workers=args.workers)
+        write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed,
+                     device=args.device, objects=args.objects, world=args.world,
+                     workers=args.workers)
     elif args.task == "freihand":
         write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device,
                        world=args.world)

@@ -32,7 +32,8 @@ def random_hand(rng, side=224):
 
 def random_unit(n, dims, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.functional.normalize(torch.randn(n, dims, generator=generator, dtype=dtype), dim=1) for _ in "12"]
+    return [torch.nn.functional.normalize(
+        torch.randn(n, dims, generator=generator, dtype=dtype), dim=1) for _ in "12"]
 
 
 # ----------------------------------------------------------------------------------------- geometry
@@ -110,7 +111,8 @@ def test_a_dot_at_a_keypoint_is_found_at_the_transformed_keypoint():
         image = np.zeros((224, 224, 3), np.float32)
         where = np.round(keypoints[rng.integers(21)])
         cv2.circle(image, where.astype(int).tolist(), 4, (1, 1, 1), -1)
-        seen, (there,) = apply_view(view, image, where[None], 128, "black")  # one dot, not its mirror too
+        # One dot, not its mirror too.
+        seen, (there,) = apply_view(view, image, where[None], 128, "black")
         mass = seen[..., 0]
         if 12 < there.min() and there.max() < 115:
             found = np.array([(mass.sum(k) * np.arange(128)).sum() / mass.sum() for k in (0, 1)])
@@ -145,15 +147,17 @@ def test_the_best_turn_against_a_search_over_all_turns():
     angles = np.radians(np.arange(0, 360, 0.25))
     for mine, other, found in zip(keypoints, others, common.best_turns(keypoints, others)):
         x, y = (other - other.mean(0)).T
+        # Counter-clockwise, y down.
         turned = np.stack([np.outer(np.cos(angles), x) + np.outer(np.sin(angles), y),
-                           np.outer(np.cos(angles), y) - np.outer(np.sin(angles), x)], 2)  # counter-clockwise, y down
+                           np.outer(np.cos(angles), y) - np.outer(np.sin(angles), x)], 2)
         gaps = np.square(turned - (mine - mine.mean(0))).sum((1, 2))
         best = np.degrees(angles[gaps.argmin()])
         assert abs((best - found + 180) % 360 - 180) < 0.2
 
 
 def test_a_turned_view_shows_the_hand_as_its_partner_lies():
-    """A hand and its picture turned by 70 degrees: with a turn of -70 both views of one generator are the same."""
+    """A hand and its picture turned by 70 degrees: with a turn of -70 both views of one
+    generator are the same."""
     rng = np.random.default_rng(4)
     keypoints = random_hand(rng)
     matrix = cv2.getRotationMatrix2D((111.5, 111.5), 70, 1)
@@ -162,12 +166,14 @@ def test_a_turned_view_shows_the_hand_as_its_partner_lies():
     back = sample_view(np.random.default_rng(5), turned, 224, 128, turn=-70.0)
     assert back.angle == straight.angle and np.allclose(back.shift, straight.shift)
     empty = np.zeros((224, 224, 3), np.uint8)
-    seen, also = (apply_view(view, empty, points, 128)[1] for view, points in ((straight, keypoints), (back, turned)))
+    seen, also = (apply_view(view, empty, points, 128)[1]
+                  for view, points in ((straight, keypoints), (back, turned)))
     assert np.abs(seen - also).max() < 1e-3
 
 
 def test_keypoints_follow_from_the_reported_shift_and_angle():
-    """DESIGN's test of the geometry: the views' keypoints, moved and turned back, agree to 0.1 %."""
+    """DESIGN's test of the geometry: the views' keypoints, moved and turned back, agree to
+    0.1 %."""
     rng = np.random.default_rng(2)
     for _ in range(200):
         keypoints, undone = random_hand(rng), []
@@ -183,7 +189,8 @@ def test_keypoints_follow_from_the_reported_shift_and_angle():
 
 
 def test_undo_view_undoes_views_of_keypoints_in_the_unit_of_the_hand():
-    """With the shift in units of the hand's own extent, undo_view undoes the view of a projection that is the hand."""
+    """With the shift in units of the hand's own extent, undo_view undoes the view of a
+    projection that is the hand."""
     rng = np.random.default_rng(3)
     for _ in range(100):
         keypoints, undone = random_hand(rng), []
@@ -191,7 +198,8 @@ def test_undo_view_undoes_views_of_keypoints_in_the_unit_of_the_hand():
             view = sample_view(rng, keypoints, 224, 128)
             _, seen = apply_view(view, np.zeros((224, 224, 3), np.uint8), keypoints, 128)
             shift = view.shift * 128 / np.ptp(seen, axis=0)
-            projection = torch.nn.functional.normalize(torch.from_numpy(seen - 63.5)[None].flatten(1), dim=1)
+            projection = torch.nn.functional.normalize(
+                torch.from_numpy(seen - 63.5)[None].flatten(1), dim=1)
             back = undo_view(projection.view(1, 21, 2), torch.tensor([view.angle]),
                              torch.from_numpy(shift)[None])
             undone.append(torch.nn.functional.normalize(back.flatten(1), dim=1))
@@ -201,7 +209,8 @@ def test_undo_view_undoes_views_of_keypoints_in_the_unit_of_the_hand():
 def test_undo_view_against_a_loop_and_without_gradient_through_range_and_mean():
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(5, 64, 2, generator=generator, dtype=torch.float64, requires_grad=True)
-    angle, shift = torch.rand(5, dtype=torch.float64) * 90 - 45, torch.rand(5, 2, dtype=torch.float64) - 0.5
+    angle = torch.rand(5, dtype=torch.float64) * 90 - 45
+    shift = torch.rand(5, 2, dtype=torch.float64) - 0.5
     before = p.detach().clone()
     out = undo_view(p, angle, shift)
     assert out is not p and torch.equal(p, before)
@@ -215,14 +224,16 @@ def test_undo_view_against_a_loop_and_without_gradient_through_range_and_mean():
         assert np.allclose(out[n].detach().numpy(), turned + moved.mean(0), atol=1e-12)
     weight = torch.randn(5, 64, 2, generator=generator, dtype=torch.float64)
     (out * weight).sum().backward()
-    for n in range(5):  # range and mean constant: the gradient is the weight turned forward, point by point
+    # Range and mean constant: the gradient is the weight turned forward, point by point.
+    for n in range(5):
         turn = torch.from_numpy(cv2.getRotationMatrix2D((0, 0), angle[n].item(), 1)[:, :2])
         assert torch.allclose(p.grad[n], weight[n] @ turn.T, atol=1e-12)
 
 
 def test_a_view_depends_on_its_generator_alone():
     keypoints = random_hand(np.random.default_rng(4))
-    a, b, c = (sample_view(np.random.default_rng((0, 1, 7, k)), keypoints, 224, 128) for k in (0, 0, 1))
+    a, b, c = (sample_view(np.random.default_rng((0, 1, 7, k)), keypoints, 224, 128)
+               for k in (0, 0, 1))
     assert np.array_equal(a.matrix, b.matrix) and not np.array_equal(a.matrix, c.matrix)
 
 
@@ -234,13 +245,15 @@ def test_views_cover_their_ranges():
     half_sides = np.array([128 / np.linalg.norm(v.matrix[0, :2]) / 2 / radius for v in views])
     moves = -shifts * (2 * half_sides * radius)[:, None]
     for values, low, high in ((angles, -45, 45), (half_sides, 0.9, 1.5), (moves, -7.5, 7.5)):
-        assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
+        assert low <= values.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < values.max() <= high
 
 
 def test_colour_factors_act_in_hsv_with_red_and_blue_exchanged():
     image = np.random.default_rng(7).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     same = common.View(np.eye(2, 3), colour=(1.0, 1.0, 1.0, 0.0))
-    assert np.abs(apply_view(same, image, np.zeros((21, 2)), 16)[0].astype(int) - image).max() <= 6  # HSV is 8 bit
+    unchanged = apply_view(same, image, np.zeros((21, 2)), 16)[0]
+    assert np.abs(unchanged.astype(int) - image).max() <= 6  # HSV is 8 bit
     skin = np.full((4, 4, 3), (210, 160, 130), np.uint8)
     exchanged = skin[..., ::-1].astype(np.float32) / 255
     hue, saturation, value = cv2.cvtColor(exchanged, cv2.COLOR_RGB2HSV)[0, 0]
@@ -265,9 +278,11 @@ def test_weights_against_a_slow_loop(kind):
             expected.append((values.max() - values) / (values.max() - values.min()))
         else:
             expected.append(1 / (1 + np.exp(slope * (values - values.mean()))))
-    for found, wanted in zip(pair_weights(torch.from_numpy(k1), torch.from_numpy(k2), kind, 0.3, 0.02), expected):
+    for found, wanted in zip(
+            pair_weights(torch.from_numpy(k1), torch.from_numpy(k2), kind, 0.3, 0.02), expected):
         assert np.allclose(found, wanted, atol=1e-12)
-    single = pair_weights(torch.from_numpy(k1).float(), torch.from_numpy(k2).float(), kind, 0.3, 0.02)
+    single = pair_weights(torch.from_numpy(k1).float(), torch.from_numpy(k2).float(), kind, 0.3,
+                          0.02)
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(single, expected))
 
 
@@ -291,7 +306,8 @@ def test_balanced_weights_are_linear_ones_over_their_mean():
 
 
 def test_with_balanced_weights_drawing_everything_together_does_not_pay():
-    """Near pairs, far others: the linear loss is lower where all embeddings are one point than where none are alike."""
+    """Near pairs, far others: the linear loss is lower where all embeddings are one point
+    than where none are alike."""
     rng = np.random.default_rng(1)
     keypoints1 = torch.from_numpy(rng.normal(size=(64, 21, 2)) * 20)
     keypoints2 = keypoints1 + torch.from_numpy(rng.normal(size=(64, 21, 2)))
@@ -300,7 +316,8 @@ def test_with_balanced_weights_drawing_everything_together_does_not_pay():
     gain = {}
     for kind in ("linear", "balanced"):
         weights = pair_weights(keypoints1, keypoints2, kind)
-        gain[kind] = nt_xent(apart[:64], apart[64:], *weights) - nt_xent(together[:64], together[64:], *weights)
+        gain[kind] = nt_xent(apart[:64], apart[64:], *weights) - nt_xent(
+            together[:64], together[64:], *weights)
     assert gain["linear"] > 0.1 and gain["balanced"] < 0.01
 
 
@@ -313,7 +330,8 @@ def slow_nt_xent(z1, z2, pos_weight, neg_weight, temperature):
             if k != i:
                 s = sum(z[i][c] * z[k][c] for c in range(z.shape[1]))
                 denominator += math.exp(neg_weight[i][k] * s / temperature)
-        total -= math.log(math.exp(pos_weight[i % n] * float(z[i] @ z[j]) / temperature) / denominator)
+        numerator = math.exp(pos_weight[i % n] * float(z[i] @ z[j]) / temperature)
+        total -= math.log(numerator / denominator)
     return total / (2 * n)
 
 
@@ -323,10 +341,12 @@ def test_loss_against_a_triple_loop(temperature):
     rng = np.random.default_rng(0)
     pos, neg = rng.uniform(0, 1, 5), rng.uniform(0, 1, (10, 10))
     expected = slow_nt_xent(z1.numpy(), z2.numpy(), pos, neg, temperature)
-    assert nt_xent(z1, z2, torch.from_numpy(pos), torch.from_numpy(neg), temperature).item() == pytest.approx(expected)
+    loss = nt_xent(z1, z2, torch.from_numpy(pos), torch.from_numpy(neg), temperature)
+    assert loss.item() == pytest.approx(expected)
     plain = slow_nt_xent(z1.numpy(), z2.numpy(), np.ones(5), np.ones((10, 10)), temperature)
     assert nt_xent(z1, z2, temperature=temperature).item() == pytest.approx(plain)
-    assert nt_xent(z1, z2, torch.ones(5), torch.ones(10, 10), temperature).item() == pytest.approx(plain)
+    loss = nt_xent(z1, z2, torch.ones(5), torch.ones(10, 10), temperature)
+    assert loss.item() == pytest.approx(plain)
     for one in ((torch.from_numpy(pos), None), (None, torch.from_numpy(neg))):
         wanted = slow_nt_xent(z1.numpy(), z2.numpy(), pos if one[0] is not None else np.ones(5),
                               neg if one[1] is not None else np.ones((10, 10)), temperature)
@@ -338,7 +358,8 @@ def test_plain_loss_is_cross_entropy_over_the_other_views():
     z = torch.cat([z1, z2])
     logits = (z @ z.T / 0.5).fill_diagonal_(-1e9)
     target = torch.arange(14).roll(7)
-    assert nt_xent(z1, z2).item() == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item())
+    wanted = torch.nn.functional.cross_entropy(logits, target).item()
+    assert nt_xent(z1, z2).item() == pytest.approx(wanted)
 
 
 def test_identical_embeddings_and_exchanged_views():
@@ -347,7 +368,8 @@ def test_identical_embeddings_and_exchanged_views():
     z1, z2 = random_unit(5, 8)
     pos, neg = torch.rand(5, dtype=torch.float64), torch.rand(10, 10, dtype=torch.float64)
     turned = neg.roll((5, 5), (0, 1))
-    assert nt_xent(z1, z2, pos, neg).item() == pytest.approx(nt_xent(z2, z1, pos, turned).item(), abs=1e-12)
+    exchanged = nt_xent(z2, z1, pos, turned).item()
+    assert nt_xent(z1, z2, pos, neg).item() == pytest.approx(exchanged, abs=1e-12)
 
 
 def test_gradient_of_the_weighted_loss():
@@ -361,7 +383,8 @@ def test_weights_of_many_pairs_made_some_rows_at_a_time(kind):
     k1, k2 = torch.rand(2, 300, 21, 2, generator=torch.Generator().manual_seed(0)) * 128
     every = torch.cat([k1, k2]).double()
     d = (every[:, None] - every[None]).norm(dim=3).mean(2)
-    wanted = (d.max() - d) / (d.max() - d.min()) if kind == "linear" else torch.sigmoid(-0.05 * (d - d.mean()))
+    wanted = (d.max() - d) / (d.max() - d.min()) if kind == "linear" else torch.sigmoid(
+        -0.05 * (d - d.mean()))
     assert torch.allclose(pair_weights(k1, k2, kind)[1].double(), wanted, atol=1e-5)
 
 
@@ -377,7 +400,8 @@ def test_loss_of_many_pairs_made_some_rows_at_a_time():
     loss = (logits.logsumexp(1) - positive.repeat(2)).mean()
     loss.backward()
     assert nt_xent(z1, z2, pos, neg).item() == pytest.approx(loss.item(), abs=1e-12)
-    assert torch.allclose(z1.grad, w1.grad, atol=1e-12) and torch.allclose(z2.grad, w2.grad, atol=1e-12)
+    assert torch.allclose(z1.grad, w1.grad, atol=1e-12)
+    assert torch.allclose(z2.grad, w2.grad, atol=1e-12)
 
 
 def test_loss_is_float32_under_autocast():
@@ -404,17 +428,19 @@ def save(path, content):
     return path
 
 
-@pytest.mark.parametrize("layout", ["ours", "torchvision", "state_dict", "official", "before 0.4.1"])
+@pytest.mark.parametrize("layout", ["ours", "torchvision", "state_dict", "official",
+                                    "before 0.4.1"])
 def test_every_published_layout_loads(reference, layout, tmp_path):
     state = reference.state_dict()
     numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    numbered = {f"encoder.features.{numbers[k.split('.')[0]]}.{k.split('.', 1)[1]}": v
+                for k, v in state.items() if not k.startswith("fc.")}
     content = {
         "ours": {k: v for k, v in state.items() if not k.startswith("fc.")},
         "torchvision": state,
         "state_dict": {"state_dict": state, "epoch": 99},
-        "official": {"state_dict": {**{f"encoder.features.{numbers[k.split('.')[0]]}.{k.split('.', 1)[1]}": v
-                                       for k, v in state.items() if not k.startswith("fc.")},
-                                    "projection_head.0.weight": torch.zeros(3, 3)}, "epoch": 3},
+        "official": {"state_dict": {**numbered, "projection_head.0.weight": torch.zeros(3, 3)},
+                     "epoch": 3},
         "before 0.4.1": {k: v for k, v in state.items() if "num_batches" not in k},
     }[layout]
     network = load_backbone("resnet18", save(tmp_path / "weights.pt", content)).eval()
@@ -434,8 +460,9 @@ def test_backbone_files_that_do_not_fit(reference, tmp_path):
         load_backbone("resnet18", save(tmp_path / "a.pt", short))
     with pytest.raises(InputError, match=r"Unexpected key.*surplus"):
         load_backbone("resnet18", save(tmp_path / "b.pt", {**state, "surplus": torch.zeros(1)}))
+    not_finite = {**state, "conv1.weight": state["conv1.weight"] * math.nan}
     with pytest.raises(InputError, match="must be finite, not so: conv1.weight"):
-        load_backbone("resnet18", save(tmp_path / "c.pt", {**state, "conv1.weight": state["conv1.weight"] * math.nan}))
+        load_backbone("resnet18", save(tmp_path / "c.pt", not_finite))
     with pytest.raises(InputError, match="expected a state dict"):
         load_backbone("resnet18", save(tmp_path / "d.pt", [1, 2]))
     with pytest.raises(InputError, match="missing"):
@@ -452,10 +479,12 @@ class Configuration(dict):
 
 
 def test_pickled_objects_are_never_run(reference, tmp_path):
-    save(tmp_path / "official.pt", {"state_dict": reference.state_dict(), "hyper_parameters": Configuration(a=1)})
+    save(tmp_path / "official.pt", {"state_dict": reference.state_dict(),
+                                    "hyper_parameters": Configuration(a=1)})
     with pytest.raises(InputError, match="never loaded.*state_dict"):
         load_backbone("resnet18", tmp_path / "official.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"conv1.weight": Configuration()}, protocol=2))
+    (tmp_path / "pickle.pt").write_bytes(
+        pickle.dumps({"conv1.weight": Configuration()}, protocol=2))
     with pytest.raises(InputError, match="pickle.pt"):
         load_backbone("resnet18", tmp_path / "pickle.pt")
 
@@ -466,8 +495,8 @@ def test_arrays_are_checked(tmp_path):
     good = np.zeros((3, 2), np.float32)
     common.save_array(tmp_path / "good.npy", good)
     assert np.array_equal(common.load_array(tmp_path / "good.npy", np.float32, (None, 2)), good)
-    broken = {"missing.npy": None, "short.npy": (tmp_path / "good.npy").read_bytes()[:-4], "text.npy": b"hello",
-              "empty.npy": b""}
+    broken = {"missing.npy": None, "short.npy": (tmp_path / "good.npy").read_bytes()[:-4],
+              "text.npy": b"hello", "empty.npy": b""}
     for name, content in broken.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -477,7 +506,8 @@ def test_arrays_are_checked(tmp_path):
     np.save(tmp_path / "object.npy", np.array([{"run": "me"}], object), allow_pickle=True)
     with pytest.raises(InputError, match="not a .npy file of numbers"):
         common.load_array(tmp_path / "object.npy", np.float32, (None,))
-    for array, message in ((good.astype(float), "is float64"), (good[:, :1], r"is float32 \(3, 1\)"),
+    for array, message in ((good.astype(float), "is float64"),
+                           (good[:, :1], r"is float32 \(3, 1\)"),
                            (np.full((3, 2), np.nan, np.float32), "finite, row 0")):
         np.save(tmp_path / "wrong.npy", array)
         with pytest.raises(InputError, match=message):
@@ -602,7 +632,8 @@ def test_progress_of_quick_items_is_a_few_lines_in_a_log_file(tmp_path):
 
 
 def test_a_second_live_run_is_refused(tmp_path):
-    code = f"import sys; sys.path.insert(0, r'{ROOT}'); import common; common.open_folder(r'{tmp_path / 'run'}')"
+    code = (f"import sys; sys.path.insert(0, r'{ROOT}'); import common; "
+            f"common.open_folder(r'{tmp_path / 'run'}')")
     lock = common.open_folder(tmp_path / "run")
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another run is writing" in second.stderr
@@ -698,8 +729,8 @@ def test_loader_processes_share_what_they_read_however_python_starts_others():
             "        raise AssertionError('the items were copied')\n"
             "multiprocessing.set_start_method('forkserver')\n"
             "print(list(common.load_items(Items(), [[3, 1], [2]], 1, sum)))")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100,
-                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            timeout=100, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
     assert result.stdout == "[4, 2]\n", result.stderr
 
 

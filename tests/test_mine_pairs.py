@@ -16,7 +16,8 @@ from conftest import TINY, refused, run, run_here, torchrun
 
 def brute_force(embeddings, video, k):
     """One row at a time, in float64; ties on the float32 distance go to the lower index."""
-    neighbours, distances = np.full((len(embeddings), k), -1), np.full((len(embeddings), k), np.inf, np.float32)
+    neighbours = np.full((len(embeddings), k), -1)
+    distances = np.full((len(embeddings), k), np.inf, np.float32)
     for i, row in enumerate(embeddings.astype(np.float64)):
         square = sum((column - x) ** 2 for column, x in zip(embeddings.astype(np.float64).T, row))
         d = np.sqrt(square).astype(np.float32)
@@ -26,7 +27,8 @@ def brute_force(embeddings, video, k):
     return neighbours, distances
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))]
 LEAVES = [5, 16, None]  # rows in a leaf; None: all of these
 
 
@@ -44,13 +46,14 @@ def test_equals_brute_force_with_crowded_videos_and_ties(k, exclude, leaf, devic
     rng = np.random.default_rng(k)
     video = np.sort(rng.integers(0, 6, 400)).astype(np.int32)
     centres = rng.normal(size=(6, 14))
-    embeddings = (centres[video] + 0.01 * rng.normal(size=(400, 14))).astype(np.float32)  # near-duplicates in a video
+    # Near-duplicates in a video.
+    embeddings = (centres[video] + 0.01 * rng.normal(size=(400, 14))).astype(np.float32)
     embeddings[::7] = np.round(embeddings[::7])  # equal rows in several videos: ties
     check(embeddings, video if exclude else None, k, device, leaf)
 
 
-@pytest.mark.parametrize("case", ["plain", "crowds", "one giant video", "all equal", "outliers", "far from zero",
-                                  "one dimension", "42 dimensions", "a grid"])
+@pytest.mark.parametrize("case", ["plain", "crowds", "one giant video", "all equal", "outliers",
+                                  "far from zero", "one dimension", "42 dimensions", "a grid"])
 def test_equals_brute_force_in_hard_cases(case):
     rng = np.random.default_rng(0)
     video = np.sort(rng.integers(0, 20, 1500)).astype(np.int32)
@@ -75,7 +78,8 @@ def test_equals_brute_force_in_hard_cases(case):
     check(embeddings[rows].astype(np.float32), video[rows], 2, leaf=32)
 
 
-def test_equals_brute_force_where_so_many_pairs_are_equal_that_they_are_measured_in_turns(monkeypatch):
+def test_equals_brute_force_where_so_many_pairs_are_equal_that_they_are_measured_in_turns(
+        monkeypatch):
     monkeypatch.setattr(mine_pairs, "AT_ONCE", 500)
     rng = np.random.default_rng(0)
     embeddings = rng.integers(0, 2, (300, 3)).astype(np.float32)
@@ -97,7 +101,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads_nor_changes_it(thre
 
 
 def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
-    result = torchrun("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out", tmp_path / "elsewhere")
+    result = torchrun("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out",
+                      tmp_path / "elsewhere")
     assert result.stdout.count("wrote ") == 1
     for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy", "pairs.jpg"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
@@ -107,7 +112,8 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
     rows = {}
     for limit in (60, 100):
         out = tmp_path / str(limit)
-        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--no-rotation-free", "--out", out)
+        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--no-rotation-free", "--out",
+                 out)
         neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
         assert neighbours.shape == (len(np.load(hands / "keypoints.npy")), 1)
         rows[limit] = chosen = np.flatnonzero(neighbours[:, 0] >= 0)
@@ -117,12 +123,13 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
         expected = brute_force(np.load(out / "embeddings.npy")[chosen], video[chosen], 1)
         assert np.array_equal(neighbours[chosen], chosen[expected[0]])
         poses = np.load(hands / "keypoints.npy")[chosen].reshape(-1, 42) / 224
-        assert np.allclose(np.load(out / "pca.npy")[0], poses.mean(0), atol=1e-6)  # as if there were no others
+        # As if there were no others.
+        assert np.allclose(np.load(out / "pca.npy")[0], poses.mean(0), atol=1e-6)
     assert set(rows[60]) < set(rows[100]) and np.diff(rows[60]).max() > 1
     assert "fewer than --limit" in refused("mine_pairs.py", hands, "--limit", 10**6)
     assert "--limit 10: 10 hands" in refused("mine_pairs.py", hands, "--limit", 10)
-    printed = run_here("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run", "--batch-size", 20,
-                       "--epochs", 1, "--warmup-epochs", 0, *TINY)
+    printed = run_here("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run",
+                       "--batch-size", 20, "--epochs", 1, "--warmup-epochs", 0, *TINY)
     assert re.search(r"^ +pool +60$", printed, re.M)  # exactly the rows that have a neighbour
 
 
@@ -190,7 +197,8 @@ def test_temporal_pairs_of_a_folder(hands, tmp_path):
     assert 0.5 < paired.mean() < 1
     for key, difference in (("video", 0), ("left", 0), ("frame", 1)):
         assert (rows[key][neighbours[paired]].astype(int) - rows[key][paired] == difference).all()
-    assert "is another hands folder" in refused("mine_pairs.py", hands, "--out", shutil.copytree(hands, tmp_path / "c"))
+    assert "is another hands folder" in refused("mine_pairs.py", hands, "--out",
+                                                shutil.copytree(hands, tmp_path / "c"))
     assert "--temporal pairs a hand" in refused("mine_pairs.py", hands, "--temporal", "--top-k", 2)
     np.save(hands / "hands.npy", rows[::-1])
     assert "rows must be sorted" in refused("mine_pairs.py", hands, "--temporal")
@@ -204,16 +212,19 @@ def test_a_hand_without_candidates_gets_minus_one_and_infinity():
     embeddings = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     video = np.array([0, 0, 0, 0, 0, 1, 1], np.int32)
     neighbours, distances = mine_pairs.nearest(embeddings, video, 5, torch.device("cpu"))
-    assert (neighbours[:5, 2:] == -1).all() and np.isinf(distances[:5, 2:]).all() and (neighbours[5:] >= 0).all()
+    assert (neighbours[:5, 2:] == -1).all() and np.isinf(distances[:5, 2:]).all()
+    assert (neighbours[5:] >= 0).all()
     assert ((neighbours >= 0) == np.isfinite(distances)).all()
 
 
 def test_pca_equals_a_singular_value_decomposition():
-    poses = np.random.default_rng(0).normal(size=(300, 42)) @ np.random.default_rng(1).normal(size=(42, 42))
+    mixture = np.random.default_rng(1).normal(size=(42, 42))
+    poses = np.random.default_rng(0).normal(size=(300, 42)) @ mixture
     mean, components, explained = mine_pairs.fit_pca(poses, 14)
     _, singular, vt = np.linalg.svd(poses - poses.mean(0), full_matrices=False)
     signs = np.sign(vt[np.arange(42), np.abs(vt).argmax(1)])
-    assert np.allclose(mean, poses.mean(0)) and np.allclose(components, (vt * signs[:, None])[:14], atol=1e-8)
+    assert np.allclose(mean, poses.mean(0))
+    assert np.allclose(components, (vt * signs[:, None])[:14], atol=1e-8)
     assert explained == pytest.approx((singular[:14] ** 2).sum() / (singular ** 2).sum())
 
 
@@ -225,12 +236,15 @@ def test_files_as_the_contract_says(mined):
     for array, dtype, shape in ((pca, np.float32, (15, 42)), (embeddings, np.float32, (n, 14)),
                                 (neighbours, np.int64, (n, 3)), (distances, np.float32, (n, 3))):
         assert array.dtype == dtype and array.shape == shape
-    assert np.allclose((keypoints.reshape(n, 42) / side - pca[0]) @ pca[1:].T, embeddings, atol=1e-5)
+    assert np.allclose((keypoints.reshape(n, 42) / side - pca[0]) @ pca[1:].T, embeddings,
+                       atol=1e-5)
     expected = brute_force(embeddings, video, 3)
-    assert np.array_equal(neighbours, expected[0]) and np.allclose(distances, expected[1], rtol=1e-6)
+    assert np.array_equal(neighbours, expected[0])
+    assert np.allclose(distances, expected[1], rtol=1e-6)
     assert (video[neighbours] != video[:, None]).all()
     summary = json.loads((mined / "mining.jsonl").read_text().splitlines()[1])
-    assert summary["hands"] == n and summary["without_neighbour"] == 0 and 0.9 < summary["explained_variance"] <= 1
+    assert summary["hands"] == n and summary["without_neighbour"] == 0
+    assert 0.9 < summary["explained_variance"] <= 1
     assert all(cv2.imread(str(mined / name)) is not None for name in ("pairs.jpg", "distances.png"))
 
 
@@ -243,9 +257,11 @@ def test_a_crop_that_cannot_be_drawn_does_not_cost_the_search(hands):
     assert (np.load(hands / "neighbours.npy") >= 0).all()
 
 
-def test_a_second_mining_gives_the_same_bytes_and_out_leaves_the_folder_alone(mined, hands, tmp_path):
+def test_a_second_mining_gives_the_same_bytes_and_out_leaves_the_folder_alone(
+        mined, hands, tmp_path):
     before = sorted(p.name for p in hands.iterdir())
-    run_here("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out", tmp_path / "elsewhere")
+    run_here("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out",
+             tmp_path / "elsewhere")
     assert sorted(p.name for p in hands.iterdir()) == before
     for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
@@ -258,7 +274,8 @@ def damage(name):
         array = np.load(folder / name)
         yield "missing", lambda: (folder / name).unlink()
         yield "truncated", lambda: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
-        yield "expected", lambda: np.save(folder / name, array.astype("f8") if array.dtype.kind != "V" else np.zeros(3))
+        yield "expected", lambda: np.save(
+            folder / name, array.astype("f8") if array.dtype.kind != "V" else np.zeros(3))
         yield "expected", lambda: np.save(folder / name, array[:-1])
     return change
 
@@ -270,7 +287,8 @@ def test_damaged_hands_folders_are_named(hands, name):
         action()
         line = refused("mine_pairs.py", hands)
         assert ".npy" in line and word in line
-        if name != "keypoints.npy" or word in ("missing", "truncated"):  # the keypoints say how long the others must be
+        # The keypoints say how long the others must be.
+        if name != "keypoints.npy" or word in ("missing", "truncated"):
             assert name in line
         (hands / name).write_bytes(original)
     assert not (hands / "neighbours.npy").exists()
