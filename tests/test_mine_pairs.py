@@ -112,8 +112,8 @@ def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
     rows = {}
     for limit in (60, 100):
         out = tmp_path / str(limit)
-        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--no-rotation-free", "--out",
-                 out)
+        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--no-rotation-free",
+                 "--out", out)
         neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
         assert neighbours.shape == (len(np.load(hands / "keypoints.npy")), 1)
         rows[limit] = chosen = np.flatnonzero(neighbours[:, 0] >= 0)

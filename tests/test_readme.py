@@ -1,5 +1,6 @@
 """The README cannot drift: its commands parse, its files exist, and the CI runs what it says."""
 
+import ast
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import digits
@@ -28,7 +30,8 @@ def parse(words, monkeypatch):
 
 
 def test_every_stage_has_a_command():
-    assert {name for name in SCRIPTS for command in COMMANDS if f"{name}.py" in command} == set(SCRIPTS)
+    found = {name for name in SCRIPTS for command in COMMANDS if f"{name}.py" in command}
+    assert found == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -54,7 +57,8 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
     hands, mined, backbones, tuned, scored, counts = set(), {}, {}, set(), [], []
     for words in [*map(json.loads, (tmp_path / "noted").read_text().splitlines()), ["next"]]:
         if words == ["next"]:  # what each experiment needs stands in the table above them
-            counts.append((len(backbones) - sum(c[0] for c in counts), len(tuned) - sum(c[1] for c in counts)))
+            before = np.sum(counts, 0) if counts else (0, 0)
+            counts.append((len(backbones) - before[0], len(tuned) - before[1]))
             continue
         args = parse(words, monkeypatch)
         if words[0] == "extract_hands.py":
@@ -67,7 +71,8 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
             assert args.top_k <= mined[args.hands[0]][1] and args.out not in backbones
             backbones[args.out] = args.backbone
         elif words[0] == "finetune.py":
-            assert args.weights == "imagenet" or backbones[os.path.dirname(args.weights)] == args.backbone, words
+            if args.weights != "imagenet":
+                assert backbones[os.path.dirname(args.weights)] == args.backbone, words
             assert args.out not in tuned
             tuned.add(args.out)
         else:
@@ -87,16 +92,17 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
     for method, seed in study.plan(size):
         for name, done, command in study.lane(tmp_path, size, method, seed):
             args = vars(parse(command, monkeypatch))
-            assert args.pop("seed") == seed and args.pop("out") == str(done.parent) and done not in made
+            assert args.pop("seed") == seed and args.pop("out") == str(done.parent)
+            assert done not in made
             made.add(done)
             weights = args.pop("weights") if command[0] == "finetune.py" else None
             assert weights in (None, "none") or Path(weights) in made
             if command[0] == "pretrain.py":
-                steps = args.pop("epochs") * (int(method[4:]) if method.startswith("pool") else size["hands"])
-                assert steps == size["epochs"] * size["hands"]
+                hands = int(method[4:]) if method.startswith("pool") else size["hands"]
+                assert args.pop("epochs") * hands == size["epochs"] * size["hands"]
             settings.setdefault(name.split(f"-{method}")[0], []).append(args)
-    compared = {"method", "hands", "pairs", "weighting", "equivariance", "top_k", "rotation", "crop_margin", "border",
-                "crop_move"}
+    compared = {"method", "hands", "pairs", "weighting", "equivariance", "top_k", "rotation",
+                "crop_margin", "border", "crop_move"}
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
@@ -132,8 +138,8 @@ def test_the_photographs_methods_differ_in_the_method_alone(tmp_path, monkeypatc
             assert args.pop("out") == str(done.parent) and args["seed"] == 1
             runs[method] = args
     assert set(runs) == set(digits.METHODS) - {"untrained"}
-    compared = {"hands", "pairs", "method", "weighting", "equivariance", "rotation", "crop_margin", "border",
-                "crop_move", "top_k"}
+    compared = {"hands", "pairs", "method", "weighting", "equivariance", "rotation",
+                "crop_margin", "border", "crop_move", "top_k"}
     for method, args in runs.items():
         assert {key for key in args if args[key] != runs["simhand"][key]} <= compared, method
 
@@ -141,9 +147,11 @@ def test_the_photographs_methods_differ_in_the_method_alone(tmp_path, monkeypatc
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_teaches_and_only_extraction_needs_mediapipe(script):
     """--help in a process where mediapipe cannot be imported."""
-    code = (f"import runpy, sys; sys.modules['mediapipe'] = None; sys.argv = ['{script}.py', '--help'];"
-            f"sys.path.insert(0, r'{ROOT}'); runpy.run_path(r'{ROOT / script}.py', run_name='__main__')")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    code = ("import runpy, sys; sys.modules['mediapipe'] = None; "
+            f"sys.argv = ['{script}.py', '--help']; sys.path.insert(0, r'{ROOT}'); "
+            f"runpy.run_path(r'{ROOT / script}.py', run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env=ENVIRONMENT)
     assert result.returncode == 0 and "python " + script + ".py" in result.stdout, result.stderr
 
 
@@ -161,7 +169,8 @@ def test_ci_runs_the_second_command_exactly():
 def test_files_named_in_the_readme_are_written_by_a_script():
     code = "".join(path.read_text() for path in ROOT.glob("*.py"))
     for name in set(re.findall(r"`([a-z_-]+\.(?:npy|pt|txt|jpg|png|jsonl|json|md|csv))`", README)):
-        assert name in code or name.removesuffix(".npy") in code or f'"{name.removesuffix(".png")}":' in code, name
+        stem = name.removesuffix(".png")
+        assert name in code or name.removesuffix(".npy") in code or f'"{stem}":' in code, name
 
 
 def test_every_import_is_named_in_requirements():
@@ -170,6 +179,18 @@ def test_every_import_is_named_in_requirements():
     own = {path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]}
     own |= {"PIL"}  # a reference of the benchmark; comes with torchvision
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
-        for module in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M):
-            if module not in sys.stdlib_module_names and module not in own:
-                assert re.search(rf"^{names.get(module, module)}\b", required, re.M), f"{path.name} imports {module}"
+        for module in imported(path) - own - sys.stdlib_module_names:
+            package = names.get(module, module)
+            found = re.search(rf"^{package}\b", required, re.M)
+            assert found, f"{path.name} imports {module}"
+
+
+def imported(path):
+    """The modules that a file imports, wherever in it, without what lies below them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
