@@ -1,5 +1,5 @@
 """The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in about
-twenty minutes.
+twelve minutes.
 
 Makes its own data (synthetic.py, the small world), then runs the five scripts as a user would, each
 command printed before it runs. SiMHand and PeCLR are pre-trained on the same hands, cut out of the
@@ -13,6 +13,9 @@ Another --seed makes other persons, poses and pictures, and trains anew, in a fo
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -26,6 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PERSONS = 64  # in the videos, one in each
 LABELLED = 64  # hands, each shown before four backgrounds
 METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
+# Stages whose commands run at the same time, each on its share of the cores: a network as small as
+# this one is hardly faster on two cores than on one.
+SIDE_BY_SIDE = ("pre-train", "probe", "fine-tune")
+CORES = len(os.sched_getaffinity(0))
 PRETRAINING = {"peclr": ("--method", "peclr"), "simhand": ()}
 TITLES = {"frozen": "Frozen: the network stays as pre-training left it, and each test picture "
                     "takes the pose of the labelled picture that looks most alike to the network.",
@@ -52,8 +59,15 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     times = {}
-    for stage, *command in commands(args.out, args.seed):
-        times[stage] = times.get(stage, 0) + run(*command)
+    for stage, group in itertools.groupby(commands(args.out, args.seed), lambda row: row[0]):
+        began = time.time()
+        group = [command for _, *command in group]
+        if stage in SIDE_BY_SIDE:
+            run_side_by_side(args.out / "logs", group)
+        else:
+            for command in group:
+                run(command)
+        times[stage] = time.time() - began
     print("\nseconds: " + "  ".join(f"{stage} {seconds:.0f}" for stage, seconds in times.items())
           + f"  together {time.time() - start:.0f}")
     print("pictures: " + "  ".join(str(args.out / name) for name in PICTURES))
@@ -65,10 +79,12 @@ def main():
 def commands(out, seed):
     """-> stage, script and arguments of each command, in the order in which they run."""
     world = ("--world", "small", "--seed", seed)
-    network = ("--backbone", "resnet18", "--input-size", 64, "--seed", seed, *precision())
+    network = ("--backbone", "resnet18", "--input-size", 64, "--seed", seed, "--workers", 0,
+               *precision())
     labels = ("--dataset", "freihand", "--root", out / "freihand", *network)
+    starts = {"none": "none"}
     yield ("render", "tests/synthetic.py", "videos", out / "videos", *world, "--videos", PERSONS,
-           "--seconds", 8, "--fps", 3, "--workers", len(os.sched_getaffinity(0)))
+           "--seconds", 8, "--fps", 3, "--workers", CORES)
     yield ("render", "tests/synthetic.py", "freihand", out / "freihand", *world,
            "--train", LABELLED, "--evaluation", 240)
     yield ("extract", "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 3,
@@ -78,11 +94,12 @@ def commands(out, seed):
         yield ("pre-train", "pretrain.py", out / "hands", "--out", out / method, *flags,
                "--weights", "none", "--batch-size", 64, "--epochs", 12, "--optimizer", "adam",
                "--lr", 1e-3, *network)
+        starts[method] = out / method / "backbone.pt"
     for method in METHODS:
-        weights = out / method / "backbone.pt" if method in PRETRAINING else "none"
-        yield ("probe", "finetune.py", *labels, "--weights", weights,
+        yield ("probe", "finetune.py", *labels, "--weights", starts[method],
                "--out", out / f"frozen-{method}", "--head", "knn")
-        yield ("fine-tune", "finetune.py", *labels, "--weights", weights,
+    for method in METHODS:
+        yield ("fine-tune", "finetune.py", *labels, "--weights", starts[method],
                "--out", out / f"finetuned-{method}", "--batch-size", 8, "--epochs", 30,
                "--backbone-lr", 3e-4, "--rotation", 15, "--no-colour")
     for kind in TITLES:
@@ -97,17 +114,35 @@ def precision():
     return ()
 
 
-def run(script, *arguments):
-    """Run a script as a user would. -> seconds; where it fails, the demo ends."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    shown = shlex.join(["python", script, *map(str, arguments)])
-    print(f"\n\033[1m$ {shown}\033[0m" if sys.stdout.isatty() else f"\n$ {shown}", flush=True)
-    start = time.time()
-    status = subprocess.run(command).returncode
+def run_side_by_side(logs, commands):
+    """All at once; what each prints goes to a file of its own."""
+    logs.mkdir(exist_ok=True)
+    threads = max(1, CORES // len(commands))
+    with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
+        running = []
+        for command in commands:
+            log = logs / f"{command[command.index('--out') + 1].name}.log"
+            running.append(pool.submit(run, command, log, threads))
+        for one in running:
+            one.result()
+
+
+def run(command, log=None, threads=None):
+    """Run a script as a user would; where it fails, the demo ends."""
+    script, *arguments = map(str, command)
+    shown = "$ " + shlex.join(["python", script, *arguments])
+    environment = dict(os.environ)
+    if threads:
+        shown += f" > {log}"
+        environment["OMP_NUM_THREADS"] = str(threads)
+    print(f"\n\033[1m{shown}\033[0m" if sys.stdout.isatty() else f"\n{shown}", flush=True)
+    with open(log, "w") if log else contextlib.nullcontext() as output:
+        status = subprocess.run([sys.executable, str(ROOT / script), *arguments], stdout=output,
+                                stderr=output and subprocess.STDOUT, env=environment).returncode
     if status:
-        sys.exit(f"demo.py: {script} ended with status {status}; "
+        where = f", see {log}" if log else ""
+        sys.exit(f"demo.py: {script} ended with status {status}{where}; "
                  "the same command goes on where this stopped")
-    return time.time() - start
 
 
 def report(out):
