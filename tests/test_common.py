@@ -596,20 +596,24 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
     assert [line.get("step") for line in lines] == [None, 1, 2]
 
 
-def test_settings_are_printed_in_aligned_blocks_with_the_given_ones_first(capsys):
+def test_settings_are_printed_in_aligned_blocks_with_the_given_ones_first(capsys, monkeypatch):
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device")
-    common.print_settings(parser.parse_args(["--batch-size", "16"]), parser, negatives=30)
+    parser.add_argument("--warmup", type=int)
+    monkeypatch.setattr("sys.argv", ["script.py", "--batch-size", "16"])
+    args = parser.parse_args()
+    args.warmup = 3  # as parse_args fills in what follows from other arguments
+    common.print_settings(args, parser, negatives=30)
     assert capsys.readouterr().out == ("given:\n"
                                        "  batch_size  16\n"
                                        "default:\n"
                                        "  lr          0.1\n"
-                                       "  device      None\n"
+                                       "  warmup      3\n"
                                        "effective:\n"
                                        "  negatives   30\n")
-    common.print_settings(parser.parse_args([]), parser)
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    common.print_settings(parser.parse_args(), parser)
     assert re.findall("^[a-z]+:$", capsys.readouterr().out, re.M) == ["default:"]
 
 
