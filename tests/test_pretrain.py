@@ -27,6 +27,8 @@ from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
 
 
 MEASURED = ("--weighting", "linear", "--weight-pca")
+# The run that `straight` is.
+RUN = ("--batch-size", 20, "--micro-batch", 10, "--epochs", 2, "--weighting", "linear")
 
 
 def parse(*arguments):
@@ -560,8 +562,7 @@ def test_pca_distances_use_the_frozen_components(mined):
 def straight(mined, tmp_path_factory):
     """A run of two epochs without a stop."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    run("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10,
-        "--epochs", 2, "--weighting", "linear")
+    run("pretrain.py", mined, "--out", out, *TINY, *RUN)
     return out
 
 
@@ -597,8 +598,7 @@ def wait_for(path, process):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp_path, number):
     out = tmp_path / "run"
-    arguments = (mined, "--out", out, *TINY[:-1], 1, "--batch-size", 20, "--micro-batch", 10,
-                 "--epochs", 2, "--save-minutes", 0)
+    arguments = (mined, "--out", out, *TINY[:-1], 1, *RUN, "--save-minutes", 0)
     process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, arguments)],
                                start_new_session=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
@@ -622,8 +622,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(straight, mined, tmp_pat
     out = Path(shutil.copytree(straight, tmp_path / "run"))
     damaged = (out / "checkpoint.pt").read_bytes()[:-1000]
     (out / "checkpoint.pt").write_bytes(damaged)
-    line = refused("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20,
-                   "--micro-batch", 10, "--epochs", 2)
+    line = refused("pretrain.py", mined, "--out", out, *TINY, *RUN)
     assert f"{out / 'checkpoint.pt'}: truncated" in line
     assert (out / "checkpoint.pt").read_bytes() == damaged
     assert (out / "log.jsonl").read_bytes() == (straight / "log.jsonl").read_bytes()
@@ -633,8 +632,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(
         straight, mined, tmp_path):
     """A limit on the size of files stands for the full disk; loader processes must not keep
     the run alive."""
-    arguments = (mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20,
-                 "--micro-batch", 10, "--epochs", 2)
+    arguments = (mined, "--out", tmp_path / "run", *TINY[:-1], 1, *RUN)
     command = shlex.join(map(str, [sys.executable, ROOT / "pretrain.py", *arguments]))
     result = subprocess.run(["bash", "-c", f"ulimit -f 20000; {command}"], capture_output=True,
                             text=True, timeout=100, env=ENVIRONMENT)
@@ -649,8 +647,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(
 
 def test_a_finished_run_given_again_changes_nothing(straight, mined, tmp_path):
     out = Path(shutil.copytree(straight, tmp_path / "run"))
-    again = ("pretrain.py", mined, "--out", out, *TINY, "--batch-size", 20, "--micro-batch", 10,
-             "--epochs", 2)
+    again = ("pretrain.py", mined, "--out", out, *TINY, *RUN)
     for parted in (False, True):  # what it says at its end follows from the log's last row
         *before, last = (out / "log.jsonl").read_text().splitlines()
         last = json.loads(last) | dict(positive_similarity=0.9 if parted else 0.81,
@@ -670,8 +667,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(straight, mined,
     content["args"]["weights"] = str(tmp_path / "gone.pt")
     torch.save(content, out / "checkpoint.pt")
     arguments = [tmp_path / "gone.pt" if a == "none" else a for a in TINY]
-    run_here("pretrain.py", mined, "--out", out, *arguments, "--batch-size", 20,
-             "--micro-batch", 10, "--epochs", 2)
+    run_here("pretrain.py", mined, "--out", out, *arguments, *RUN)
     assert same(load_checkpoint(out / "backbone.pt"), load_checkpoint(straight / "backbone.pt"))
 
 
@@ -682,8 +678,7 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
     log = load_checkpoint(out / "checkpoint.pt")
     log["args"]["hands"] = [str(pairs)]
     torch.save(log, out / "checkpoint.pt")
-    line = refused("pretrain.py", pairs, "--out", out, *TINY, "--batch-size", 20,
-                   "--micro-batch", 10, "--epochs", 2)
+    line = refused("pretrain.py", pairs, "--out", out, *TINY, *RUN)
     assert "was trained on other hands or pairs" in line
     np.save(pairs / "neighbours.npy", neighbours)
     plain = parse(pairs, "--out", "x", *TINY)
@@ -728,7 +723,7 @@ def test_how_to_weigh_is_refused_where_nothing_is_weighted(mined):
 
 
 def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
-    arguments = (*TINY, "--batch-size", 20, "--micro-batch", 10, "--epochs", 2, "--steps", 6)
+    arguments = (*TINY, *RUN, "--steps", 6)
     result = run("pretrain.py", mined, "--out", tmp_path / "run", *arguments)
     rate, seconds, memory, steps, hours = map(float, re.search(
         r"dry run: (\d+) views/s, ([\d.]+) s a step, ([\d.]+) GB of cpu memory .*; the whole "
