@@ -404,9 +404,9 @@ def measure(tree, point, found, limit, keys):
     number = number[order]
     rank = torch.arange(len(number), device=number.device) - torch.searchsorted(number, number)
     first = rank < keys.shape[1]
-    nearest = torch.full_like(keys, NONE)
-    nearest[number[first], rank[first]] = key[order[first]]
-    return torch.cat([keys, nearest], 1).topk(keys.shape[1], 1, largest=False).values
+    measured = torch.full_like(keys, NONE)
+    measured[number[first], rank[first]] = key[order[first]]
+    return torch.cat([keys, measured], 1).topk(keys.shape[1], 1, largest=False).values
 
 
 # -------------------------------------------------------------------------- files and pictures

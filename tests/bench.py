@@ -596,25 +596,33 @@ def views_a_second(batches, count, micro):
     for _ in range(waiting):
         next(batches)
     timed = (count - waiting) // 4
-    times = []
-    for _ in range(3):
-        start = time.time()
+
+    def work():
         for _ in range(timed):
             next(batches)
-        times.append(time.time() - start)
+
+    seconds = best_seconds(work, 3)
     batches.close()
-    return timed * 2 * micro / min(times) / CORES
+    return timed * 2 * micro / seconds / CORES
 
 
-def calls_a_second(work, calls=200):
-    """work: called with 0, 1, 2 ...; the best of eight times."""
-    times = []
-    for _ in range(8):
-        start = time.time()
+def calls_a_second(call, calls=200):
+    """call: called with 0, 1, 2 ...; the best of eight times."""
+    def work():
         for k in range(calls):
-            work(k)
-        times.append(time.time() - start)
-    return calls / min(times)
+            call(k)
+
+    return calls / best_seconds(work, 8)
+
+
+def best_seconds(work, times):
+    """The least that a call of work() takes, called so many times."""
+    seconds = []
+    for _ in range(times):
+        start = time.time()
+        work()
+        seconds.append(time.time() - start)
+    return min(seconds)
 
 
 def step(folder, runs=None, fps=10):
