@@ -18,7 +18,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -26,12 +25,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from study import PRECISION
+
 PERSONS = 64  # in the videos, one in each
 LABELLED = 64  # hands, each shown before four backgrounds
 METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
-# Stages whose commands run at the same time, each on its share of the cores: a network as small as
-# this one is hardly faster on two cores than on one.
-SIDE_BY_SIDE = ("pre-train", "probe", "fine-tune")
 CORES = len(os.sched_getaffinity(0))
 PRETRAINING = {"peclr": ("--method", "peclr"), "simhand": ()}
 TITLES = {"frozen": "Frozen: the network stays as pre-training left it, and each test picture "
@@ -62,7 +62,7 @@ def main():
     for stage, group in itertools.groupby(commands(args.out, args.seed), lambda row: row[0]):
         began = time.time()
         group = [command for _, *command in group]
-        if stage in SIDE_BY_SIDE:
+        if stage == "pre-train":
             run_side_by_side(args.out / "logs", group)
         else:
             for command in group:
@@ -80,7 +80,7 @@ def commands(out, seed):
     """-> stage, script and arguments of each command, in the order in which they run."""
     world = ("--world", "small", "--seed", seed)
     network = ("--backbone", "resnet18", "--input-size", 64, "--seed", seed, "--workers", 0,
-               *precision())
+               "--precision", PRECISION)
     labels = ("--dataset", "freihand", "--root", out / "freihand", *network)
     starts = {"none": "none"}
     yield ("render", "tests/synthetic.py", "videos", out / "videos", *world, "--videos", PERSONS,
@@ -100,22 +100,16 @@ def commands(out, seed):
                "--out", out / f"frozen-{method}", "--head", "knn")
     for method in METHODS:
         yield ("fine-tune", "finetune.py", *labels, "--weights", starts[method],
-               "--out", out / f"finetuned-{method}", "--batch-size", 8, "--epochs", 30,
-               "--backbone-lr", 3e-4, "--rotation", 15, "--no-colour")
+               "--out", out / f"finetuned-{method}", "--head", "linear", "--batch-size", 16,
+               "--epochs", 80, "--rotation", 15, "--no-colour")
     for kind in TITLES:
         runs = [out / f"{kind}-{method}" for method in METHODS]
         yield "evaluate", "evaluate.py", *runs, "--out", out / kind
 
 
-def precision():
-    """bf16 for CPUs that compute in it, which others do slowly; a GPU takes it anyway."""
-    if re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()):
-        return "--precision", "bf16"
-    return ()
-
-
 def run_side_by_side(logs, commands):
-    """All at once; what each prints goes to a file of its own."""
+    """All at once, since a network as small as this one is hardly faster on two cores than on one;
+    what each prints goes to a file of its own."""
     logs.mkdir(exist_ok=True)
     threads = max(1, CORES // len(commands))
     with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:

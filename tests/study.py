@@ -41,11 +41,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # for as many steps.
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=64, train=1200,
-                test=300, batch=64, epochs=15, warmup=2, tune_batch=8, tune_epochs=12,
+                test=300, batch=64, epochs=15, warmup=2, tune_batch=16, tune_steps=1500,
                 shares=(0.01, 0.1), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=12_000,
                 pools=(1500, 3000, 6000)),
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
-                test=500, batch=512, epochs=40, warmup=4, tune_batch=32, tune_epochs=30,
+                test=500, batch=512, epochs=40, warmup=4, tune_batch=16, tune_steps=1500,
                 shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=20_000,
                 pools=(2500, 5000, 10_000))}
 HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
@@ -225,9 +225,15 @@ def lane(out, size, method, seed):
     for share in size["shares"] if method in METHODS else ():
         folder = out / f"tuned-{share}" / f"{method}-seed{seed}"
         yield f"tuned-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
-            *finetune, "--batch-size", size["tune_batch"], "--epochs", size["tune_epochs"],
-            "--rotation", 15, "--no-colour", "--label-fraction", share,
-            "--out", folder)  # few steps: easy views
+            *finetune, "--head", "linear", "--batch-size", size["tune_batch"], "--epochs",
+            epochs_of_tuning(size, share), "--rotation", 15, "--no-colour", "--label-fraction",
+            share, "--out", folder)  # few steps: easy views
+
+
+def epochs_of_tuning(size, share):
+    """About as many steps whatever the share of the labels, of which a tenth is for validation."""
+    pictures = 0.9 * share * 4 * size["train"]
+    return round(size["tune_steps"] * size["tune_batch"] / pictures)
 
 
 def comparisons(out, size):

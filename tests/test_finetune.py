@@ -137,6 +137,50 @@ def test_loss_against_a_loop_and_invalid_joints_carry_none():
         expected.item(), rel=1e-4)
 
 
+def test_linear_loss_against_a_loop_and_invalid_joints_carry_none():
+    torch.manual_seed(0)
+    batch = dict(uv=torch.rand(3, 21, 2) * 32, pose=torch.randn(3, 21, 3),
+                 valid=torch.rand(3, 21) > 0.3, image=torch.zeros(3, 32, 32, 3))
+    batch["valid"][:, 0] = True
+    # The second has no bone 0-9 to be scaled by.
+    batch["valid"][:, 9] = torch.tensor([True, False, True])
+    outputs = torch.rand(3, 21, 2) * 32, torch.randn(3, 21, 3)
+    expected = 0.0
+    for i in range(3):
+        for j in range(21):
+            if batch["valid"][i, j]:
+                for axis in range(2):
+                    difference = abs(outputs[0][i, j, axis] - batch["uv"][i, j, axis])
+                    expected += difference / 16 / (3 * 21 * 2)
+                for axis in range(3) if i != 1 else ():
+                    difference = abs(outputs[1][i, j, axis] - batch["pose"][i, j, axis])
+                    expected += difference / (2 * 21 * 3)
+    assert finetune.linear_loss(outputs, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    spoilt = torch.where(batch["valid"][..., None], batch["pose"], torch.tensor(1e4))
+    assert finetune.linear_loss(outputs, {**batch, "pose": spoilt}).item() == pytest.approx(
+        expected.item(), rel=1e-4)
+
+
+def test_linear_net_is_one_layer_on_the_averaged_features():
+    """Where the layer's weights are zero, its bias tells the joints: -1, 0 and 1 are the input's
+    left edge, middle and right edge, whatever its size."""
+    net = finetune.LinearNet("resnet18", "none").eval()
+    images = torch.rand(2, 3, 64, 64)
+    uv, pose = net(images)
+    joints = net.linear(net.backbone(images)).reshape(2, 21, 5)
+    assert torch.allclose(pose, joints[..., 2:]) and uv.shape == (2, 21, 2)
+    with torch.no_grad():
+        net.linear.weight.zero_()
+        net.linear.bias.zero_()
+        net.linear.bias[5 * 4] = 1  # x of joint 4
+        net.linear.bias[5 * 8 + 1] = -1  # y of joint 8
+    for side in (32, 64):
+        uv, pose = net(torch.rand(1, 3, side, side))
+        assert uv[0, 4].tolist() == [side - 0.5, (side - 1) / 2]
+        assert uv[0, 8].tolist() == [(side - 1) / 2, -0.5]
+        assert not pose.any()
+
+
 def test_detnet_shapes_and_prediction_is_read_at_the_hottest_cell(rendered):
     args = parse("--root", rendered / "freihand", "--out", "x", *TINY)
     torch.manual_seed(0)
@@ -349,18 +393,21 @@ train = finetune.load_data(args).train
 train.valid[::3, 0] = False  # no pose, so that shares differ in how many have one
 plan = finetune.make_plan(args, len(train))
 torch.manual_seed(0)
-model = finetune.DetNet("resnet18", "none").eval()
-net = spread(model, plan.device)
 pictures = finetune.Pictures(train, finetune.make_crops(args))
 rows = next(finetune.rows_of_steps(0, len(train), plan, args))
 batch = finetune.collate([pictures[row] for row in rows])
 with_bone = finetune.has_wrist_and_bone(batch["valid"]).sum()
 share = finetune.over_ranks(with_bone.double()) / plan.ranks
-loss = finetune.detnet_loss(finetune.forward(net, batch["image"], "fp32"), batch, share)
-loss.backward()
-total = finetune.over_ranks(loss.detach().clone()) / plan.ranks
+found = []
+for head in ("detnet", "linear"):
+    model = finetune.NETWORKS[head]("resnet18", "none").eval()
+    net = spread(model, plan.device)
+    loss = finetune.LOSSES[head](finetune.forward(net, batch["image"], "fp32"), batch, share)
+    loss.backward()
+    total = finetune.over_ranks(loss.detach().clone()) / plan.ranks
+    found.append([total, [p.grad for p in model.parameters()]])
 if plan.rank == 0:
-    torch.save([total, [p.grad for p in model.parameters()], with_bone], args.out)
+    torch.save([found, with_bone], args.out)
 end_ranks()
 """
 
@@ -374,10 +421,12 @@ def test_two_ranks_have_the_gradient_of_one_process(rendered, tmp_path):
                 "--out", tmp_path / f"{world}.pt"]
         torchrun(tmp_path / "ranks.py", json.dumps([str(a) for a in argv]), ranks=world)
         found.append(load_checkpoint(tmp_path / f"{world}.pt"))
-    (loss1, one, posed1), (loss2, two, posed2) = found
-    assert loss1.item() == pytest.approx(loss2.item(), rel=1e-5) and 2 * posed2 != posed1
-    for a, b in zip(one, two, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
+    (heads1, posed1), (heads2, posed2) = found
+    assert 2 * posed2 != posed1
+    for (loss1, one), (loss2, two) in zip(heads1, heads2, strict=True):
+        assert loss1.item() == pytest.approx(loss2.item(), rel=1e-5)
+        for a, b in zip(one, two, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
 
 
 def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_path):
@@ -463,6 +512,30 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     for arguments in ((*command, "--dataset", "freihand", "--root", "x"),
                       ("finetune.py", "--root", "x", "--out", out)):
         assert "expected --dataset and --root, or --predict" in refused(*arguments)
+
+
+def test_a_linear_probe_leaves_the_backbone_and_predicts_what_it_says(rendered, tmp_path):
+    torch.manual_seed(1)
+    start = finetune.LinearNet("resnet18", "none")
+    torch.save(start.backbone.state_dict(), tmp_path / "backbone.pt")
+    arguments = [a if a != "none" else tmp_path / "backbone.pt" for a in TINY]
+    run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out",
+             tmp_path / "run", *arguments, "--epochs", 2, "--head", "linear", "--freeze")
+    kept = load_checkpoint(tmp_path / "run" / "model.pt")
+    net = finetune.LinearNet("resnet18", "none").eval()
+    net.load_state_dict(kept["model"])
+    for (name, before), after in zip(start.state_dict().items(), net.state_dict().values()):
+        assert torch.equal(before, after) == name.startswith("backbone."), name
+    folder = rendered / "freihand" / "evaluation" / "rgb"
+    run_here("finetune.py", "--predict", folder, "--weights", tmp_path / "run" / "model.pt",
+             "--out", tmp_path / "mine", "--workers", 0)
+    xyz = np.load(tmp_path / "mine" / "pred_xyz.npy")
+    picture = cv2.imread(str(sorted(folder.iterdir())[3]))
+    small = block_means(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), 7)[None]
+    with torch.no_grad():
+        uv, pose = net(finetune.normalise(torch.from_numpy(small.astype(np.uint8))))
+    assert np.allclose(np.load(tmp_path / "mine" / "pred_uv.npy")[3], uv[0], atol=1e-3)
+    assert np.allclose(xyz[3], kept["bone"] * (pose[0] - pose[0, :1]), atol=0.05)
 
 
 def test_the_border_of_training_is_that_of_prediction(rendered, straight, tmp_path):
