@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from study import PRECISION
 
 PERSONS = 64  # in the videos, one in each
-LABELLED = 64  # hands, each shown before four backgrounds
+LABELLED = 160  # hands, each shown before four backgrounds
 METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
 CORES = len(os.sched_getaffinity(0))
 PRETRAINING = {"peclr": ("--method", "peclr"), "simhand": ()}
@@ -81,7 +81,7 @@ def commands(out, seed):
     world = ("--world", "small", "--seed", seed)
     network = ("--backbone", "resnet18", "--input-size", 64, "--seed", seed, "--workers", 0,
                "--precision", PRECISION)
-    labels = ("--dataset", "freihand", "--root", out / "freihand", *network)
+    labels = ("--dataset", "freihand", "--root", out / "freihand", "--border", "mirror", *network)
     starts = {"none": "none"}
     yield ("render", "tests/synthetic.py", "videos", out / "videos", *world, "--videos", PERSONS,
            "--seconds", 8, "--fps", 3, "--workers", CORES)
@@ -100,8 +100,8 @@ def commands(out, seed):
                "--out", out / f"frozen-{method}", "--head", "knn")
     for method in METHODS:
         yield ("fine-tune", "finetune.py", *labels, "--weights", starts[method],
-               "--out", out / f"finetuned-{method}", "--head", "linear", "--batch-size", 16,
-               "--epochs", 80, "--rotation", 15, "--no-colour")
+               "--out", out / f"finetuned-{method}", "--head", "linear", "--batch-size", 32,
+               "--epochs", 8, "--rotation", 15, "--no-colour")
     for kind in TITLES:
         runs = [out / f"{kind}-{method}" for method in METHODS]
         yield "evaluate", "evaluate.py", *runs, "--out", out / kind
