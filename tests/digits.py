@@ -49,11 +49,9 @@ METHODS = {"untrained": None,
            "simclr": ("default", "default", ("--method", "simclr")),
            "peclr": ("default", "default", ("--method", "peclr")),
            "simhand-paper": ("paper", "as-they-lie", PAPER),
-           "simhand": ("default", "default", ()),
-           "simhand-top5": ("default", "default", ("--top-k", 5))}
+           "simhand": ("default", "default", ())}
 TITLES = {"untrained": "untrained", "simclr": "SimCLR", "peclr": "PeCLR",
-          "simhand-paper": "SiMHand to the paper's letter", "simhand": "SiMHand",
-          "simhand-top5": "SiMHand, `--top-k 5`"}
+          "simhand-paper": "SiMHand to the paper's letter", "simhand": "SiMHand"}
 TRAINING = ("--backbone", "resnet18", "--weights", "none", "--input-size", SIDE, "--epochs", 40,
             "--batch-size", 64, "--optimizer", "adam", "--lr", 1e-3, "--warmup-epochs", 3,
             "--precision", PRECISION, "--workers", 0)

@@ -5,7 +5,7 @@ Renders videos (many persons, backgrounds and lights, things in front of the han
 pool, and labelled sets of other persons; finds the pool's hands with MediaPipe; pre-trains
 with each method, all else equal, pictures seen included; probes each backbone by nearest
 neighbours, fine-tunes the main methods on shares of the labels; 3 seeds. Ablations, and
-pools of other sizes, have 1 seed. The CPU size takes about ten hours on two cores. Every
+pools of other sizes, have 1 seed. The CPU size takes some hours on two cores. Every
 stage is a command, logged below OUT/logs; a second call goes on where the first stopped.
 Ends with tests/study.md (what the mined pairs are, and a table for each experiment) and
 tests/study.png.
@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # for as many steps.
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=64, train=1200,
-                test=300, batch=64, epochs=15, warmup=2, tune_batch=16, tune_steps=1500,
+                test=300, batch=64, epochs=10, warmup=1, tune_batch=16, tune_steps=1500,
                 shares=(0.01, 0.1), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=12_000,
                 pools=(1500, 3000, 6000)),
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
@@ -216,8 +216,8 @@ def lane(out, size, method, seed):
             "--weights", "none", "--batch-size", size["batch"], "--epochs",
             epochs.get(method, size["epochs"]), "--warmup-epochs", size["warmup"], "--optimizer",
             "adam", "--lr", 1e-3, *small)
-    finetune = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--weights",
-                weights, *small)
+    finetune = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--border",
+                "mirror", "--weights", weights, *small)
     for share in size["probes"] if method in METHODS else size["probes"][-1:]:
         folder = out / f"knn-{share}" / f"{method}-seed{seed}"
         yield f"knn-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
