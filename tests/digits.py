@@ -41,7 +41,7 @@ PROBES = {"upright": 0, "turned": 90}
 COLUMNS = ("1-NN", "5-NN", "pose")
 # The hands fill their photographs: crops of 2.6 would be mirror image for the most part.
 EXTRACT = {"default": ("--margin", 1.3), "paper": ("--margin", 1.3, "--border", "black")}
-MINE = {"default": ("--top-k", 5), "as-they-lie": ("--no-rotation-free",)}
+MINE = {"default": (), "as-they-lie": ("--no-rotation-free",)}
 PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
 # Name of a method: the hands and the pairs, of those above, and flags of pretrain.py; None:
 # no pre-training.
