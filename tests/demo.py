@@ -1,5 +1,5 @@
-"""The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in about
-seventeen minutes.
+"""The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in about ten
+minutes.
 
 Makes its own data (synthetic.py, the small world), then runs the five scripts as a user would, each
 command printed before it runs. SiMHand and PeCLR are pre-trained on the same hands, cut out of the
