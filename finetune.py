@@ -333,14 +333,11 @@ def detnet_loss(outputs, batch, with_bone=None):
     parents = list(PARENTS)
     bones = F.normalize(pose - pose[:, parents], dim=2)
     both_ends = (valid & valid[:, parents])[..., None, None, None]
-    counts = has_wrist_and_bone(valid)
-    if with_bone is None:
-        with_bone = counts.sum()
 
     def map_loss(prediction, goal, mask):
         difference = (prediction - goal[..., None, None]) * target[:, :, None] * mask
         norms = difference.flatten(1).square().sum(1).add(1e-12).sqrt()
-        return (norms * counts).sum() / with_bone.clamp(min=1e-6)
+        return mean_with_bone(norms, valid, with_bone)
 
     map_losses = map_loss(delta, bones, both_ends) + 10 * map_loss(location, pose, 1)
     return 100 * heat_loss + map_losses / math.sqrt(128)
@@ -368,13 +365,19 @@ def linear_loss(outputs, batch, with_bone=None):
     detnet_loss."""
     uv, pose = outputs
     valid = batch["valid"][..., None]
-    counts = has_wrist_and_bone(batch["valid"])
-    if with_bone is None:
-        with_bone = counts.sum()
     half = batch["image"].shape[1] / 2
     uv_loss = ((uv - batch["uv"]).abs() / half * valid).mean()
     pose_losses = ((pose - batch["pose"]).abs() * valid).mean((1, 2))
-    return uv_loss + (pose_losses * counts).sum() / with_bone.clamp(min=1e-6)
+    return uv_loss + mean_with_bone(pose_losses, batch["valid"], with_bone)
+
+
+def mean_with_bone(losses, valid, with_bone):
+    """losses (N,) -> their mean over the samples that have wrist and bone; `with_bone` as of
+    detnet_loss."""
+    counts = has_wrist_and_bone(valid)
+    if with_bone is None:
+        with_bone = counts.sum()
+    return (losses * counts).sum() / with_bone.clamp(min=1e-6)
 
 
 LOSSES = {"detnet": detnet_loss, "linear": linear_loss}
