@@ -85,8 +85,8 @@ def make_parser():
          "by cosine similarity of these features (default: detnet, as the paper)")
     flag("--freeze", action="store_true", help="keep the backbone as it is, train the head alone; "
          "with --head linear a linear probe")
-    flag("--input-size", type=int, default=128, help="side of the network's input in pixels, a "
-         "multiple of 32; heat-maps have a quarter (128)")
+    flag("--input-size", type=int, default=128, help="side of the network's input in pixels; for "
+         "detnet, whose heat-maps have a quarter of it, a multiple of 32 (default: 128)")
     add_training_flags(flag)
     return parser
 
@@ -136,8 +136,9 @@ def parse_args():
             "--dataset own: expected --labels FOLDER with train.npy and test.npy")
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
             "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
-    require(args.input_size >= 32 and args.input_size % 32 == 0,
-            f"--input-size must be a multiple of 32, not {args.input_size}")
+    require(args.input_size >= 32, f"--input-size must be at least 32, not {args.input_size}")
+    require(args.head != "detnet" or args.input_size % 32 == 0,
+            f"--input-size must be a multiple of 32, not {args.input_size}, with --head detnet")
     if args.root:
         args.root = os.path.normpath(args.root)
     if args.dataset == "dexycb" and not args.setup:

@@ -1,7 +1,8 @@
 """One rendered set, extracted and mined once, serves the whole session; tests copy what
-they change."""
+they change. With pytest-xdist (-n 2) several processes share the tests, and that set."""
 
 import contextlib
+import fcntl
 import importlib
 import io
 import os
@@ -13,6 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: a core for each process
 
 import common
 
@@ -98,32 +103,52 @@ def listing(folder):
             if p.is_file() and p.name not in apart}
 
 
+def made_once(tmp_path_factory, name, make):
+    """The folder NAME that make(folder) makes, by the first process that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    if WORKERS > 1:
+        base = base.parent  # of all processes
+    folder = base / name
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = base / f"{name}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
     """Folder with videos/ (8 of 4 s at 5 fps, and their truth) and freihand/ (16 training
     samples, 8 for testing)."""
-    import synthetic
-    folder = tmp_path_factory.mktemp("rendered")
-    synthetic.write_videos(folder / "videos", videos=8, seconds=4, fps=5, seed=0)
-    synthetic.write_freihand(folder / "freihand", train=16, evaluation=8, seed=0)
-    return folder
+    def make(folder):
+        import synthetic
+        folder.mkdir()
+        synthetic.write_videos(folder / "videos", videos=8, seconds=4, fps=5, seed=0)
+        synthetic.write_freihand(folder / "freihand", train=16, evaluation=8, seed=0)
+
+    return made_once(tmp_path_factory, "rendered", make)
 
 
 @pytest.fixture(scope="session")
 def extracted(rendered, tmp_path_factory):
     """The hands folder of the rendered videos, every frame sampled. Not to be changed."""
-    out = tmp_path_factory.mktemp("extracted") / "hands"
-    run("extract_hands.py", rendered / "videos", "--out", out, "--fps", 5)
-    return out
+    def make(folder):
+        run("extract_hands.py", rendered / "videos", "--out", folder, "--fps", 5)
+
+    return made_once(tmp_path_factory, "extracted", make)
 
 
 @pytest.fixture(scope="session")
 def mined(extracted, tmp_path_factory):
     """The same, mined with three neighbours each. Not to be changed."""
-    out = tmp_path_factory.mktemp("mined") / "hands"
-    shutil.copytree(extracted, out)
-    run("mine_pairs.py", out, "--top-k", 3, "--no-rotation-free")
-    return out
+    def make(folder):
+        shutil.copytree(extracted, folder)
+        run("mine_pairs.py", folder, "--top-k", 3, "--no-rotation-free")
+
+    return made_once(tmp_path_factory, "mined", make)
 
 
 @pytest.fixture

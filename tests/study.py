@@ -36,17 +36,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four
-# pictures of each for training; shares: of the labels, for fine-tuning; probes: likewise,
-# for knn, the last one for the ablations too; pools: sizes of smaller pools, pre-trained on
-# for as many steps.
+# pictures of each for training; tunings: share of the labels and steps; probes: shares of the
+# labels for knn, the last one for the ablations too; pools: sizes of smaller pools, pre-trained
+# on for as many steps.
 SIZES = {
-    "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=64, train=1200,
-                test=300, batch=64, epochs=10, warmup=1, tune_batch=16, tune_steps=1500,
-                shares=(0.01, 0.1), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=12_000,
-                pools=(1500, 3000, 6000)),
+    "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=48, train=1200,
+                test=300, batch=64, epochs=6, warmup=1, tune_batch=16,
+                tunings=((0.01, 500), (0.1, 500), (0.1, 2000)), probes=(0.01, 0.1, 1.0),
+                seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000)),
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
-                test=500, batch=512, epochs=40, warmup=4, tune_batch=16, tune_steps=1500,
-                shares=(0.01, 0.1, 1.0), probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=20_000,
+                test=500, batch=512, epochs=40, warmup=4, tune_batch=16,
+                tunings=((0.01, 500), (0.1, 500), (0.1, 2000), (1.0, 2000)),
+                probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=20_000,
                 pools=(2500, 5000, 10_000))}
 HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
 MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),
@@ -60,6 +61,10 @@ METHODS = {"none": None,
            "simhand": ("hands", "upright")}
 ABLATIONS = {"weighting-linear": ("hands", "upright", "--weighting", "linear"),
              "weighting-balanced": ("hands", "upright", "--weighting", "balanced"),
+             "balanced-positives": ("hands", "upright", "--weighting", "balanced",
+                                    "--weight-on", "pos"),
+             "balanced-all-pairs": ("hands", "upright", "--weighting", "balanced",
+                                    "--weight-on", "neg"),
              "as-they-lie": ("hands", "as-they-lie"),
              "top5": ("hands", "upright", "--top-k", 5),
              "temporal": ("hands", "temporal"),
@@ -76,6 +81,8 @@ def parse_args():
     parser.add_argument("--out", default="study", help="folder for everything (default: study)")
     parser.add_argument("--size", choices=sorted(SIZES), default="cpu")
     parser.add_argument("--prepare", action="store_true", help="stop before pre-training")
+    parser.add_argument("--report", action="store_true",
+                        help="train nothing: make the tables from the runs that are there")
     return parser.parse_args()
 
 
@@ -90,17 +97,20 @@ def main():
     equal_pairs(out)
     if args.prepare:
         return
-    follow_lanes(out, [lane(out, size, method, seed) for method, seed in plan(size)], jobs,
-                 cores // jobs)
-    text = pair_report(out)
+    if not args.report:
+        follow_lanes(out, [lane(out, size, method, seed) for method, seed in plan(size)], jobs,
+                     cores // jobs)
+    text = describe(out, size) + pair_report(out)
     panels = {}
-    for title, command in comparisons(out, size):
-        panels[title] = [Path(run) for run in command[1:command.index("--seeds")]]
+    for title, folder, baseline, runs in comparisons(out, size):
+        panels[title] = [run for run in runs if (run / "pred_xyz.npy").exists()]
+        command = ("evaluate.py", *panels[title], "--seeds", "--baseline", baseline, "--out",
+                   folder)
         printed = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
                                  capture_output=True, text=True)
         if printed.returncode:
             sys.exit(printed.stderr)
-        text += f"\n### {title}\n\n" + (Path(command[-1]) / "table.md").read_text()
+        text += f"\n### {title}\n\n" + (folder / "table.md").read_text()
     heading = ("# Does mining similar hands help?\n\n"
                f"Written by `python tests/study.py --size {args.size}`.\n\n")
     (RESULTS / "study.md").write_text(f"{heading}![The study's runs](study.png)\n\n{text}")
@@ -195,7 +205,7 @@ def pools(size):
 def plan(size):
     """-> (method, seed) of all that is compared, the most telling first."""
     main = [(method, seed) for seed in size["seeds"] for method in METHODS]
-    return main + [(method, size["seeds"][0]) for method in (*ABLATIONS, *pools(size)[0])]
+    return main + [(method, size["seeds"][0]) for method in (*pools(size)[0], *ABLATIONS)]
 
 
 def lane(out, size, method, seed):
@@ -222,36 +232,37 @@ def lane(out, size, method, seed):
         folder = out / f"knn-{share}" / f"{method}-seed{seed}"
         yield f"knn-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
             *finetune, "--head", "knn", "--label-fraction", share, "--out", folder)
-    for share in size["shares"] if method in METHODS else ():
-        folder = out / f"tuned-{share}" / f"{method}-seed{seed}"
-        yield f"tuned-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
+    for share, steps in size["tunings"] if method in METHODS else ():
+        name = f"tuned-{share}-{steps}"
+        folder = out / name / f"{method}-seed{seed}"
+        pictures = 0.9 * share * 4 * size["train"]  # a tenth of the labels is for validation
+        yield f"{name}-{method}-seed{seed}", folder / "pred_xyz.npy", (
             *finetune, "--head", "linear", "--batch-size", size["tune_batch"], "--epochs",
-            epochs_of_tuning(size, share), "--rotation", 15, "--no-colour", "--label-fraction",
-            share, "--out", folder)  # few steps: easy views
-
-
-def epochs_of_tuning(size, share):
-    """About as many steps whatever the share of the labels, of which a tenth is for validation."""
-    pictures = 0.9 * share * 4 * size["train"]
-    return round(size["tune_steps"] * size["tune_batch"] / pictures)
+            round(steps * size["tune_batch"] / pictures), "--rotation", 15, "--no-colour",
+            "--label-fraction", share, "--out", folder)  # few steps: easy views
 
 
 def comparisons(out, size):
-    """-> title, command of evaluate.py, whose last word is the folder that it writes to."""
+    """-> title, folder of the tables, baseline, runs of each experiment."""
     out = out.absolute()
-    for head, title, shares in (("tuned", "Fine-tuned on {:.0%} of the labels", size["shares"]), (
-            "knn", "Frozen, nearest of {:.0%} of the labels", size["probes"])):
-        for share in shares:
-            runs = [out / f"{head}-{share}" / f"{method}-seed{seed}" for method, seed in plan(size)
-                    if method in METHODS]
-            yield title.format(share), ("evaluate.py", *runs, "--seeds", "--baseline", "peclr",
-                                        "--out", out / "tables" / f"{head}-{share}")
+
+    def runs_of(name, methods):
+        return [out / name / f"{method}-seed{seed}" for method, seed in plan(size)
+                if method in methods]
+
+    for share in size["probes"]:
+        name = f"knn-{share}"
+        title = f"Frozen, nearest of {share:.0%} of the labels"
+        yield title, out / "tables" / name, "peclr", runs_of(name, METHODS)
+    for share, steps in size["tunings"]:
+        name = f"tuned-{share}-{steps}"
+        title = f"Fine-tuned on {share:.0%} of the labels, {steps} steps"
+        yield title, out / "tables" / name, "peclr", runs_of(name, METHODS)
+    name = f"knn-{size['probes'][-1]}"
     for title, methods in (("Ablations", ABLATIONS), ("Smaller pools", pools(size)[0])):
-        runs = [out / "knn-1.0" / f"{method}-seed{seed}" for method, seed in plan(size)
-                if method in ("simhand", *methods)]
-        yield f"{title}, frozen, nearest of all labels", (
-            "evaluate.py", *runs, "--seeds", "--baseline", "simhand", "--out",
-            out / "tables" / title.lower().replace(" ", "-"))
+        folder = out / "tables" / title.lower().replace(" ", "-")
+        yield (f"{title}, frozen, nearest of all labels", folder, "simhand",
+               runs_of(name, ("simhand", *methods)))
 
 
 def draw(path, panels):
@@ -273,6 +284,18 @@ def draw(path, panels):
     for axis in figure.axes[len(panels):]:
         axis.remove()
     figure.savefig(path, dpi=110)
+
+
+def describe(out, size):
+    """What all runs share, in words."""
+    hands = len(np.load(out / "hands" / "keypoints.npy", mmap_mode="r"))
+    used = np.load(out / "pairs" / "upright" / "neighbours.npy")[:, 0] >= 0
+    return (f"{hands} hands of {size['videos'] // 2} persons in {size['videos']} rendered videos, "
+            f"{used.sum()} of them with a pair of each kind; {size['backbone']} pre-trained on "
+            f"these from nothing, {size['input']} px, {size['epochs']} epochs in batches of "
+            f"{size['batch']} pairs. Labels: {size['train']} hands of other persons, four pictures "
+            f"each; {size['test']} test pictures. Fine-tuned with a linear head in batches of "
+            f"{size['tune_batch']}.\n\n")
 
 
 def pair_report(out):

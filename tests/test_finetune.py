@@ -512,6 +512,8 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     for arguments in ((*command, "--dataset", "freihand", "--root", "x"),
                       ("finetune.py", "--root", "x", "--out", out)):
         assert "expected --dataset and --root, or --predict" in refused(*arguments)
+    assert "multiple of 32, not 48, with --head detnet" in refused(
+        "finetune.py", "--dataset", "freihand", "--root", "x", "--out", out, "--input-size", 48)
 
 
 def test_a_linear_probe_leaves_the_backbone_and_predicts_what_it_says(rendered, tmp_path):
@@ -520,7 +522,8 @@ def test_a_linear_probe_leaves_the_backbone_and_predicts_what_it_says(rendered, 
     torch.save(start.backbone.state_dict(), tmp_path / "backbone.pt")
     arguments = [a if a != "none" else tmp_path / "backbone.pt" for a in TINY]
     run_here("finetune.py", "--dataset", "freihand", "--root", rendered / "freihand", "--out",
-             tmp_path / "run", *arguments, "--epochs", 2, "--head", "linear", "--freeze")
+             tmp_path / "run", *arguments, "--epochs", 2, "--head", "linear", "--freeze",
+             "--input-size", 56)  # DetNet alone wants multiples of 32
     kept = load_checkpoint(tmp_path / "run" / "model.pt")
     net = finetune.LinearNet("resnet18", "none").eval()
     net.load_state_dict(kept["model"])
@@ -531,7 +534,7 @@ def test_a_linear_probe_leaves_the_backbone_and_predicts_what_it_says(rendered, 
              "--out", tmp_path / "mine", "--workers", 0)
     xyz = np.load(tmp_path / "mine" / "pred_xyz.npy")
     picture = cv2.imread(str(sorted(folder.iterdir())[3]))
-    small = block_means(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), 7)[None]
+    small = block_means(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), 4)[None]
     with torch.no_grad():
         uv, pose = net(finetune.normalise(torch.from_numpy(small.astype(np.uint8))))
     assert np.allclose(np.load(tmp_path / "mine" / "pred_uv.npy")[3], uv[0], atol=1e-3)

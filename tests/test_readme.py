@@ -101,14 +101,15 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
                 hands = int(method[4:]) if method.startswith("pool") else size["hands"]
                 assert args.pop("epochs") * hands == size["epochs"] * size["hands"]
             settings.setdefault(name.split(f"-{method}")[0], []).append(args)
-    compared = {"method", "hands", "pairs", "weighting", "equivariance", "top_k", "rotation",
-                "crop_margin", "border", "crop_move"}
+    compared = {"method", "hands", "pairs", "weighting", "weight_on", "equivariance", "top_k",
+                "rotation", "crop_margin", "border", "crop_move"}
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 4 + 6 + 3 and len(settings["tuned-0.1"]) == 3 * 5
-    for _, command in study.comparisons(tmp_path, size):
-        assert all(Path(run) / "pred_xyz.npy" in made for run in parse(command, monkeypatch).runs)
+    assert len(settings["pretrain"]) == 3 * 4 + 3 + 8 and len(settings["tuned-0.1-500"]) == 3 * 5
+    compared = [run for *_, runs in study.comparisons(tmp_path, size) for run in runs]
+    assert len(compared) > len(set(compared)) > 60  # "simhand" is in three experiments
+    assert {run / "pred_xyz.npy" for run in compared} <= made
     for _, _, command in study.preparation(tmp_path, size):
         if command[0] != "tests/synthetic.py":
             parse(command, monkeypatch)
@@ -162,7 +163,7 @@ def test_only_extraction_imports_mediapipe():
 
 def test_ci_runs_the_second_command_exactly():
     first, second = [line for line in BLOCKS.splitlines() if line.startswith("python3 -m venv")]
-    assert first.endswith("tests/demo.py") and second.endswith("-m pytest")
+    assert first.endswith("tests/demo.py") and second.endswith("-m pytest -n 2")
     assert second in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
