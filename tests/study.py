@@ -41,8 +41,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # on for as many steps.
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=48, train=1200,
-                test=300, batch=64, epochs=6, warmup=1, tune_batch=16,
-                tunings=((0.01, 500), (0.1, 500), (0.1, 2000)), probes=(0.01, 0.1, 1.0),
+                test=300, batch=64, epochs=5, warmup=1, tune_batch=16,
+                tunings=((0.01, 500), (0.1, 500), (0.1, 1000)), probes=(0.01, 0.1, 1.0),
                 seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000)),
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
                 test=500, batch=512, epochs=40, warmup=4, tune_batch=16,
@@ -70,6 +70,7 @@ ABLATIONS = {"weighting-linear": ("hands", "upright", "--weighting", "linear"),
              "temporal": ("hands", "temporal"),
              "same-video": ("hands", "same-video")}
 RESULTS = ROOT / "tests"
+CORES = len(os.sched_getaffinity(0))
 # Elsewhere bf16 is slower.
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"
@@ -90,16 +91,15 @@ def main():
     args = parse_args()
     out, size, start = Path(args.out), SIZES[args.size], time.time()
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
-    jobs = cores if args.size == "cpu" else 1
+    jobs = CORES if args.size == "cpu" else 1
     for name, done, command in preparation(out, size):
-        run(out, name, done, command, cores)
+        run(out, name, done, command, CORES)
     equal_pairs(out)
     if args.prepare:
         return
     if not args.report:
         follow_lanes(out, [lane(out, size, method, seed) for method, seed in plan(size)], jobs,
-                     cores // jobs)
+                     CORES // jobs)
     text = describe(out, size) + pair_report(out)
     panels = {}
     for title, folder, baseline, runs in comparisons(out, size):
@@ -161,7 +161,7 @@ def preparation(out, size):
     out = out.absolute()
     yield "videos", out / "videos" / f"person{size['videos'] // 2 - 1:03d}_clip2.mp4", (
         "tests/synthetic.py", "videos", out / "videos", "--videos", size["videos"], "--seconds",
-        size["seconds"], "--fps", 5, "--objects", 0.5, "--seed", 0)
+        size["seconds"], "--fps", 5, "--objects", 0.5, "--seed", 0, "--workers", CORES)
     yield "labels", out / "labels_eval" / "evaluation_xyz.json", (
         "tests/synthetic.py", "freihand", out / "labels", "--train", size["train"], "--evaluation",
         size["test"], "--seed", 1)  # another seed: other persons and backgrounds
