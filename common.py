@@ -22,9 +22,9 @@ import signal
 import sys
 from pathlib import Path
 
-# Before torch is loaded: a thread that waits for others must soon leave its core. By default it
-# keeps the core busy, and on two cores, one of them busy with other work, training was half as fast
-# as with this, or less; on two idle cores this costs a seventh.
+# Before torch is loaded. By default a thread that waits for others keeps its core busy; where
+# another program needs that core, training is then half as fast as with this setting. On idle
+# cores the setting costs a seventh.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -306,11 +306,13 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
 
         def log_sums(z, k):  # of rows k .. k + rows, their logarithms added up
             logits = z[k:k + rows] @ z.T
-            logits = logits * ((1 if neg_weight is None else neg_weight[k:k + rows]) / temperature)
+            weight = 1 if neg_weight is None else neg_weight[k:k + rows]
+            logits = logits * (weight / temperature)
             itself = torch.arange(k, k + len(logits), device=z.device)[:, None]
             return torch.logsumexp(logits.scatter(1, itself, -math.inf), 1).sum()
 
-        positive = (z[:n] * z[n:]).sum(1) * (1 if pos_weight is None else pos_weight) / temperature
+        weight = 1 if pos_weight is None else pos_weight
+        positive = (z[:n] * z[n:]).sum(1) * weight / temperature
         sums = []
         for k in range(0, 2 * n, rows):
             if rows >= 2 * n:
@@ -514,6 +516,13 @@ def check_flags(args):
                 f"--device {args.device}: not here, expected one of {', '.join(devices)}")
 
 
+def refuse_idle_flags(args, parser, names, reason):
+    """An InputError that names those of these flags that are given though they have no effect."""
+    given = [f"--{name.replace('_', '-')}" for name in names
+             if getattr(args, name) != parser.get_default(name)]
+    require(not given, f"{', '.join(given)} has no effect {reason}")
+
+
 def print_settings(args, parser, **effective):
     """Once, at the start: the arguments that are not the parser's defaults, the others, and the
     quantities that follow from them, as three aligned blocks."""
@@ -566,6 +575,14 @@ def open_folder(folder, rank=0, ranks=1):
     return lock
 
 
+def claim_folder(out, writes):
+    """Make and lock the folder of a training run, on the rank that writes."""
+    require(not (Path(out) / "keypoints.npy").exists(),
+            f"{out}: is a hands folder, choose another --out")
+    if writes:
+        open_folder(out)  # locked until the script ends
+
+
 def start_ranks(device):
     """Join the other processes of torchrun, if any. -> rank, number of ranks, device."""
     rank = int(os.environ.get("RANK", 0))
@@ -574,6 +591,9 @@ def start_ranks(device):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
+        count = torch.cuda.device_count()
+        require(device.index < count, f"rank {rank} wants GPU {device.index}, this machine has "
+                f"{count}: lower --nproc_per_node")
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -589,7 +609,7 @@ def spread(model, device):
 
 
 def end_ranks():
-    """Leave together: were a rank to fail while it ends, torchrun would end the one that still
+    """Wait for all ranks: if one failed at its end, torchrun would kill the rank that still
     writes."""
     if dist.is_initialized():
         dist.barrier()
@@ -656,6 +676,15 @@ def start_log(folder, settings, step=0):
         for row in [first, *rows]:
             file.write((json.dumps(row) + "\n").encode())
     return rows
+
+
+def logged_settings(folder):
+    """The settings in the first line of a folder's log.jsonl; None where it has no log, or
+    another program's."""
+    path = Path(folder) / "log.jsonl"
+    rows = read_log(path) if path.exists() else []
+    settings = rows[0].get("args") if rows else None
+    return settings if isinstance(settings, dict) else None
 
 
 def write_log(folder, row):

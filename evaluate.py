@@ -135,7 +135,7 @@ def score_run(run, args):
     run.metrics, run.curve = score(poses.prediction, poses.truth, poses.valid, RESAMPLES,
                                    poses.wrist)
     run.metrics["samples_missing"] = missing
-    run.truth_digest = zlib.crc32(poses.truth)
+    run.truth_digest = zlib.crc32(np.ascontiguousarray(poses.truth))
     without = run.metrics["samples_without_wrist"]
     if without:
         print(f"{run.folder}: {without} of {len(poses.valid)} samples have no wrist to align by")
@@ -684,8 +684,12 @@ def markdown_table(table, baseline):
 
 def markdown_cell(cell):
     text = f"**{cell.text}**" if cell.best else cell.text
-    form = ("", " ± {}", " ({}-{})")[len(cell.behind or ())]
-    return text + form.format(*cell.behind or ())
+    if not cell.behind:
+        return text
+    if len(cell.behind) == 1:
+        return f"{text} ± {cell.behind[0]}"
+    low, high = cell.behind
+    return f"{text} ({low}-{high})"
 
 
 def csv_table(table, ends):
@@ -727,8 +731,12 @@ def latex_table(table):
 
 def latex_cell(cell):
     text = f"\\textbf{{{cell.text}}}" if cell.best else cell.text
-    form = ("", " $\\pm$ {}", " {{\\scriptsize ({}--{})}}")[len(cell.behind or ())]
-    return text + form.format(*cell.behind or ())
+    if not cell.behind:
+        return text
+    if len(cell.behind) == 1:
+        return f"{text} $\\pm$ {cell.behind[0]}"
+    low, high = cell.behind
+    return f"{text} {{\\scriptsize ({low}--{high})}}"
 
 
 def escape(text):

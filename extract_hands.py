@@ -43,9 +43,9 @@ import cv2
 import numpy as np
 
 from common import (BORDERS, HANDS_DTYPE, PICTURES, InputError, atomic, check_flags, draw_crop,
-                    load_hands, open_folder, plain, print_settings, progress, read_log,
-                    refuse_other_arguments, require, rescale_points, run_script, save_array,
-                    save_image, sheet, start_log)
+                    load_hands, logged_settings, open_folder, plain, print_settings, progress,
+                    read_log, refuse_idle_flags, refuse_other_arguments, require, rescale_points,
+                    run_script, save_array, save_image, sheet, start_log)
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 # The model may change because its path only says where this machine and this user keep it: the
@@ -58,8 +58,8 @@ def make_parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("videos", nargs="*", help=f"folders, searched for {', '.join(VIDEOS)} and for folders of "
-         "stills (each one \"video\", in name order); single videos; .txt files with one such path "
-         "a line")
+         "stills (each folder counts as one video, in name order); single videos; .txt files with "
+         "one such path a line")
     flag("--out", required=True, help="hands folder to write")
     # what is sampled and kept
     flag("--fps", type=float, default=1.0, help="frames a second that are looked at, by the "
@@ -107,10 +107,8 @@ def parse_args():
     require(args.out and bool(args.videos) != bool(args.annotations) == bool(args.frames),
             "expected --out, and either videos, or --annotations with --frames")
     if args.annotations:
-        for name in ("fps", "max_hands", "min_score", "min_size", "mirrored", "model"):
-            require(getattr(args, name) == parser.get_default(name),
-                    f"--{name.replace('_', '-')} has no effect with --annotations: its hands are "
-                    "found already")
+        idle = ("fps", "max_hands", "min_score", "min_size", "mirrored", "model")
+        refuse_idle_flags(args, parser, idle, "with --annotations: its hands are found already")
         args.annotations = os.path.realpath(args.annotations)
         args.frames = os.path.realpath(args.frames)
     return args
@@ -143,6 +141,8 @@ def main():
         model = find_model(args.model)  # once and here: the workers are given its path
 
     out = Path(args.out)
+    require(not (out / "checkpoint.pt").exists(),
+            f"{out}: holds a training run, choose another --out")
     lock = open_folder(out, rank, ranks)  # until the script ends: no other run may write here
     with one_at_a_time(lock):
         finish_merge(out)
@@ -508,14 +508,11 @@ def lines(path):
 def start_or_go_on(out, settings):
     """Start the log of a new folder, or compare the settings with those of the folder's first call.
     -> the root that the folder's names are relative to."""
-    log = []
-    if (out / "log.jsonl").exists():
-        log = read_log(out / "log.jsonl")
+    first = logged_settings(out)
     begun = (out / "videos.txt").exists() or any(out.glob("parts/*.npz"))
-    if not log or not begun:
+    if not first or not begun:
         start_log(out, settings)
         return settings["root"]
-    first = log[0]["args"]
     # Names stay relative to the first root, also those of an input that came later.
     refuse_other_arguments(out, first, settings | {"root": first["root"]}, MAY_CHANGE_ON_RESUME)
     return first["root"]
@@ -574,9 +571,9 @@ def extract_all(todo, given, cores, job):
     """
     names = iter(todo)
     answers = queue.Queue()
-    going_on = threading.Lock()
+    start_lock = threading.Lock()
     for core in cores:
-        arguments = (core, names, given, answers, going_on, job)
+        arguments = (core, names, given, answers, start_lock, job)
         threading.Thread(target=feed_workers, args=arguments, daemon=True).start()
     try:
         for _ in todo:
@@ -585,20 +582,20 @@ def extract_all(todo, given, cores, job):
                 raise answer
             yield answer
     finally:
-        # And kept: while this process ends, no worker starts, and none that is killed with it is
-        # taken for one that died of its video.
-        going_on.acquire()
+        # Never released: from now on no worker starts, and a worker that is killed with this
+        # process is not recorded as one that died of its video.
+        start_lock.acquire()
 
 
-def feed_workers(core, names, given, answers, going_on, job):
+def feed_workers(core, names, given, answers, start_lock, job):
     """A thread of the main process: gives videos to one worker after another, and puts their
     answers into a queue."""
     worker = None
     try:
         for name in names:
             if worker is None:
-                worker = start_worker(core, going_on, job)
-            answer = ask(worker, name, given, going_on, job)
+                worker = start_worker(core, start_lock, job)
+            answer = ask(worker, name, given, start_lock, job)
             answers.put(answer)
             worker.frames += answer.frames
             if worker.frames >= RENEW or not worker.process.is_alive():
@@ -612,12 +609,12 @@ def feed_workers(core, names, given, answers, going_on, job):
         answers.put(InputError(repr(error)))
 
 
-def start_worker(core, going_on, job):
+def start_worker(core, start_lock, job):
     """-> a Worker that waits for videos."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, core, job), daemon=True)
-    with going_on:
+    with start_lock:
         process.start()
     theirs.close()
     try:
@@ -627,7 +624,7 @@ def start_worker(core, going_on, job):
     return Worker(process, ours)
 
 
-def ask(worker, name, given, going_on, job):
+def ask(worker, name, given, start_lock, job):
     """Let a worker extract a video -> Count. If it dies, the video counts as one that could not be
     read: it is listed in failed.txt, and the next call tries it again."""
     try:
@@ -636,7 +633,7 @@ def ask(worker, name, given, going_on, job):
     except (EOFError, OSError):
         worker.process.join()
         reason = f"the worker ended with status {worker.process.exitcode}, see worker.log"
-        with going_on:
+        with start_lock:
             return save_part(name, unreadable(reason), job)
     if isinstance(answer, InputError):
         raise answer
@@ -646,7 +643,7 @@ def ask(worker, name, given, going_on, job):
 def unreadable(reason):
     """A source of which nothing can be read."""
     raise BrokenVideo(reason)
-    yield
+    yield  # never reached: makes this a generator, as read_video is
 
 
 def stop_worker(worker):
@@ -744,7 +741,8 @@ def merge_if_last(out, names, annotations, start, rank, ranks):
               f"{rank} of {ranks}); whoever finishes last merges")
         return
     added = merge(out, merged, new, annotations, start)
-    summarise(out, added)
+    following = f"pretrain.py {out} --out RUN" if annotations else f"mine_pairs.py {out}"
+    summarise(out, added, following)
     if ranks == 1:
         with contextlib.suppress(OSError):  # a part without a hand may be left
             (out / "parts").rmdir()
@@ -876,8 +874,9 @@ def finish_merge(out):
     merged.rmdir()
 
 
-def summarise(out, added):
-    """Draw hands.jpg, print the last row of the log and what could not be read."""
+def summarise(out, added, following):
+    """Draw hands.jpg, print the last row of the log, what could not be read, and the command that
+    follows."""
     hands = load_hands(out)
     count = len(hands.rows)
     chosen = np.random.default_rng(0).choice(count, min(60, count), replace=False)
@@ -894,7 +893,7 @@ def summarise(out, added):
     if failed:
         print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the "
               f"first: {failed[0].replace(chr(9), ': ')}")
-    print(f"wrote {out}, see {out / 'hands.jpg'}; next: python mine_pairs.py {out}")
+    print(f"wrote {out}, see {out / 'hands.jpg'}; next: python {following}")
 
 
 # ----------------------------------------------------- annotations: SiMHand's published Hand100M

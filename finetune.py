@@ -44,14 +44,19 @@ import yaml
 from torch import nn
 
 from common import (BACKBONES, BORDERS, CORES, PARENTS, PICTURES, Hands, InputError, View,
-                    any_rank, apply_view, atomic, catch_sigterm, check_flags, crop_matrix,
-                    draw_hand, end_ranks, load_array, load_backbone, load_checkpoint, load_hands,
-                    load_items, move_points, normalise, open_folder, plain, plot_curves,
-                    print_settings, progress, read_crop, read_log, refuse_other_arguments,
-                    require, rescale_points, resume, run_script, save_array, save_checkpoint,
-                    save_image, sheet, spread, start_log, start_ranks, write_log)
+                    any_rank, apply_view, atomic, catch_sigterm, check_flags, claim_folder,
+                    crop_matrix, draw_hand, end_ranks, load_array, load_backbone, load_checkpoint,
+                    load_hands, load_items, logged_settings, move_points, normalise, open_folder,
+                    plain, plot_curves, print_settings, progress, read_crop, read_log,
+                    refuse_idle_flags, refuse_other_arguments, require, rescale_points, resume,
+                    run_script, save_array, save_checkpoint, save_image, sheet, spread, start_log,
+                    start_ranks, write_log)
 
 MAY_CHANGE_ON_RESUME = ("out", "labels", "device", "workers", "save_minutes")
+# Flags that only training looks at, and those that --predict does not need.
+OF_TRAINING = ("freeze", "epochs", "lr", "backbone_lr", "rotation", "no_colour")
+IN_MODEL = (*OF_TRAINING, "backbone", "head", "input_size", "border", "labels", "label_fraction",
+            "seed")
 DATASETS = ("assemblyhands", "dexycb", "freihand", "own")
 SETUPS = ("s0", "s1", "s2", "s3")
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and
@@ -78,7 +83,7 @@ def make_parser():
          "half of the longer side, or of a hands folder's crops")
     # network
     flag("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
-    flag("--backbone", choices=BACKBONES, default="resnet50")
+    flag("--backbone", choices=BACKBONES, default="resnet50", help="(paper: resnet50)")
     flag("--head", choices=NETWORKS, default="detnet", help="linear: one linear layer from the "
          "backbone's averaged features to the joints, which trains several times faster and "
          "needs fewer steps; knn: no training; the pose of the nearest labelled training picture, "
@@ -111,7 +116,8 @@ def add_training_flags(flag):
     flag("--lr", type=float, default=1e-3,
          help="Adam's, a tenth of it from half of the epochs (DetNet)")
     flag("--backbone-lr", type=float, help="the backbone's own, in the same way (default: --lr)")
-    flag("--seed", type=int, default=0)
+    flag("--seed", type=int, default=0, help="of the new layers, the order, the views, and the "
+         "choice of labels")
     # machine
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     flag("--device", help="cpu or cuda (default: the GPU when there is one)")
@@ -122,8 +128,13 @@ def add_training_flags(flag):
 
 
 def parse_args():
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     check_flags(args)
+    if args.predict:
+        refuse_idle_flags(args, parser, IN_MODEL, "with --predict: model.pt knows it all")
+    if args.head == "knn":
+        refuse_idle_flags(args, parser, OF_TRAINING, "with --head knn, which trains nothing")
     require(bool(args.predict) != bool(args.dataset and args.root),
             "expected --dataset and --root, or --predict and --weights RUN/model.pt")
     trained = args.weights not in ("imagenet", "none")
@@ -168,7 +179,7 @@ def main():
     # Before the ranks meet: while one of them reads the labels, the others may have to wait long.
     data = load_data(args)
     plan = make_plan(args, len(data.train))
-    claim_folder(args.out, plan)
+    claim_folder(args.out, plan.rank == 0)
     torch.manual_seed(args.seed)
     settings = plain(args, ranks=plan.ranks, precision=plan.precision)
     kept = resume(args.out, settings, MAY_CHANGE_ON_RESUME)
@@ -303,7 +314,7 @@ class LinearNet(nn.Module):
         return outputs
 
 
-# Of knn the backbone alone serves.
+# knn uses the backbone alone.
 NETWORKS = {"detnet": DetNet, "linear": LinearNet, "knn": DetNet}
 
 
@@ -330,7 +341,8 @@ def detnet_loss(outputs, batch, with_bone=None):
     pose = batch["pose"]
     target = heat_targets(batch["uv"], valid, heat.shape[-1])
     shown = target.amax((2, 3)) > 0  # in the picture and valid
-    heat_loss = 0.5 * ((heat - target).square() * shown[..., None, None]).mean((0, 2, 3)).sum()
+    squares = (heat - target).square() * shown[..., None, None]
+    heat_loss = 0.5 * squares.mean((0, 2, 3)).sum()
     parents = list(PARENTS)
     bones = F.normalize(pose - pose[:, parents], dim=2)
     both_ends = (valid & valid[:, parents])[..., None, None, None]
@@ -513,9 +525,9 @@ def nearest(model, data, crops, plan, args):
 
 
 def validate(model, samples, crops, plan, args):
-    """The error in mm by which the model is chosen: the mean over the samples. Not called MPJPE,
-    since evaluate.py's is the mean over samples joint by joint, and counts samples without a
-    valid joint 9 too."""
+    """The error in mm by which the model is chosen: the mean over the samples. Not called MPJPE:
+    evaluate.py averages each joint over the samples first, and also counts samples without a
+    valid joint 9."""
     _, pose = predict(model, Pictures(samples, crops), plan, args)
     return float(np.nanmean(sample_errors(pose, samples)))
 
@@ -632,9 +644,8 @@ def cut(sample, row, view, crops, side=None):
 
 
 def shrink(image, view, uv, border):
-    """Where a pixel of the view covers several of the picture, as of a large photo: the means of
-    squares of so many pixels first, since a view only samples. -> smaller picture, the view and
-    the joints in it."""
+    """Large photographs: means of blocks of pixels first, since a view only samples points. ->
+    the smaller picture, the view and the joints in it."""
     height, width = image.shape[:2]
     times = int(1 / np.linalg.norm(view.matrix[0, :2]))
     if times < 2:
@@ -696,14 +707,6 @@ def make_plan(args, pictures):
             f"{args.batch_size}")
     precision = args.precision or default_precision(device)
     return Plan(rank, ranks, device, precision, steps_per_epoch, args.epochs * steps_per_epoch)
-
-
-def claim_folder(out, plan):
-    """Make and lock the run's folder, on the rank that writes."""
-    require(not (Path(out) / "keypoints.npy").exists(),
-            f"{out}: is a hands folder, choose another --out")
-    if plan.rank == 0:
-        open_folder(out)  # locked until the script ends
 
 
 def default_precision(device):
@@ -885,10 +888,10 @@ def predict_folder(args):
     taken = [name for name in ("checkpoint.pt", "gt_xyz.npy", "keypoints.npy")
              if (out / name).exists()]
     require(not taken, f"{out}: holds a fine-tuning run or hands, choose another --out")
-    settings = plain(args, backbone=kept["backbone"], input_size=crops.side, border=crops.border,
-                     precision=plan.precision)
-    if (out / "log.jsonl").exists():
-        old = read_log(out / "log.jsonl")[0]["args"]
+    settings = plain(args, backbone=kept["backbone"], head=kept.get("head", "detnet"),
+                     input_size=crops.side, border=crops.border, precision=plan.precision)
+    old = logged_settings(out)
+    if old:
         refuse_other_arguments(out, old, settings, MAY_CHANGE_ON_RESUME)
     start_log(out, settings)
     print_settings(args, make_parser(), pictures=len(samples), device=device,
@@ -1027,7 +1030,7 @@ def flip_left_hands(samples):
 def hold_out(train, used, args):
     """Every tenth scene of the labels used is for validation, so that no pose is on both sides. ->
     (N,) bool, and a note."""
-    kind = "sequences" if args.dataset == "assemblyhands" else "samples"
+    kind = {"assemblyhands": "sequences", "own": "scenes"}.get(args.dataset, "samples")
     scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
     scenes = scenes[np.isin(scenes, train.scene[used])]
     require(len(scenes) > 1, f"{args.root}: labels of {len(scenes)} training {kind}, expected at "
@@ -1107,8 +1110,9 @@ def describe_origin(args, files):
 def load_origin(folder):
     """-> what the labels in the folder were read from, and notes; None where it holds none."""
     if not (folder / "origin.json").exists():
-        require(not (folder / "train.npy").exists(), f"{folder}: holds labels of your own, use "
-                "them with --dataset own, or choose another --labels")
+        own = any((folder / f"{name}.npy").exists() for name in ("train", "val", "test"))
+        require(not own, f"{folder}: holds labels of your own, use them with --dataset own, or "
+                "choose another --labels")
         return None
     try:
         content = read_json(folder / "origin.json")

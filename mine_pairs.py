@@ -1,11 +1,11 @@
 """Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand.
 
 Reads a hands folder, turns each hand upright and to one size (or takes it as it lies), embeds its
-21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, by products of matrices and
-a tree that says which are needed, on a CPU or a GPU alike. Writes into the same folder (or --out):
-pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy (not of hands as they lie), and
-to look at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches for its
-share of the hands. A search that was stopped starts again: it takes minutes.
+21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, on a CPU or a GPU alike: a
+tree selects the blocks of hands that products of matrices compare. Writes into the same folder (or
+--out): pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy (not of hands as they
+lie), and to look at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches
+for its share of the hands. A search that was stopped starts again: it takes minutes.
 
     python mine_pairs.py data/ego4d
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
@@ -30,9 +30,9 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from common import (atomic, check_flags, draw_crop, end_ranks, load_hands, open_folder, pair_turns,
-                    plain, print_settings, progress, read_log, require, run_script, save_array,
-                    save_image, sheet, start_ranks)
+from common import (atomic, check_flags, draw_crop, end_ranks, load_hands, logged_settings,
+                    open_folder, pair_turns, plain, print_settings, progress, require, run_script,
+                    save_array, save_image, sheet, start_ranks)
 
 PALM = (5, 9, 13, 17)  # the joints whose mean, seen from the wrist, says where a hand points
 
@@ -195,14 +195,35 @@ def fit_pca(poses, dims):
 
 def next_frames(hands, embeddings):
     """Temporal pairs: the hand of the same side with the nearest box in the next sampled frame of
-    the same video -> its row (N,), -1 where there is none; its distance (N,), inf there.
+    the same video -> its row (N,), -1 where there is none; its distance (N,), inf there."""
+    rows = hands.rows
+    begin, end = rows_of_next_frame(hands)
+    centre = (rows["box"][:, :2] + rows["box"][:, 2:]) / 2
+    neighbour = np.full(len(rows), -1)
+    nearest_box = np.full(len(rows), np.inf)
+    for k in range((end - begin).max()):
+        other = np.minimum(begin + k, len(rows) - 1)
+        gap = np.linalg.norm(centre[other] - centre, axis=1)
+        alike = (begin + k < end) & (rows["left"][other] == rows["left"])
+        closer = alike & (gap < nearest_box)
+        neighbour[closer] = other[closer]
+        nearest_box[closer] = gap[closer]
+    require((neighbour >= 0).any(), f"{hands.folder / 'hands.npy'}: no hand is seen again in the "
+            "next sampled frame of its video")
+    difference = embeddings[neighbour].astype(np.float64) - embeddings
+    distance = np.sqrt((difference ** 2).sum(1))
+    return neighbour, np.where(neighbour < 0, np.inf, distance).astype(np.float32)
+
+
+def rows_of_next_frame(hands):
+    """-> begin, end (N,): the next sampled frame of each row's video has the rows begin .. end;
+    none where no frame follows.
 
     Rows are sorted by video and frame. Frames without hands have no rows: two frames follow each
     other when nothing lies between them in the source, or when they are at most 1.5 sampling
     intervals apart (where the rate is not known: 1.5 times the median).
     """
-    log = hands.folder / "log.jsonl"
-    fps = read_log(log)[0]["args"].get("fps") if log.exists() else None
+    fps = (logged_settings(hands.folder) or {}).get("fps")
     rows = hands.rows
     count = len(rows)
     is_new = np.diff(rows["video"], prepend=-1) | np.diff(rows["frame"], prepend=-1)
@@ -215,24 +236,9 @@ def next_frames(hands, embeddings):
         usual = 1 / fps
     follows = same & ((apart <= 1.5 * usual) | (np.diff(rows["frame"][first]) == 1))
     follows = np.append(follows, False)
-    # Of each row: the rows begin .. end of the next frame, none where none follows.
     begin = np.repeat(np.where(follows, np.append(first[1:], 0), 0), size)
     end = begin + np.repeat(np.where(follows, np.append(size[1:], 0), 0), size)
-    centre = (rows["box"][:, :2] + rows["box"][:, 2:]) / 2
-    neighbour = np.full(count, -1)
-    nearest_box = np.full(count, np.inf)
-    for k in range(size.max()):
-        other = np.minimum(begin + k, count - 1)
-        gap = np.linalg.norm(centre[other] - centre, axis=1)
-        alike = (begin + k < end) & (rows["left"][other] == rows["left"])
-        closer = alike & (gap < nearest_box)
-        neighbour[closer] = other[closer]
-        nearest_box[closer] = gap[closer]
-    require((neighbour >= 0).any(), f"{hands.folder / 'hands.npy'}: no hand is seen again in the "
-            "next sampled frame of its video")
-    difference = embeddings[neighbour].astype(np.float64) - embeddings
-    distance = np.sqrt((difference ** 2).sum(1))
-    return neighbour, np.where(neighbour < 0, np.inf, distance).astype(np.float32)
+    return begin, end
 
 
 # --------------------------------------------------------------------------- the exact search
@@ -328,9 +334,9 @@ def search(tree, some, top_k):
     neighbour.
 
     Leaves are visited in the order of their distance from these rows' common box, until the next
-    one is further away than any neighbour can be. In each leaf those rows look around whose K
-    nearest so far, in float32, are not nearer than its box. What then is near enough to be a
-    neighbour is measured in float64.
+    one is further away than any neighbour can be. A row looks into a leaf only where the
+    leaf's box is not further away than the row's K-th nearest so far, in float32. What then is near
+    enough to be a neighbour is measured in float64.
     """
     point = tree.point[some]
     norm = tree.norm[some]
@@ -374,8 +380,8 @@ def gaps(tree, low, high, leaf=slice(None)):
 
 
 def with_rounding(worst, norm, dims):
-    """The squared distance in float32, as in `search`, that a point may have which in truth is no
-    further from a row than `worst`; norm: the row's squared length.
+    """The largest squared distance that float32, as in `search`, may show for a point that in
+    truth is not further from a row than `worst`; norm: the row's squared length.
 
     |q|^2 + |p|^2 - 2 qp in float32 is wrong by less than (2 D + 8) 2^-24 (|q| + |p|)^2, where
     |p| <= |q| + sqrt(worst); it counts twice, once for `worst` and once for what is compared.
@@ -386,11 +392,11 @@ def with_rounding(worst, norm, dims):
 
 
 def measure(tree, point, found, limit, keys):
-    """found: pairs of a number of `point`, a place in the tree and their squared distance in
-    float32, as lists of tensors -> keys (n, K), as in `search`, with the nearest of those that are
-    within the limit merged in, by their distances in float64."""
-    number, place, square = (torch.cat(part) for part in zip(*found))
-    keep = square <= limit[number]
+    """found: list of (row of `point`, place in the tree, their squared distance in float32), each
+    a tensor. Measures those within the limit in float64 -> keys (n, K), as in `search`, with the
+    nearest of them merged in."""
+    number, place, rough = (torch.cat(part) for part in zip(*found))
+    keep = rough <= limit[number]
     number = number[keep]
     place = place[keep]
     square = torch.zeros(len(number), dtype=torch.float64, device=number.device)

@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (BACKBONES, BORDERS, CORES, InputError, any_rank, apply_view, atomic,
-                    batchnorms, catch_sigterm, check_flags, crop_matrix, draw_hand, end_ranks,
-                    load_array, load_backbone, load_hands, load_items, move_points,
-                    normalise, nt_xent, open_folder, pair_turns, pair_weights, plain, plot_curves,
-                    print_settings, progress, read_crop, require, rescale_points, resume,
-                    run_script, sample_view, save_checkpoint, save_image, sheet, spread, start_log,
-                    start_ranks, undo_view, write_log)
+                    batchnorms, catch_sigterm, check_flags, claim_folder, crop_matrix, draw_hand,
+                    end_ranks, load_array, load_backbone, load_hands, load_items, move_points,
+                    normalise, nt_xent, pair_turns, pair_weights, plain, plot_curves,
+                    print_settings, progress, read_crop, refuse_idle_flags, require,
+                    rescale_points, resume, run_script, sample_view, save_checkpoint, save_image,
+                    sheet, spread, start_log, start_ranks, undo_view, write_log)
 
 MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes", "tensorboard")
 EXTRA_AUGMENTATIONS = {
@@ -68,8 +68,8 @@ def add_method_flags(flag):
          help="simhand: the positive is the mined neighbour; peclr: the same picture once more; "
          "simclr: the same, without equivariance and rotation")
     flag("--weighting", choices=("none", "linear", "nonlinear", "balanced"), default="none",
-         help="how the distance of two hands' keypoints becomes a weight in the loss (paper: "
-         "linear; default: none)")
+         help="how the distance of two hands' keypoints becomes a weight in the loss; balanced: "
+         "linear weights over their mean (paper: linear; default: none)")
     flag("--weight-on", choices=("both", "pos", "neg"), default="both",
          help="pairs that are weighted")
     flag("--weight-keypoints", choices=("augmented", "original"), default="augmented",
@@ -108,10 +108,11 @@ def add_view_flags(flag):
 
 def add_training_flags(flag):
     # network
-    flag("--backbone", choices=BACKBONES, default="resnet50")
-    flag("--weights", default="imagenet", help="start from imagenet, none, or a file")
+    flag("--backbone", choices=BACKBONES, default="resnet50", help="(paper: resnet50)")
+    flag("--weights", default="imagenet",
+         help="start from imagenet, none (random weights), or a file")
     # optimisation
-    flag("--epochs", type=int, default=100)
+    flag("--epochs", type=int, default=100, help="(paper: 100)")
     flag("--batch-size", type=int, default=8192, help="pairs a step over all ranks; each view has "
          "2 x this - 2 negatives (paper: 8192)")
     flag("--micro-batch", type=int, help="pairs that pass the network together on one rank: less "
@@ -120,10 +121,10 @@ def add_training_flags(flag):
     flag("--optimizer", choices=("lars-adam", "adam", "lars"), default="lars-adam",
          help="lars-adam: LARS around Adam (paper); lars: around SGD with momentum 0.9")
     flag("--lr", type=float, default=3.2e-3, help="peak learning rate (paper: 1e-4 x sqrt(1024))")
-    flag("--weight-decay", type=float, default=1e-6)
+    flag("--weight-decay", type=float, default=1e-6, help="(paper: 1e-6)")
     flag("--warmup-epochs", type=int,
          help="linear warm-up (default: a tenth of the epochs; paper: 10)")
-    flag("--seed", type=int, default=0)
+    flag("--seed", type=int, default=0, help="of the new layers, the order and the views")
     # machine
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     flag("--device", help="cpu or cuda (default: the GPU when there is one)")
@@ -140,7 +141,8 @@ def add_training_flags(flag):
 
 
 def parse_args():
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     check_flags(args)
     args.hands = [os.path.normpath(folder) for folder in args.hands]
     if args.pairs:
@@ -153,9 +155,13 @@ def parse_args():
     if args.crop_margin is None:
         args.crop_margin = [1.25, 1.25] if simclr else [0.9, 1.5]
     if args.weighting == "none":
-        weighs = args.weight_on != "both" or args.weight_keypoints != "augmented"
-        require(not weighs and not args.weight_pca,
-                "--weight-on, --weight-keypoints, --weight-pca: expected a --weighting, as linear")
+        idle = ("weight_on", "weight_keypoints", "weight_pca")
+        refuse_idle_flags(args, parser, idle, "so far: expected a --weighting, as linear")
+    if args.weighting != "nonlinear":
+        refuse_idle_flags(args, parser, ("slope_pos", "slope_neg"),
+                          "without --weighting nonlinear")
+    if args.method != "simhand":
+        refuse_idle_flags(args, parser, ("top_k",), "without --method simhand")
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
     require(min(args.epochs, args.top_k, args.input_size, args.temperature, args.lr) > 0,
@@ -193,20 +199,14 @@ def main():
     plan = make_plan(args, len(data.pool), rank, ranks, device)
     out = Path(args.out)
     writes = rank == 0 and not args.steps
-    require(not (out / "keypoints.npy").exists(),
-            f"{out}: is a hands folder, choose another --out")
-    if writes:
-        open_folder(out)  # locked until the script ends
+    claim_folder(out, writes)
 
     torch.manual_seed(args.seed)
     settings = plain(args, micro_batch=plan.micro_batch, precision=plan.precision)
     kept = None if args.steps else resume(out, settings, MAY_CHANGE_ON_RESUME)
-    model = SimHandModel(args.backbone, "none" if kept else args.weights)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = make_model("none" if kept else args.weights, device, args)
     optimizer = make_optimizer(model, args)
     step = restore(kept, model, optimizer, data, args) if kept else 0
-    if args.compile:
-        model.compile()
     net = spread(model, device)
     if rank == 0:
         introduce(args, plan, data, model, step, device)
@@ -222,8 +222,7 @@ def main():
     net.train()
     bar = progress(total=end, initial=step, unit="step", disable=rank != 0)
     while step < end:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan.steps, plan.warmup_steps, args.lr)
+        set_learning_rate(optimizer, step, plan, args)
         batch = [to_device(next(loader), device) for _ in range(plan.pieces)]
         recent.append(train_step(net, optimizer, batch, data.pca, plan, args))
         step += 1
@@ -234,17 +233,10 @@ def main():
         stopping, due = any_rank(bool(stop), end_of_epoch or overdue)
         wanted = step in (end // 2, end) if args.steps else step % report_every == 0
         if wanted or due or stopping:
-            row = report(step, recent, since, optimizer, plan, args)
-            rows.append(row)
+            rows.append(report(step, recent, since, optimizer, plan, args))
+            show(rows[-1], bar, board, out if writes else None)
             recent = []
             since = time.time()
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s",
-                                refresh=False)
-            if writes:
-                write_log(out, row)
-            if board:
-                for key, value in row.items():
-                    board.add_scalar(key, value, step)
         if (due or stopping) and not args.steps:
             save(settings, data, step, model, optimizer, writes, args)
             if writes and (end_of_epoch or stopping):
@@ -314,12 +306,19 @@ def make_view(rng, hands, row, turn, args):
         shift = shift * size / np.maximum(np.ptp(seen, axis=0), 1e-3)
     weight_keypoints = seen
     if args.weight_keypoints == "original":
-        weight_keypoints = points * np.float32(size / hands.side)
-        if turn:
-            middle = weight_keypoints.mean(0, dtype=np.float64)
-            about = crop_matrix(middle, 1, 1, turn)  # moves the middle to 0
-            weight_keypoints = (move_points(about, weight_keypoints) + middle).astype(np.float32)
+        weight_keypoints = original_keypoints(points, size / hands.side, turn)
     return PairView(image, seen, view.angle, shift, weight_keypoints)
+
+
+def original_keypoints(points, scale, turn):
+    """The crop's keypoints at the scale of the network's input, turned by `turn` degrees about
+    their mean."""
+    points = points * np.float32(scale)
+    if not turn:
+        return points
+    middle = points.mean(0, dtype=np.float64)
+    about = crop_matrix(middle, 1, 1, turn)  # moves the middle to 0
+    return (move_points(about, points) + middle).astype(np.float32)
 
 
 def collate(pairs):
@@ -407,11 +406,10 @@ def add_gradient(net, pieces, pca, plan, args):
         inner = net if plan.ranks == 1 else net.module
         with no_gradient(net):
             embedded = [embed(inner, piece, plan.precision, args) for piece in pieces]
-    # The whole batch on every rank: the first views of all pairs, and the second views.
-    halves = zip(*(z.detach().chunk(2) for z in embedded))
-    z1, z2 = (gather(torch.cat(half)).requires_grad_() for half in halves)
-    halves = zip(*(piece["weight_keypoints"].chunk(2) for piece in pieces))
-    keypoints1, keypoints2 = (gather(torch.cat(half)) for half in halves)
+    z1, z2 = whole_batch([z.detach() for z in embedded])
+    z1.requires_grad_()
+    z2.requires_grad_()
+    keypoints1, keypoints2 = whole_batch([piece["weight_keypoints"] for piece in pieces])
     pos_weight, neg_weight = weigh(keypoints1, keypoints2, pca, args)
     loss = nt_xent(z1, z2, pos_weight, neg_weight, args.temperature)
     loss.backward()
@@ -461,6 +459,14 @@ def weigh(keypoints1, keypoints2, pca, args):
     return pos_weight, neg_weight
 
 
+def whole_batch(pieces):
+    """(2n, ...) of each piece of this rank, first views before second -> the first views of all
+    pairs of the batch, on every rank, and the second."""
+    first = torch.cat([piece.chunk(2)[0] for piece in pieces])
+    second = torch.cat([piece.chunk(2)[1] for piece in pieces])
+    return gather(first), gather(second)
+
+
 def gather(tensor):
     """(n, ...) of every rank -> (ranks x n, ...) of all, in rank order; carries no gradient."""
     if not dist.is_initialized():
@@ -497,6 +503,14 @@ def mean_weights(pos_weight, neg_weight, device):
     return [one if w is None else w.mean() for w in (pos_weight, neg_weight)]
 
 
+def make_model(weights, device, args):
+    model = SimHandModel(args.backbone, weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    return model
+
+
 class SimHandModel(nn.Module):
     """Backbone and projection head: (N, 3, S, S) -> (N, 128), to be read as 64 points in
     the plane."""
@@ -513,6 +527,11 @@ class SimHandModel(nn.Module):
 
 
 # ------------------------------------------------------------------------ the method: optimisation
+
+def set_learning_rate(optimizer, step, plan, args):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, plan.steps, plan.warmup_steps, args.lr)
+
 
 def learning_rate(step, total, warmup, peak):
     """Linear from peak / warmup to peak over the first `warmup` steps, then cosine to 0 at
@@ -720,6 +739,17 @@ def report(step, recent, since, optimizer, plan, args):
     return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
             "lr": optimizer.param_groups[0]["lr"], **means,
             "views_per_s": 2 * args.batch_size * len(recent) / seconds}
+
+
+def show(row, bar, board, out):
+    """A row of the log: beside the bar, into the folder's log.jsonl, on TensorBoard's board; where
+    one is None, not there."""
+    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s", refresh=False)
+    if out:
+        write_log(out, row)
+    if board:
+        for key, value in row.items():
+            board.add_scalar(key, value, row["step"])
 
 
 def save(settings, data, step, model, optimizer, writes, args):

@@ -42,13 +42,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=48, train=1200,
                 test=300, batch=64, epochs=5, warmup=1, tune_batch=16,
-                tunings=((0.01, 500), (0.1, 500), (0.1, 1000)), probes=(0.01, 0.1, 1.0),
-                seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000)),
+                tunings=((0.01, 250), (0.1, 400), (0.1, 1200)), probes=(0.01, 0.1, 1.0),
+                seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000),
+                loader=("--workers", 0)),  # a lane a core: its own process makes the views
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
                 test=500, batch=512, epochs=40, warmup=4, tune_batch=16,
-                tunings=((0.01, 500), (0.1, 500), (0.1, 2000), (1.0, 2000)),
+                tunings=((0.01, 250), (0.1, 400), (0.1, 1200), (1.0, 4000)),
                 probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=20_000,
-                pools=(2500, 5000, 10_000))}
+                pools=(2500, 5000, 10_000), loader=())}
 HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
 MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),
          "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", 5)}
@@ -215,7 +216,7 @@ def lane(out, size, method, seed):
     smaller, epochs = pools(size)
     pretraining = (METHODS | ABLATIONS | smaller)[method]
     small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION,
-             "--input-size", size["input"])
+             "--input-size", size["input"], *size["loader"])
     weights = "none"
     if pretraining:
         hands, pairs, *flags = pretraining

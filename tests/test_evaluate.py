@@ -611,6 +611,8 @@ def test_runs_with_other_true_poses_are_noticed(tmp_path):
     printed = run_here("evaluate.py", good, same, other, "--out", tmp_path / "out")
     assert printed.count("warning: other true poses than") == 1
     assert f"{other}: warning: other true poses than {good}" in printed
+    np.save(same / "gt_xyz.npy", np.asfortranarray(truth, np.float32))  # however they are stored
+    assert "warning" not in run_here("evaluate.py", good, same, "--out", tmp_path / "out")
 
 
 def test_metres_are_noticed(tmp_path):

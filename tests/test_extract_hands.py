@@ -643,6 +643,12 @@ def test_ranks_that_cannot_be_are_refused(rendered, tmp_path, monkeypatch):
                                                    "--out", tmp_path / "o")
 
 
+def test_a_training_run_is_no_place_for_hands(rendered, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    assert f"{tmp_path}: holds a training run, choose another --out" in refused(
+        "extract_hands.py", rendered / "videos", "--out", tmp_path)
+
+
 def test_a_worker_that_cannot_start_ends_the_run(rendered, tmp_path):
     """As where a library is missing that MediaPipe loads: no video is to blame."""
     (tmp_path / "stub" / "mediapipe").mkdir(parents=True)
@@ -764,6 +770,7 @@ def test_the_authors_annotations_become_a_hands_folder(annotated, margin):
                  "--out", out, "--margin", margin)
     printed = run("extract_hands.py", *arguments).stdout
     hands = load_hands(out)
+    assert f"next: python pretrain.py {out} --out RUN" in printed  # their pairs are there already
     assert hands.videos == ["v1", "v2"] and hands.rows["video"].tolist() == [0, 0, 1, 1, 1, 1]
     assert hands.rows["frame"].tolist() == [0, 0, 0, 0, 1, 1]
     order = ["200", "201", "400", "401", "100", "101"]

@@ -512,6 +512,11 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     for arguments in ((*command, "--dataset", "freihand", "--root", "x"),
                       ("finetune.py", "--root", "x", "--out", out)):
         assert "expected --dataset and --root, or --predict" in refused(*arguments)
+    assert "--epochs, --border has no effect with --predict" in refused(
+        *command, "--epochs", 3, "--border", "mirror")
+    assert "--freeze, --lr has no effect with --head knn" in refused(
+        "finetune.py", "--dataset", "freihand", "--root", "x", "--out", out, "--head", "knn",
+        "--lr", 1, "--freeze")
     assert "multiple of 32, not 48, with --head detnet" in refused(
         "finetune.py", "--dataset", "freihand", "--root", "x", "--out", out, "--input-size", 48)
 

@@ -197,6 +197,10 @@ def test_temporal_pairs_of_a_folder(hands, tmp_path):
     assert 0.5 < paired.mean() < 1
     for key, difference in (("video", 0), ("left", 0), ("frame", 1)):
         assert (rows[key][neighbours[paired]].astype(int) - rows[key][paired] == difference).all()
+    for log in ("", '{"another": "program"}\n'):  # the rate is the usual gap then, 5 a second here
+        (hands / "log.jsonl").write_text(log)
+        run_here("mine_pairs.py", hands, "--temporal")
+        assert (np.load(hands / "neighbours.npy")[:, 0] == neighbours).all()
     assert "is another hands folder" in refused("mine_pairs.py", hands, "--out",
                                                 shutil.copytree(hands, tmp_path / "c"))
     assert "--temporal pairs a hand" in refused("mine_pairs.py", hands, "--temporal", "--top-k", 2)

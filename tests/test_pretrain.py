@@ -722,6 +722,14 @@ def test_how_to_weigh_is_refused_where_nothing_is_weighted(mined):
         assert "expected a --weighting" in refused("pretrain.py", mined, "--out", "unused", *flags)
 
 
+def test_flags_without_effect_are_refused(mined):
+    for flags, words in ((("--slope-pos", 2, "--weighting", "linear"), "--weighting nonlinear"),
+                         (("--slope-neg", 2), "--weighting nonlinear"),
+                         (("--top-k", 2, "--method", "peclr"), "--method simhand")):
+        assert f"{flags[0]} has no effect without {words}" in refused(
+            "pretrain.py", mined, "--out", "unused", *flags)
+
+
 def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
     arguments = (*TINY, *RUN, "--steps", 6)
     result = run("pretrain.py", mined, "--out", tmp_path / "run", *arguments)

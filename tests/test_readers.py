@@ -307,6 +307,9 @@ def test_labels_are_kept_visibly_and_belong_to_data_set_root_and_division(tmp_pa
     with pytest.raises(finetune.InputError,
                        match="holds labels of your own, use them with --dataset own"):
         read("--labels", kept)
+    (kept / "train.npy").unlink()
+    with pytest.raises(finetune.InputError, match="holds labels of your own"):
+        read("--labels", kept)
 
 
 def test_an_own_data_set_of_the_same_records_trains_the_same_model(freihand, assembly, tmp_path):

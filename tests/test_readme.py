@@ -106,7 +106,7 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
     for stage, every in settings.items():
         differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
         assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 4 + 3 + 8 and len(settings["tuned-0.1-500"]) == 3 * 5
+    assert len(settings["pretrain"]) == 3 * 4 + 3 + 8 and len(settings["tuned-0.1-400"]) == 3 * 5
     compared = [run for *_, runs in study.comparisons(tmp_path, size) for run in runs]
     assert len(compared) > len(set(compared)) > 60  # "simhand" is in three experiments
     assert {run / "pred_xyz.npy" for run in compared} <= made
