@@ -36,18 +36,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four
-# pictures of each for training; tunings: share of the labels and steps; probes: shares of the
-# labels for knn, the last one for the ablations too; pools: sizes of smaller pools, pre-trained
-# on for as many steps.
+# pictures of each for training; tunings: share of the labels, steps, number of seeds; probes:
+# shares of the labels for knn, the last one for the ablations too; pools: sizes of smaller pools,
+# pre-trained on for as many steps.
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=48, train=1200,
                 test=300, batch=64, epochs=5, warmup=1, tune_batch=16,
-                tunings=((0.01, 250), (0.1, 400), (0.1, 1200)), probes=(0.01, 0.1, 1.0),
-                seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000),
+                tunings=((0.01, 250, 3), (0.1, 400, 3), (0.1, 1200, 1)),
+                probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000),
                 loader=("--workers", 0)),  # a lane a core: its own process makes the views
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
                 test=500, batch=512, epochs=40, warmup=4, tune_batch=16,
-                tunings=((0.01, 250), (0.1, 400), (0.1, 1200), (1.0, 4000)),
+                tunings=((0.01, 250, 3), (0.1, 400, 3), (0.1, 1200, 3), (1.0, 4000, 3)),
                 probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=20_000,
                 pools=(2500, 5000, 10_000), loader=())}
 HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
@@ -233,7 +233,9 @@ def lane(out, size, method, seed):
         folder = out / f"knn-{share}" / f"{method}-seed{seed}"
         yield f"knn-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
             *finetune, "--head", "knn", "--label-fraction", share, "--out", folder)
-    for share, steps in size["tunings"] if method in METHODS else ():
+    for share, steps, seeds in size["tunings"]:
+        if method not in METHODS or seed not in size["seeds"][:seeds]:
+            continue
         name = f"tuned-{share}-{steps}"
         folder = out / name / f"{method}-seed{seed}"
         pictures = 0.9 * share * 4 * size["train"]  # a tenth of the labels is for validation
@@ -255,10 +257,11 @@ def comparisons(out, size):
         name = f"knn-{share}"
         title = f"Frozen, nearest of {share:.0%} of the labels"
         yield title, out / "tables" / name, "peclr", runs_of(name, METHODS)
-    for share, steps in size["tunings"]:
+    for share, steps, seeds in size["tunings"]:
         name = f"tuned-{share}-{steps}"
         title = f"Fine-tuned on {share:.0%} of the labels, {steps} steps"
-        yield title, out / "tables" / name, "peclr", runs_of(name, METHODS)
+        runs = runs_of(name, METHODS)[:seeds * len(METHODS)]
+        yield title, out / "tables" / name, "peclr", runs
     name = f"knn-{size['probes'][-1]}"
     for title, methods in (("Ablations", ABLATIONS), ("Smaller pools", pools(size)[0])):
         folder = out / "tables" / title.lower().replace(" ", "-")
