@@ -272,7 +272,7 @@ def comparisons(out, size):
 def draw(path, panels):
     """A panel for each experiment: the MPJPE of each method's seeds as dots, their mean as
     a line."""
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    figure = Figure(figsize=(15, 6.4), layout="constrained")
     for axis, (title, runs) in zip(figure.subplots(2, -(-len(panels) // 2)).flat, panels.items()):
         errors = {}
         for run in runs:
