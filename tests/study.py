@@ -282,7 +282,7 @@ def draw(path, panels):
             axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
             axis.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C1", linewidth=2)
         axis.set(yticks=range(len(errors)), yticklabels=errors, xlabel="MPJPE, mm, wrist-aligned")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=8)
         axis.invert_yaxis()
         axis.grid(alpha=0.3)
     for axis in figure.axes[len(panels):]:
