@@ -27,12 +27,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from study import PRECISION
+from study import CORES, PRECISION
 
 PERSONS = 64  # in the videos, one in each
 LABELLED = 160  # hands, each shown before four backgrounds
 METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
-CORES = len(os.sched_getaffinity(0))
 PRETRAINING = {"peclr": ("--method", "peclr"), "simhand": ()}
 TITLES = {"frozen": "Frozen: the network stays as pre-training left it, and each test picture "
                     "takes the pose of the labelled picture that looks most alike to the network.",

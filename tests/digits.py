@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common
 from mine_pairs import as_poses
-from study import PRECISION, follow_lanes, run
+from study import CORES, PRECISION, follow_lanes, run
 
 SEEDS = (0, 1, 2)
 SIDE = 64  # of a view, px
@@ -103,14 +103,13 @@ def main():
     args = parse_args()
     out = Path(args.out).absolute()
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
     start = time.time()
     if not (out / "photos").exists():
         split_students(find_students(args.dataset), out)
     for name, done, command in preparation(out):
-        run(out, name, done, command, cores)
+        run(out, name, done, command, CORES)
     plan = [(method, seed) for seed in SEEDS for method in METHODS]
-    follow_lanes(out, [lane(out, method, seed) for method, seed in plan], cores, 1)
+    follow_lanes(out, [lane(out, method, seed) for method, seed in plan], CORES, 1)
     results = {}
     for method, seed in plan:
         nearest, metrics = probe(out, method, seed)
