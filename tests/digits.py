@@ -250,3 +250,7 @@ def retrieve(features, hands, digits):
     apart = np.linalg.norm(poses[nearest[:, 0]] - poses, axis=2).mean()
     return nearest, {"1-NN": float(np.mean(digits[nearest[:, 0]] == digits)),
                      "5-NN": float(np.mean(votes.argmax(1) == digits)), "pose": float(apart)}
+
+
+if __name__ == "__main__":
+    main()

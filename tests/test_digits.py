@@ -1,6 +1,8 @@
 """The experiment on photographs: students told apart, and its metrics against loops."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import digits
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 
 PHOTOS = ROOT.parent / "shared" / "real" / "digits"
 
@@ -31,9 +33,10 @@ def test_the_real_photographs_are_of_160_students():
     assert len(students) == 160 and sum(map(len, students)) == 1516
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="expected pictures"):
-        digits.find_students(tmp_path)
+def test_the_command_refuses_a_folder_without_pictures(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "tests" / "digits.py", tmp_path, "--out",
+                             tmp_path / "out"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 1 and "expected pictures" in result.stderr, result.stderr
 
 
 def test_retrieval_against_loops():
