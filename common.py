@@ -138,6 +138,25 @@ def rescale_points(points, factor):
     return (points + 0.5) * factor - 0.5
 
 
+PALM = (5, 9, 13, 17)  # the joints whose mean, seen from the wrist, says where a hand points
+
+
+def upright(keypoints):
+    """What is left of hands (N, 21, 2) without their place, size and direction -> (N, 21, 2)
+    float64: the mean is 0, the root mean square distance from it 1, and the mean of joints 5, 9,
+    13 and 17 lies above the wrist."""
+    points = keypoints - keypoints.mean(1, keepdims=True, dtype=np.float64)
+    size = np.sqrt(np.square(points).sum(2).mean(1))
+    points /= np.maximum(size, 1e-9)[:, None, None]
+    palm = points[:, PALM].mean(1) - points[:, 0]
+    angle = np.arctan2(palm[:, 0], -palm[:, 1])  # from straight up, clockwise
+    cos = np.cos(angle)[:, None]
+    sin = np.sin(angle)[:, None]
+    x = cos * points[:, :, 0] + sin * points[:, :, 1]
+    y = cos * points[:, :, 1] - sin * points[:, :, 0]
+    return np.stack([x, y], 2)
+
+
 def best_turns(keypoints, others):
     """The turn of each other hand about its mean that brings it nearest to its partner, by least
     squares.
@@ -289,14 +308,40 @@ def weights_of(d, kind, slope):
     return w.masked_fill_(equal, 1.0)
 
 
-def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
+@torch.no_grad()
+def soft_targets(keypoints1, keypoints2, temperature):
+    """How each view's similarity should be spread over the others (ours, in place of weights) ->
+    (2N, 2N): row i is the softmax over k != i of -d_ik / temperature, and 0 at k = i.
+
+    keypoints1, keypoints2: (N, 21, 2), row i of both is a positive pair, the second hand turned
+    as its pair says. d is the mean over the joints of the distance between two hands, each moved
+    to its mean and of root mean square size 1. Every row sums to 1, on both sides of the
+    cross-entropy, so that drawing all embeddings together gains nothing: linear weights, which
+    are larger for positives than for others, allow that. As the temperature falls to 0, the
+    nearest hand of the batch becomes the one positive. Near to it: Rank-N-Contrast (Zha et al.,
+    NeurIPS 2023), which orders the batch by its labels' distances.
+    """
+    hands = torch.cat([keypoints1, keypoints2])
+    hands = hands.to(torch.promote_types(hands.dtype, torch.float32))
+    hands = hands - hands.mean(1, keepdim=True)
+    size = hands.square().sum(2).mean(1).sqrt().clamp(min=1e-6)
+    target = all_distances(hands / size[:, None, None])
+    target.fill_diagonal_(math.inf)
+    for some in target.split(4096):  # bounds the memory
+        some.copy_(some.div_(-temperature).softmax(1))
+    return target
+
+
+def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5, target=None):
     """SiMHand's weighted NT-Xent: mean over the 2N views i, with s the cosine similarity, of
         -log( exp(w_pos s(i, i+) / t) / sum over k != i of exp(w_neg(i, k) s(i, k) / t) )
+    or, with soft targets p in place of the positive, of
+        -sum over k != i of p_ik log( exp(s(i, k) / t) / sum over l != i of exp(s(i, l) / t) )
 
     z1, z2: (N, D), L2-normalised, row i of both is a positive pair. pos_weight (N,), neg_weight
-    (2N, 2N), or None for 1. The sum includes the positive, with its w_neg. In float32 (float64
-    stays), under autocast too. Some rows at a time, computed again on the way back: autograd
-    would keep (2N, 2N) matrices.
+    (2N, 2N), or None for 1; target (2N, 2N), of `soft_targets`, goes without weights. The sum
+    includes the positive, with its w_neg. In float32 (float64 stays), under autocast too. Some
+    rows at a time, computed again on the way back: autograd would keep (2N, 2N) matrices.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.cat([z1, z2])
@@ -304,15 +349,16 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
         n = len(z1)
         rows = max(1, 2 ** 23 // n)
 
-        def log_sums(z, k):  # of rows k .. k + rows, their logarithms added up
+        def log_sums(z, k):  # of rows k .. k + rows, added up
             logits = z[k:k + rows] @ z.T
             weight = 1 if neg_weight is None else neg_weight[k:k + rows]
             logits = logits * (weight / temperature)
             itself = torch.arange(k, k + len(logits), device=z.device)[:, None]
-            return torch.logsumexp(logits.scatter(1, itself, -math.inf), 1).sum()
+            total = torch.logsumexp(logits.scatter(1, itself, -math.inf), 1).sum()
+            if target is not None:
+                total = total - (logits * target[k:k + rows]).sum()
+            return total
 
-        weight = 1 if pos_weight is None else pos_weight
-        positive = (z[:n] * z[n:]).sum(1) * weight / temperature
         sums = []
         for k in range(0, 2 * n, rows):
             if rows >= 2 * n:
@@ -320,6 +366,10 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5):
             else:
                 sums.append(checkpoint(log_sums, z, k, use_reentrant=False,
                                        preserve_rng_state=False))
+        if target is not None:
+            return sum(sums) / (2 * n)
+        weight = 1 if pos_weight is None else pos_weight
+        positive = (z[:n] * z[n:]).sum(1) * weight / temperature
         return (sum(sums) - 2 * positive.sum()) / (2 * n)
 
 

@@ -32,10 +32,7 @@ from sklearn.decomposition import PCA
 
 from common import (atomic, check_flags, draw_crop, end_ranks, load_hands, logged_settings,
                     open_folder, pair_turns, plain, print_settings, progress, require, run_script,
-                    save_array, save_image, sheet, start_ranks)
-
-PALM = (5, 9, 13, 17)  # the joints whose mean, seen from the wrist, says where a hand points
-
+                    save_array, save_image, sheet, start_ranks, upright)
 
 def make_parser():
     parser = argparse.ArgumentParser(
@@ -160,24 +157,11 @@ def embed(hands, mined, args):
 
 
 def as_poses(keypoints, side, rotation_free):
-    """keypoints (N, 21, 2) in pixels of crops of this side -> what is embedded, (N, 42) float64.
-
-    Their place in the crop, or, rotation-free, what is left of a hand without its place, size and
-    direction: its mean is 0, the root mean square distance from it 1, and the mean of joints 5, 9,
-    13 and 17 lies above the wrist.
-    """
-    if not rotation_free:
-        return keypoints.reshape(-1, 42) * np.float64(1 / side)
-    points = keypoints - keypoints.mean(1, keepdims=True, dtype=np.float64)
-    size = np.sqrt(np.square(points).sum(2).mean(1))
-    points /= np.maximum(size, 1e-9)[:, None, None]
-    palm = points[:, PALM].mean(1) - points[:, 0]
-    angle = np.arctan2(palm[:, 0], -palm[:, 1])  # from straight up, clockwise
-    cos = np.cos(angle)[:, None]
-    sin = np.sin(angle)[:, None]
-    x = cos * points[:, :, 0] + sin * points[:, :, 1]
-    y = cos * points[:, :, 1] - sin * points[:, :, 0]
-    return np.stack([x, y], 2).reshape(-1, 42)
+    """keypoints (N, 21, 2) in pixels of crops of this side -> what is embedded, (N, 42) float64:
+    their place in the crop, or, rotation-free, the hands upright."""
+    if rotation_free:
+        return upright(keypoints).reshape(-1, 42)
+    return keypoints.reshape(-1, 42) * np.float64(1 / side)
 
 
 def fit_pca(poses, dims):
