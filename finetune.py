@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import yaml
 from torch import nn
 
 from common import (BACKBONES, BORDERS, CORES, PARENTS, PICTURES, Hands, InputError, View,
@@ -1327,6 +1326,8 @@ def read_dexycb(args):
 def find_cameras(files):
     """The meta.yml of each subject's sequences -> a Camera for each folder of frames, in the
     official order."""
+    import yaml  # here: the other data sets do without it
+
     # Its tuples are read as lists; any other tag of Python's is refused.
     yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/tuple",
                                     yaml.SafeLoader.construct_yaml_seq)
@@ -1343,6 +1344,8 @@ def find_cameras(files):
 
 def read_meta(file):
     """meta.yml -> serial numbers of the cameras, number of frames, side of the hand."""
+    import yaml
+
     try:
         meta = yaml.safe_load(file.read_bytes())
         serials = {str(serial) for serial in meta["serials"]}
