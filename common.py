@@ -11,14 +11,17 @@ which is FreiHAND's.
 import contextlib
 import dataclasses
 import fcntl
+import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -390,12 +393,17 @@ def require(condition, message):
         raise InputError(message)
 
 
+def program():
+    """The running script's name, without .py."""
+    return Path(sys.argv[0]).stem
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yields a binary file under a private name, which becomes `path` when the block ends without
     an error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{program()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -421,6 +429,21 @@ def save_image(path, image):
     encoded = cv2.imencode(Path(path).suffix, image[:, :, ::-1])[1]
     with atomic(path) as file:
         file.write(encoded)
+
+
+def read_picture(path):
+    """A picture file -> RGB uint8 (H, W, 3), upright as its EXIF data say. An InputError names a
+    file that is missing, cut short or no picture."""
+    try:
+        content = np.fromfile(path, np.uint8)
+        # Of a file that is cut short, cv2.imread would make a picture that ends in grey.
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+    except OSError as error:
+        raise InputError(f"{path}: could not be read: {error.strerror}")
+    except cv2.error:  # empty, or its header promises too many pixels
+        image = None
+    require(image is not None, f"{path}: cut short, or not a picture that OpenCV reads")
+    return image
 
 
 def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
@@ -617,11 +640,8 @@ def open_folder(folder, rank=0, ranks=1):
         raise InputError(f"{folder}: another run is writing to it, wait for it or choose another "
                          "folder")
     if ranks == 1:
-        for left in folder.glob(".*.tmp"):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+        for left in folder.glob(f".*.{program()}.*.tmp"):  # not those of another script at work
+            left.unlink()
     return lock
 
 
@@ -714,14 +734,55 @@ def refuse_other_arguments(folder, old, settings, may_change):
             "another --out")
 
 
-def start_log(folder, settings, step=0):
-    """Start log.jsonl with the command and all settings. -> the rows kept: those up to the
-    checkpoint's step."""
+def run_facts(*packages):
+    """What made a result: the versions of Python, the usual packages and those named, the machine,
+    and, where this file lies in a git checkout, its commit, with a + where files differ from it.
+
+    The machine is the GPU once the run has used it, otherwise the processor.
+    """
+    facts = {"python": platform.python_version(), "torch": torch.__version__,
+             "torchvision": importlib.metadata.version("torchvision"), "numpy": np.__version__,
+             "opencv": cv2.__version__}
+    for package in packages:
+        facts[package] = importlib.metadata.version(package)
+    if torch.cuda.is_initialized():
+        facts["machine"] = torch.cuda.get_device_name()
+    else:
+        facts["machine"] = processor_name()
+    commit = commit_of(Path(__file__).resolve().parent)
+    return facts | {"commit": commit} if commit else facts
+
+
+def processor_name():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def commit_of(folder):
+    """The commit of a git checkout, with a + where files differ from it; None for any other
+    folder."""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=12",
+               "--dirty=+"]
+    # Not that of a repository around it: our files may have been copied there.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    try:
+        found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() or None
+
+
+def start_log(folder, settings, step=0, packages=()):
+    """Start log.jsonl with the command, all settings, and what runs them (see `run_facts`, to
+    which `packages` go). -> the rows kept: those up to the checkpoint's step."""
     path = Path(folder) / "log.jsonl"
     rows = []
     if step and path.exists():
         rows = [row for row in read_log(path)[1:] if row.get("step", 0) <= step]
-    first = {"command": shlex.join(sys.argv), "args": settings}
+    first = {"command": shlex.join(sys.argv), "args": settings, "facts": run_facts(*packages)}
     with atomic(path) as file:
         for row in [first, *rows]:
             file.write((json.dumps(row) + "\n").encode())
@@ -846,18 +907,36 @@ def sheet(tiles, columns):
     return np.vstack(rows)
 
 
+@contextlib.contextmanager
+def figure(path, size, dpi=110):
+    """Yields a matplotlib Figure of this size (width, height) in inches and writes it to `path`
+    when the block ends. A plot that cannot be drawn costs one line, not the run."""
+    # Before matplotlib is imported: a notebook names a backend that this environment may not have,
+    # and none is needed to write a file.
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib  # here, since few processes draw
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own may ask for LaTeX or for fonts that are not here
+        try:
+            drawn = Figure(size, dpi=dpi, layout="tight")
+            yield drawn
+            with atomic(path) as file:
+                drawn.savefig(file, format=Path(path).suffix[1:])
+        except Exception as error:
+            print(f"{path}: could not be drawn ({error})", file=sys.stderr)
+
+
 def plot_curves(path, rows, groups):
     """One panel for each list of keys in `groups`, over the step, from the rows of a log."""
-    from matplotlib.figure import Figure  # here: few processes draw, and none needs a display
-
-    figure = Figure(figsize=(4.2 * len(groups), 3.2), layout="tight")
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axis, keys in zip(axes, groups):
-        for key in keys:
-            logged = [row for row in rows if key in row]
-            axis.plot([row["step"] for row in logged], [row[key] for row in logged], label=key)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    with figure(path, (4.2 * len(groups), 3.2)) as drawn:
+        axes = drawn.subplots(1, len(groups), squeeze=False)[0]
+        for axis, keys in zip(axes, groups):
+            for key in keys:
+                logged = [row for row in rows if key in row]
+                steps = [row["step"] for row in logged]
+                axis.plot(steps, [row[key] for row in logged], label=key)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)

@@ -27,12 +27,12 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from common import (atomic, check_flags, draw_crop, end_ranks, load_hands, logged_settings,
-                    open_folder, pair_turns, plain, print_settings, progress, require, run_script,
-                    save_array, save_image, sheet, start_ranks, upright)
+from common import (atomic, check_flags, draw_crop, end_ranks, figure, load_hands, logged_settings,
+                    open_folder, pair_turns, plain, print_settings, progress, require, run_facts,
+                    run_script, save_array, save_image, sheet, start_ranks, upright)
+
 
 def make_parser():
     parser = argparse.ArgumentParser(
@@ -425,7 +425,8 @@ def write(out, hands, pca, embeddings, neighbours, distances, explained, mined, 
                "most_often_chosen": int(chosen.max()),
                "median_distance": round(float(np.median(distances[paired, 0])), 4)}
     with atomic(out / "mining.jsonl") as file:
-        for row in ({"command": shlex.join(sys.argv), "args": plain(args)}, summary):
+        first = {"command": shlex.join(sys.argv), "args": plain(args), "facts": run_facts()}
+        for row in (first, summary):
             file.write((json.dumps(row) + "\n").encode())
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
     draw_pairs(out / "pairs.jpg", hands, neighbours, distances, turns)
@@ -479,16 +480,14 @@ def plot_distances(path, embeddings, distances, unit, seed=0):
     """Histogram of the nearest neighbours' distances beside that of random pairs."""
     a, b = np.random.default_rng(seed).integers(0, len(embeddings), (2, 20000))
     chance = np.linalg.norm(embeddings[a] - embeddings[b], axis=1)[a != b]
-    figure = Figure(figsize=(6, 3.5), layout="tight")
-    axis = figure.subplots()
     bins = np.linspace(0, np.quantile(chance, 0.99), 60)
-    for values, label in ((distances, "nearest neighbour"), (chance, "random pair")):
-        axis.hist(np.minimum(values, bins[-1]), bins, density=True, alpha=0.6, label=label)
-    axis.set_xlabel(f"distance in the PCA embedding (1 = the {unit})")
-    axis.set_ylabel("density")
-    axis.legend()
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    with figure(path, (6, 3.5)) as drawn:
+        axis = drawn.subplots()
+        for values, label in ((distances, "nearest neighbour"), (chance, "random pair")):
+            axis.hist(np.minimum(values, bins[-1]), bins, density=True, alpha=0.6, label=label)
+        axis.set_xlabel(f"distance in the PCA embedding (1 = the {unit})")
+        axis.set_ylabel("density")
+        axis.legend()
 
 
 if __name__ == "__main__":

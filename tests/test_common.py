@@ -531,7 +531,88 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, write):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]
 
 
+def test_temporary_files_are_named_by_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/evaluate.py"])
+    with common.atomic(tmp_path / "a.npy") as file:
+        assert Path(file.name).name == f".a.npy.evaluate.{os.getpid()}.tmp"
+
+
+def test_a_start_clears_what_a_killed_run_of_the_same_program_left(tmp_path, monkeypatch):
+    names = [".a.npy.finetune.123.tmp", ".a.npy.evaluate.123.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("left by a killed run")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    common.open_folder(tmp_path).close()
+    assert [(tmp_path / name).exists() for name in names] == [True, False]
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """-> path and pixels (H, W, 3) of a JPEG, turned as EXIF's orientation 6 says."""
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:, :48] = (200, 40, 0)
+    path = tmp_path / "photograph.jpg"
+    encoded = cv2.imencode(".jpg", np.rot90(image)[:, :, ::-1])[1].tobytes()
+    exif = (b"Exif\0\0II*\0\x08\0\0\0" + b"\x01\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+            + b"\0\0\0\0")
+    path.write_bytes(encoded[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+                     + encoded[2:])
+    return path, image
+
+
+def test_a_photograph_is_read_upright_and_in_rgb(photograph):
+    path, image = photograph
+    seen = common.read_picture(path)
+    assert np.abs(seen.astype(int) - image).mean() < 2
+
+
+@pytest.mark.parametrize("share", [0, 0.45, 0.99])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp", ".tif"])
+def test_a_picture_that_is_cut_short_is_refused(tmp_path, suffix, share):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    content = cv2.imencode(suffix, noise)[1].tobytes()
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content[:int(share * len(content))])
+    with pytest.raises(InputError, match=f"^{path}: cut short, or not a picture"):
+        common.read_picture(path)
+
+
+def test_a_picture_that_is_missing_is_named(tmp_path):
+    with pytest.raises(InputError, match="a.jpg: could not be read: No such file"):
+        common.read_picture(tmp_path / "a.jpg")
+
+
 # --------------------------------------------------------------------------------------------- runs
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    result = subprocess.run(["git", "-C", folder, *who, *arguments], check=True,
+                            capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def test_a_log_begins_with_versions_and_machine(tmp_path):
+    common.start_log(tmp_path, {}, packages=("scipy",))
+    facts = json.loads((tmp_path / "log.jsonl").read_text())["facts"]
+    assert facts["torch"] == torch.__version__ and facts["numpy"] == np.__version__
+    assert re.match(r"\d+\.\d+", facts["scipy"]) and re.match(r"\d+\.\d+", facts["torchvision"])
+    assert facts["python"] == sys.version.split()[0] and facts["opencv"] == cv2.__version__
+    assert facts["machine"]
+
+
+def test_the_commit_is_marked_where_files_differ_from_it(tmp_path):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    git(tmp_path, "add", "a.py")
+    git(tmp_path, "commit", "-qm", "one")
+    git(tmp_path, "tag", "v1")
+    commit = git(tmp_path, "rev-parse", "HEAD")[:12]
+    (tmp_path / "run").mkdir()  # what is not in git changes nothing
+    assert common.commit_of(tmp_path) == commit
+    (tmp_path / "a.py").write_text("2")
+    assert common.commit_of(tmp_path) == f"{commit}+"
+    assert common.commit_of(tmp_path / "run") is None  # a folder within somebody's repository
+
 
 def test_the_settings_of_a_run_are_plain_values():
     args = argparse.Namespace(lr=1.0, out=Path("runs/a"), margin=(0.9, 1.5), seed=None)
@@ -649,9 +730,6 @@ def test_a_second_live_run_is_refused(tmp_path):
     assert child.is_alive()
     child.kill()
     child.join()
-    (tmp_path / "run" / ".a.npy.123.tmp").write_text("left by a killed run")
-    common.open_folder(tmp_path / "run").close()
-    assert not (tmp_path / "run" / ".a.npy.123.tmp").exists()
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -776,3 +854,30 @@ def test_a_drawn_skeleton_passes_through_its_joints_and_leaves_the_picture_alone
         if joint:
             assert drawn[y - 1:y + 2, x - 1:x + 2].any()
     common.draw_hand(image, keypoints * 1e6)  # far outside is no error
+
+
+CURVES = """
+import common
+common.plot_curves("curves.png", [dict(step=1, loss=2.0), dict(step=2, loss=1.0)], [["loss"]])
+"""
+
+
+@pytest.mark.parametrize("backend, settings", [
+    ("module://matplotlib_inline.backend_inline", ""), ("", "text.usetex: True\n"),
+    ("", "backend: qtagg\nfont.family: nowhere\n")])
+def test_a_users_matplotlib_settings_do_not_reach_a_plot(tmp_path, backend, settings):
+    """A notebook names a backend; a matplotlibrc may ask for a LaTeX that is not here."""
+    (tmp_path / "matplotlibrc").write_text(settings)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "PATH": "/nowhere",
+                   "MPLBACKEND": backend}
+    result = subprocess.run([sys.executable, "-c", CURVES], cwd=tmp_path, env=environment,
+                            capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert cv2.imread(str(tmp_path / "curves.png")).shape == (352, 462, 3)
+
+
+def test_a_plot_that_cannot_be_drawn_costs_one_line(tmp_path, capsys):
+    with common.figure(tmp_path / "a.png", (3, 2)) as drawn:
+        drawn.subplots().set_title("$\\nonsense$")
+    assert capsys.readouterr().err.count("a.png: could not be drawn") == 1
+    assert list(tmp_path.iterdir()) == []
