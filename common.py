@@ -665,17 +665,38 @@ def start_ranks(device):
         require(device.index < count, f"rank {rank} wants GPU {device.index}, this machine has "
                 f"{count}: lower --nproc_per_node")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same, so that its trials pay
     if ranks > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, ranks, device
 
 
 def spread(model, device):
-    """The model as all ranks train it together; of a single process the model itself."""
+    """The model as all ranks train it together; of a single process the model itself. After each
+    step `average_statistics` makes the ranks' BatchNorm layers the same."""
     if not dist.is_initialized():
         return model
     devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    # By default each forward pass would replace all running statistics by those of rank 0.
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def average_statistics(model):
+    """Make BatchNorm's running statistics the mean over all ranks, each of which saw its share of
+    the batch. Layers in eval mode stay as they are, to the last bit."""
+    if not dist.is_initialized():
+        return
+    statistics = []
+    for norm in batchnorms(model):
+        if norm.training:
+            statistics += [norm.running_mean, norm.running_var]
+    if not statistics:
+        return
+    together = torch.cat(statistics)
+    dist.all_reduce(together)
+    together /= dist.get_world_size()
+    parts = together.split([len(part) for part in statistics])
+    torch._foreach_copy_(statistics, list(parts))
 
 
 def end_ranks():

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (BACKBONES, BORDERS, CORES, InputError, any_rank, apply_view, atomic,
-                    batchnorms, catch_sigterm, check_flags, claim_folder, crop_matrix, draw_hand,
-                    end_ranks, load_array, load_backbone, load_hands, load_items, move_points,
-                    normalise, nt_xent, pair_turns, pair_weights, plain, plot_curves,
-                    print_settings, progress, read_crop, refuse_idle_flags, require,
+                    average_statistics, batchnorms, catch_sigterm, check_flags, claim_folder,
+                    crop_matrix, draw_hand, end_ranks, load_array, load_backbone, load_hands,
+                    load_items, move_points, normalise, nt_xent, pair_turns, pair_weights, plain,
+                    plot_curves, print_settings, progress, read_crop, refuse_idle_flags, require,
                     rescale_points, resume, run_script, sample_view, save_checkpoint, save_image,
                     sheet, spread, start_log, start_ranks, undo_view, write_log)
 
@@ -388,6 +388,7 @@ def train_step(net, optimizer, pieces, pca, plan, args):
     values = add_gradient(net, pieces, pca, plan, args)
     adapt_gradients(optimizer, args)
     optimizer.step()
+    average_statistics(net)
     return values
 
 

@@ -429,6 +429,33 @@ def test_two_ranks_have_the_gradient_of_one_process(rendered, tmp_path):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
 
 
+STATISTICS = """
+import sys, torch
+from torch import nn
+from common import average_statistics, end_ranks, spread, start_ranks
+rank, _, device = start_ranks("cpu")
+torch.manual_seed(0)
+model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+net = spread(model, device)
+net.train()
+model[1].eval()
+batches = torch.randn(4, 2, 8, 3)
+expected = torch.zeros(3)
+for batch in batches:
+    net(batch[rank])
+    average_statistics(net)
+    expected = 0.9 * expected + 0.1 * batch.mean((0, 1))
+assert torch.allclose(model[0].running_mean, expected, atol=1e-6)
+assert not model[1].running_mean.any()
+end_ranks()
+"""
+
+
+def test_running_statistics_are_those_of_all_ranks(tmp_path):
+    (tmp_path / "statistics_of_ranks.py").write_text(STATISTICS)
+    torchrun(tmp_path / "statistics_of_ranks.py")
+
+
 def test_two_ranks_train_and_share_the_test_pictures(rendered, straight, tmp_path):
     out = tmp_path / "run"
     # Two batches of test pictures: one for each rank.

@@ -281,14 +281,14 @@ for items in pretrain.hands_of_steps(0, 1, len(data.pool), plan, args):
     pieces.append(pretrain.collate([pairs[item] for item in items]))
 optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
 values = pretrain.train_step(net, optimizer, pieces, None, plan, args)
-if rank == 0:
-    torch.save([values, [p.grad for p in model.parameters()]], out)
+torch.save([values, [p.grad for p in model.parameters()], model.state_dict()], f"{out}.{rank}")
 end_ranks()
 '''
 
 
 @pytest.mark.parametrize("micro", [4, 2])
 def test_two_ranks_equal_one_process_with_the_same_batchnorm_groups(mined, tmp_path, micro):
+    """In loss and gradient; and both ranks have the same running statistics after the step."""
     (tmp_path / "ranks.py").write_text(RANKS)
     found = []
     for ranks in (1, 2):
@@ -296,8 +296,9 @@ def test_two_ranks_equal_one_process_with_the_same_batchnorm_groups(mined, tmp_p
         argv = ["pretrain.py", mined, *TINY, "--batch-size", 8, "--micro-batch", micro,
                 "--out", "unused", out]
         torchrun(tmp_path / "ranks.py", json.dumps([str(a) for a in argv]), ranks=ranks)
-        found.append(load_checkpoint(out))
-    (values1, one), (values2, two) = found
+        found.append(load_checkpoint(f"{out}.0"))
+    (values1, one, _), (values2, two, state) = found
+    assert same(state, load_checkpoint(f"{out}.1")[2])
     assert torch.allclose(values1, values2, rtol=1e-5)
     for a, b in zip(one, two):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(a.abs().max().item(), 1e-3))
