@@ -1,4 +1,4 @@
-"""Pre-train a ResNet on unlabelled hands by contrast: SiMHand, PeCLR or SimCLR.
+"""Pre-train a ResNet on unlabelled hands: SiMHand, PeCLR, SimCLR, or regressed keypoints.
 
 Reads hands folders with their mined pairs and writes into --out: backbone.pt (a torchvision
 ResNet state dict without fc), checkpoint.pt, log.jsonl, curves.png, views.jpg. Stop it at any
@@ -37,8 +37,12 @@ from common import (BACKBONES, BORDERS, CORES, InputError, any_rank, apply_view,
                     load_items, move_points, normalise, nt_xent, pair_turns, pair_weights, plain,
                     plot_curves, print_settings, progress, read_crop, refuse_idle_flags, require,
                     rescale_points, resume, run_script, sample_view, save_checkpoint, save_image,
-                    sheet, spread, start_log, start_ranks, undo_view, write_log)
+                    sheet, soft_targets, spread, start_log, start_ranks, undo_view, upright,
+                    write_log)
 
+# What --paper sets, where no flag says otherwise.
+PAPER = {"weighting": "linear", "border": "black", "crop_move": 15 / 224}
+WEIGHTINGS = ("none", "linear", "nonlinear", "balanced", "soft")
 MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes", "tensorboard")
 EXTRA_AUGMENTATIONS = {
     "colour_drop": "share of the views, 0 to 1, that become grey (default of this and the next "
@@ -57,6 +61,9 @@ def make_parser():
     flag("--pairs", nargs="+", help="folders with the mined pairs, one for each hands folder "
          "(default: the hands folders themselves)")
     flag("--out", required=True, help="folder of this run")
+    flag("--paper", action="store_true", help="take the paper's values where ours differ: "
+         "--weighting linear (of simhand), --border black, --crop-move 15/224; a flag that is "
+         "given still counts. Extract and mine with --paper too")
     add_method_flags(flag)
     add_view_flags(flag)
     add_training_flags(flag)
@@ -64,23 +71,29 @@ def make_parser():
 
 
 def add_method_flags(flag):
-    flag("--method", choices=("simhand", "peclr", "simclr"), default="simhand",
+    flag("--method", choices=("simhand", "peclr", "simclr", "keypoints"), default="simhand",
          help="simhand: the positive is the mined neighbour; peclr: the same picture once more; "
-         "simclr: the same, without equivariance and rotation")
-    flag("--weighting", choices=("none", "linear", "nonlinear", "balanced"), default="none",
-         help="how the distance of two hands' keypoints becomes a weight in the loss; balanced: "
-         "linear weights over their mean (paper: linear; default: none)")
+         "simclr: the same, without equivariance and rotation; keypoints: no contrast, one linear "
+         "layer learns where the detector saw the 21 keypoints in a view (a baseline)")
+    flag("--weighting", choices=WEIGHTINGS, default="none",
+         help="how the distance between two hands' keypoints becomes a weight in the loss; "
+         "balanced: linear weights over their mean; soft: no weights, but each view's similarities "
+         "shall be spread as the hands are alike (paper: linear; default: none)")
     flag("--weight-on", choices=("both", "pos", "neg"), default="both",
          help="pairs that are weighted")
-    flag("--weight-keypoints", choices=("augmented", "original"), default="augmented",
+    flag("--weight-keypoints", choices=("augmented", "original"),
          help="keypoints that the distance is taken between: the views', or the crops' before any "
-         "view")
+         "view (default: augmented; soft: original)")
     flag("--weight-pca", action="store_true", help="measure the distance in the PCA embedding of "
          "mining (pca.npy) instead of over the joints")
     flag("--slope-pos", type=float, default=1.0,
          help="nonlinear weights of positives: slope per pixel")
     flag("--slope-neg", type=float, default=0.05,
          help="nonlinear weights of all pairs: slope per pixel")
+    flag("--target-temperature", type=float, default=0.06, help="of soft targets, in root mean "
+         "square sizes of a hand: the smaller, the fewer hands of the batch share a target")
+    flag("--keypoint-loss", type=float, metavar="LAMBDA", help="add so many times the loss of "
+         "--method keypoints to the contrastive one (default: 0)")
     flag("--top-k", type=int, default=1, help="draw the positive among the first k neighbours")
     flag("--temperature", type=float, default=0.5, help="of NT-Xent (paper: 0.5)")
     flag("--shift-unit", choices=("side", "hand"), default="side",
@@ -117,7 +130,8 @@ def add_training_flags(flag):
          "2 x this - 2 negatives (paper: 8192)")
     flag("--micro-batch", type=int, help="pairs that pass the network together on one rank: less "
          "memory, more time (all are embedded twice), the gradient of the whole batch. "
-         "BatchNorm's statistics are those of a micro-batch (default: the rank's whole share)")
+         "BatchNorm's statistics are those of a micro-batch (default: the largest divisor of the "
+         "rank's share up to 512)")
     flag("--optimizer", choices=("lars-adam", "adam", "lars"), default="lars-adam",
          help="lars-adam: LARS around Adam (paper); lars: around SGD with momentum 0.9")
     flag("--lr", type=float, default=3.2e-3, help="peak learning rate (paper: 1e-4 x sqrt(1024))")
@@ -133,7 +147,11 @@ def add_training_flags(flag):
     flag("--compile", action="store_true", help="compile the network (torch.compile): minutes at "
          "the start, and then less time a step")
     flag("--save-minutes", type=float, default=10,
-         help="checkpoint this often, and after every epoch")
+         help="checkpoint this often, at the end, and when SIGTERM stops the run")
+    flag("--probe", type=int, default=2000, metavar="HANDS", help="keep the hands of a twentieth "
+         "of the videos, at most so many, out of the training, and after each epoch say how alike "
+         "the poses are that they find among each other by frozen features: 0 as by chance, 1 the "
+         "nearest there are (0: off)")
     flag("--tensorboard", action="store_true",
          help="write the log for TensorBoard as well, into --out")
     flag("--steps", type=int, help="dry run: take so many steps, print rate, memory and the time "
@@ -143,39 +161,58 @@ def add_training_flags(flag):
 def parse_args():
     parser = make_parser()
     args = parser.parse_args()
+    if args.paper:
+        parser.set_defaults(**PAPER)
+        if args.method != "simhand":
+            parser.set_defaults(weighting="none")
+        args = parser.parse_args()
     check_flags(args)
+    refuse_flags_without_effect(args, parser)
     args.hands = [os.path.normpath(folder) for folder in args.hands]
     if args.pairs:
         args.pairs = [os.path.normpath(folder) for folder in args.pairs]
     simclr = args.method == "simclr"
-    if args.equivariance is None:
-        args.equivariance = "none" if simclr else "both"
-    if args.rotation is None:
-        args.rotation = 0.0 if simclr else 45.0
-    if args.crop_margin is None:
-        args.crop_margin = [1.25, 1.25] if simclr else [0.9, 1.5]
-    if args.weighting == "none":
-        idle = ("weight_on", "weight_keypoints", "weight_pca")
-        refuse_idle_flags(args, parser, idle, "so far: expected a --weighting, as linear")
-    if args.weighting != "nonlinear":
-        refuse_idle_flags(args, parser, ("slope_pos", "slope_neg"),
-                          "without --weighting nonlinear")
-    if args.method != "simhand":
-        refuse_idle_flags(args, parser, ("top_k",), "without --method simhand")
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs // 10
-    require(min(args.epochs, args.top_k, args.input_size, args.temperature, args.lr) > 0,
-            "--epochs, --top-k, --input-size, --temperature and --lr must be above 0")
+    derived = {"equivariance": "none" if simclr else "both",
+               "rotation": 0.0 if simclr else 45.0,
+               "crop_margin": [1.25, 1.25] if simclr else [0.9, 1.5],
+               "weight_keypoints": "original" if args.weighting == "soft" else "augmented",
+               "keypoint_loss": 1.0 if args.method == "keypoints" else 0.0,
+               "warmup_epochs": args.epochs // 10}
+    for name, value in derived.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    above = ("epochs", "top_k", "input_size", "temperature", "target_temperature", "lr")
+    for name in above:
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     require(args.micro_batch is None or args.micro_batch > 0, "--micro-batch must be above 0")
     require(args.steps is None or args.steps > 1,
             "--steps must be above 1: the first half is not measured")
     shares = [getattr(args, name) for name in ("crop_move", *EXTRA_AUGMENTATIONS)]
     require(max(shares) <= 1, "--crop-move and the shares of the views must lie in 0..1")
-    require(0 <= args.warmup_epochs < args.epochs,
+    require(args.warmup_epochs < args.epochs,
             f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     low, high = args.crop_margin
     require(0 < low <= high < math.inf, "--crop-margin: expected 0 < LOW <= HIGH")
     return args
+
+
+def refuse_flags_without_effect(args, parser):
+    """An InputError for flags that would be ignored: who gives them expects something else."""
+    if args.method == "keypoints":
+        contrastive = ("weighting", "temperature", "shift_unit", "equivariance", "keypoint_loss")
+        refuse_idle_flags(args, parser, contrastive, "with --method keypoints")
+    if args.weighting == "none":
+        idle = ("weight_on", "weight_keypoints", "weight_pca")
+        refuse_idle_flags(args, parser, idle, "without --weighting, such as linear")
+    if args.weighting == "soft":
+        refuse_idle_flags(args, parser, ("weight_on", "weight_pca"), "with --weighting soft")
+    else:
+        refuse_idle_flags(args, parser, ("target_temperature",), "without --weighting soft")
+    if args.weighting != "nonlinear":
+        refuse_idle_flags(args, parser, ("slope_pos", "slope_neg"),
+                          "without --weighting nonlinear")
+    if args.method != "simhand":
+        refuse_idle_flags(args, parser, ("top_k",), "without --method simhand")
 
 
 @dataclasses.dataclass
@@ -205,42 +242,47 @@ def main():
     settings = plain(args, micro_batch=plan.micro_batch, precision=plan.precision)
     kept = None if args.steps else resume(out, settings, MAY_CHANGE_ON_RESUME)
     model = make_model("none" if kept else args.weights, device, args)
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, args.optimizer, args.lr)
     step = restore(kept, model, optimizer, data, args) if kept else 0
     net = spread(model, device)
     if rank == 0:
         introduce(args, plan, data, model, step, device)
-    rows = start_run(settings, data, step, args) if writes else []
-    board = open_tensorboard(out, step) if args.tensorboard and writes else None
-
-    end = min(plan.steps, args.steps or plan.steps)
+    end = args.steps or plan.steps
     loader = load_items(Pairs(data, args), hands_of_steps(step, end, len(data.pool), plan, args),
                         args.workers, collate, pin_memory=device.type == "cuda")
+    net.train()
+    if args.steps:
+        return dry_run(net, optimizer, loader, data, plan, device, args)
+    rows = start_run(settings, data, step, args) if writes else []
+    board = open_tensorboard(out, step) if args.tensorboard and writes else None
+    probe = load_probe(data, args) if writes and len(data.probe) else None
+
     report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # values of the steps since the last report
     saved = since = time.time()
-    net.train()
     bar = progress(total=end, initial=step, unit="step", disable=rank != 0)
     while step < end:
-        set_learning_rate(optimizer, step, plan, args)
+        set_learning_rate(optimizer, step, plan, args.lr)
         batch = [to_device(next(loader), device) for _ in range(plan.pieces)]
         recent.append(train_step(net, optimizer, batch, data.pca, plan, args))
         step += 1
         bar.update()
 
         end_of_epoch = step % plan.steps_per_epoch == 0
-        overdue = time.time() - saved > 60 * args.save_minutes
-        stopping, due = any_rank(bool(stop), end_of_epoch or overdue)
-        wanted = step in (end // 2, end) if args.steps else step % report_every == 0
-        if wanted or due or stopping:
-            rows.append(report(step, recent, since, optimizer, plan, args))
-            show(rows[-1], bar, board, out if writes else None)
+        overdue = time.time() - saved >= 60 * args.save_minutes
+        stopping, due = any_rank(bool(stop), step == end or overdue)
+        if step % report_every == 0 or end_of_epoch or due or stopping:
+            row = report(step, recent, since, optimizer, plan, args)
+            if end_of_epoch and probe:
+                row["probe"] = probe_score(model.backbone, probe, device)
+            rows.append(row)
+            show(row, bar, board, out if writes else None)
             recent = []
             since = time.time()
-        if (due or stopping) and not args.steps:
+        if due or stopping:
             save(settings, data, step, model, optimizer, writes, args)
-            if writes and (end_of_epoch or stopping):
-                plot_curves(out / "curves.png", rows, [["loss"], ["lr"], VALUES[1:3], VALUES[3:]])
+            if writes:
+                draw_curves(out / "curves.png", rows)
             saved = since = time.time()
         if stopping:
             break
@@ -259,7 +301,7 @@ class PairView:
     keypoints: np.ndarray  # (21, 2)
     angle: float  # degrees, and
     shift: np.ndarray  # (2,): what the equivariance undoes, as in `undo_view`
-    weight_keypoints: np.ndarray  # (21, 2), what the weights are computed from
+    weight_keypoints: np.ndarray  # (21, 2), what weights and soft targets are computed from
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -323,12 +365,14 @@ def original_keypoints(points, scale, turn):
 
 def collate(pairs):
     """n pairs -> tensors of 2n rows, all first views before all second: image uint8 (2n, S, S, 3),
-    angle (2n,), shift (2n, 2), weight_keypoints (2n, 21, 2)."""
+    keypoints (2n, 21, 2), angle (2n,), shift (2n, 2), weight_keypoints (2n, 21, 2)."""
     views = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-    return {"image": torch.from_numpy(np.stack([view.image for view in views])),
-            "angle": torch.tensor([view.angle for view in views], dtype=torch.float32),
-            "shift": torch.from_numpy(np.float32([view.shift for view in views])),
-            "weight_keypoints": torch.from_numpy(np.stack([v.weight_keypoints for v in views]))}
+    batch = {}
+    for field in dataclasses.fields(PairView):
+        values = np.stack([getattr(view, field.name) for view in views])
+        wanted = np.uint8 if field.name == "image" else np.float32
+        batch[field.name] = torch.from_numpy(values.astype(wanted, copy=False))
+    return batch
 
 
 def hands_of_steps(first, end, count, plan, args):
@@ -378,15 +422,15 @@ def disturb(image, rng, args):
 
 # --------------------------------------------------------------------------- the method: one step
 
-VALUES = ("loss", "positive_similarity", "negative_similarity", "positive_weight", "pair_weight")
+EMBEDDING = 128  # columns of the projection: 64 points in the plane
 
 
 def train_step(net, optimizer, pieces, pca, plan, args):
-    """One step of the optimiser on this rank's pieces of the batch. -> (5,) on the device,
-    VALUES."""
+    """One step of the optimiser on this rank's pieces of the batch -> values for the log, on the
+    device, by name."""
     optimizer.zero_grad(set_to_none=True)
     values = add_gradient(net, pieces, pca, plan, args)
-    adapt_gradients(optimizer, args)
+    adapt_gradients(optimizer, args.weight_decay, args.optimizer != "adam")
     optimizer.step()
     average_statistics(net)
     return values
@@ -394,7 +438,7 @@ def train_step(net, optimizer, pieces, pca, plan, args):
 
 def add_gradient(net, pieces, pca, plan, args):
     """The gradient of the whole batch's loss, exactly, though its pieces pass the network one after
-    another -> (5,), VALUES.
+    another -> values for the log, by name.
 
     Embed all, take the loss of all ranks' embeddings and its gradient on them, then
     backpropagate that a piece at a time. With one piece its graph is kept; with more, they
@@ -402,62 +446,95 @@ def add_gradient(net, pieces, pca, plan, args):
     """
     once = len(pieces) == 1
     if once:
-        embedded = [embed(net, pieces[0], plan.precision, args)]
+        embedded = [embed(net, pieces[0], args.equivariance, plan.precision)]
     else:
         inner = net if plan.ranks == 1 else net.module
         with no_gradient(net):
-            embedded = [embed(inner, piece, plan.precision, args) for piece in pieces]
-    z1, z2 = whole_batch([z.detach() for z in embedded])
-    z1.requires_grad_()
-    z2.requires_grad_()
-    keypoints1, keypoints2 = whole_batch([piece["weight_keypoints"] for piece in pieces])
-    pos_weight, neg_weight = weigh(keypoints1, keypoints2, pca, args)
-    loss = nt_xent(z1, z2, pos_weight, neg_weight, args.temperature)
+            embedded = [embed(inner, piece, args.equivariance, plan.precision)
+                        for piece in pieces]
+    first, second = whole_batch([output.detach() for output in embedded])
+    first.requires_grad_()
+    second.requires_grad_()
+    loss, values = batch_loss(first, second, pieces, pca, args)
     loss.backward()
 
-    n = len(z1) // (plan.ranks * len(pieces))
+    n = len(first) // (plan.ranks * len(pieces))
     for k, piece in enumerate(pieces):
         start = (plan.rank * len(pieces) + k) * n
         rows = slice(start, start + n)
         # Times the ranks, since DistributedDataParallel averages over them.
-        gradient = torch.cat([z1.grad[rows], z2.grad[rows]]) * plan.ranks
+        gradient = torch.cat([first.grad[rows], second.grad[rows]]) * plan.ranks
         last = k == len(pieces) - 1
         with contextlib.nullcontext() if last or plan.ranks == 1 else net.no_sync():
-            z = embedded[0] if once else embed(net, piece, plan.precision, args)
-            z.backward(gradient)
-    return torch.stack([loss.detach(), *similarities(z1.detach(), z2.detach()),
-                        *mean_weights(pos_weight, neg_weight, loss.device)])
+            output = embedded[0] if once else embed(net, piece, args.equivariance, plan.precision)
+            output.backward(gradient)
+    return {"loss": loss.detach(), **values}
 
 
-def embed(net, piece, precision, args):
-    """A piece of n pairs -> (2n, 128) L2-normalised embeddings, first views before second;
-    float32."""
+def embed(net, piece, equivariance, precision):
+    """A piece of n pairs -> (2n, C) float32, first views before second: L2-normalised embeddings
+    (128 columns), regressed keypoints (42), or the one beside the other, as the network has
+    them."""
     images = normalise(piece["image"])
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        z = net(images)
-    z = F.normalize(z.float(), dim=1)
-    if args.equivariance != "none":
-        angle = piece["angle"] * (args.equivariance != "shift")
-        shift = piece["shift"] * (args.equivariance != "rotation")
-        z = F.normalize(undo_view(z.unflatten(1, (-1, 2)), angle, shift).flatten(1), dim=1)
-    return z
+        projection, keypoints = net(images)
+    outputs = []
+    if projection is not None:
+        z = F.normalize(projection.float(), dim=1)
+        if equivariance != "none":
+            angle = piece["angle"] * (equivariance != "shift")
+            shift = piece["shift"] * (equivariance != "rotation")
+            undone = undo_view(z.unflatten(1, (-1, 2)), angle, shift)
+            z = F.normalize(undone.flatten(1), dim=1)
+        outputs.append(z)
+    if keypoints is not None:
+        outputs.append(keypoints.float())
+    return torch.cat(outputs, 1)
 
 
-def weigh(keypoints1, keypoints2, pca, args):
-    """(N, 21, 2) twice, network-input pixels -> weights of the positives and of all pairs,
-    None where all are 1."""
-    if args.weighting == "none":
-        return None, None
-    if args.weight_pca:
-        keypoints1 = (keypoints1.flatten(1) @ pca.to(keypoints1.device).T)[:, None]
-        keypoints2 = (keypoints2.flatten(1) @ pca.to(keypoints2.device).T)[:, None]
-    pos_weight, neg_weight = pair_weights(keypoints1, keypoints2, args.weighting, args.slope_pos,
-                                          args.slope_neg)
-    if args.weight_on == "pos":
-        return pos_weight, None
-    if args.weight_on == "neg":
-        return None, neg_weight
-    return pos_weight, neg_weight
+def batch_loss(first, second, pieces, pca, args):
+    """The loss of what `embed` made of all pairs of the batch, (N, C) twice -> scalar, and values
+    for the log, by name. pieces: those of this rank."""
+    loss = 0
+    values = {}
+    if args.method != "keypoints":
+        z1 = first[:, :EMBEDDING]
+        z2 = second[:, :EMBEDDING]
+        hands = whole_batch([piece["weight_keypoints"] for piece in pieces])
+        if args.weighting == "soft":
+            weights = {"target": soft_targets(*hands, args.target_temperature)}
+        else:
+            weights = weigh(*hands, args.weighting, args.weight_on,
+                            (args.slope_pos, args.slope_neg), pca if args.weight_pca else None)
+        loss = nt_xent(z1, z2, temperature=args.temperature, **weights)
+        values = similarities(z1.detach(), z2.detach())
+        values |= {f"mean_{name}": weight.mean() for name, weight in weights.items()
+                   if name != "target"}
+    if args.keypoint_loss:
+        side = pieces[0]["image"].shape[1]
+        seen = torch.cat(whole_batch([piece["keypoints"] for piece in pieces]))
+        seen = (seen - (side - 1) / 2) * (2 / side)  # -1 .. 1 over the view
+        regressed = torch.cat([first, second])[:, -42:]
+        error = F.l1_loss(regressed, seen.flatten(1))
+        loss = loss + args.keypoint_loss * error
+        values["keypoint_error"] = error.detach()
+    return loss, values
+
+
+def weigh(keypoints1, keypoints2, kind, weight_on, slopes, pca=None):
+    """(N, 21, 2) twice, network-input pixels -> the weights that nt_xent shall take, by name:
+    of the positives, of all pairs. pca: components (D, 42), to measure distances in."""
+    if kind == "none":
+        return {}
+    if pca is not None:
+        pca = pca.to(keypoints1.device)
+        keypoints1 = (keypoints1.flatten(1) @ pca.T)[:, None]
+        keypoints2 = (keypoints2.flatten(1) @ pca.T)[:, None]
+    pos_weight, neg_weight = pair_weights(keypoints1, keypoints2, kind, *slopes)
+    weights = {"pos_weight": pos_weight, "neg_weight": neg_weight}
+    if weight_on != "both":
+        return {f"{weight_on}_weight": weights[f"{weight_on}_weight"]}
+    return weights
 
 
 def whole_batch(pieces):
@@ -481,12 +558,14 @@ def gather(tensor):
 def no_gradient(net):
     """Training mode without gradients, and without moving BatchNorm's running statistics."""
     norms = batchnorms(net)
-    for norm in norms:
-        norm.track_running_stats = False
-    with torch.no_grad():
-        yield
-    for norm in norms:
-        norm.track_running_stats = True
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        with torch.no_grad():
+            yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def similarities(z1, z2):
@@ -495,17 +574,12 @@ def similarities(z1, z2):
     positive = (z1 * z2).sum(1)
     every = (z1.sum(0) + z2.sum(0)).square().sum()  # of every view with every view, itself too
     negative = (every - views - 2 * positive.sum()) / (views * (views - 2))
-    return positive.mean(), negative
-
-
-def mean_weights(pos_weight, neg_weight, device):
-    """Of the positives and of all pairs, for the log."""
-    one = torch.ones((), device=device)
-    return [one if w is None else w.mean() for w in (pos_weight, neg_weight)]
+    return {"positive_similarity": positive.mean(), "negative_similarity": negative}
 
 
 def make_model(weights, device, args):
-    model = SimHandModel(args.backbone, weights)
+    model = SimHandModel(args.backbone, weights, contrast=args.method != "keypoints",
+                         regress=args.keypoint_loss > 0)
     model = model.to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
@@ -513,25 +587,32 @@ def make_model(weights, device, args):
 
 
 class SimHandModel(nn.Module):
-    """Backbone and projection head: (N, 3, S, S) -> (N, 128), to be read as 64 points in
-    the plane."""
+    """Backbone and heads: pictures (N, 3, S, S) -> the projection (N, 128), to be read as 64
+    points in the plane, None without `contrast`; the keypoints (N, 42), in halves of the view's
+    side from its middle, None without `regress`."""
 
-    def __init__(self, backbone, weights):
+    def __init__(self, backbone, weights, contrast=True, regress=False):
         super().__init__()
         self.backbone = load_backbone(backbone, weights)
-        self.projection = nn.Sequential(
-            nn.Linear(self.backbone.width, 512), nn.BatchNorm1d(512), nn.ReLU(),
-            nn.Linear(512, 128, bias=False))
+        self.projection = self.keypoints = None
+        if contrast:
+            self.projection = nn.Sequential(
+                nn.Linear(self.backbone.width, 512), nn.BatchNorm1d(512), nn.ReLU(),
+                nn.Linear(512, EMBEDDING, bias=False))
+        if regress:
+            self.keypoints = nn.Linear(self.backbone.width, 42)
 
     def forward(self, images):
-        return self.projection(self.backbone(images))
+        features = self.backbone(images)
+        return (self.projection(features) if self.projection else None,
+                self.keypoints(features) if self.keypoints else None)
 
 
 # ------------------------------------------------------------------------ the method: optimisation
 
-def set_learning_rate(optimizer, step, plan, args):
+def set_learning_rate(optimizer, step, plan, peak):
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, plan.steps, plan.warmup_steps, args.lr)
+        group["lr"] = learning_rate(step, plan.steps, plan.warmup_steps, peak)
 
 
 def learning_rate(step, total, warmup, peak):
@@ -542,7 +623,7 @@ def learning_rate(step, total, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, kind, lr):
     """Two groups: weights, and what neither decays nor adapts (biases, all normalisation
     layers)."""
     skipped = {id(p) for norm in batchnorms(model) for p in norm.parameters()}
@@ -550,15 +631,16 @@ def make_optimizer(model, args):
     weights = [p for p in model.parameters() if id(p) not in skipped]
     others = [p for p in model.parameters() if id(p) in skipped]
     groups = [dict(params=weights, adapt=True), dict(params=others, adapt=False)]
-    if args.optimizer == "lars":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, fused=True)
-    return torch.optim.Adam(groups, lr=args.lr, fused=True)
+    if kind == "lars":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    return torch.optim.Adam(groups, lr=lr, fused=True)
 
 
 @torch.no_grad()
-def adapt_gradients(optimizer, args):
-    """Add weight decay and scale each gradient by LARS's trust ratio before the optimiser sees it:
-    factor = min(0.02 |p| / (|g| + decay |p| + 1e-8) / lr, 1), and 1 where |p|, |g| or lr is 0."""
+def adapt_gradients(optimizer, weight_decay, lars):
+    """Add weight decay, and with `lars` scale each gradient by LARS's trust ratio, before the
+    optimiser sees it: factor = min(0.02 |p| / (|g| + decay |p| + 1e-8) / lr, 1), and 1 where |p|,
+    |g| or lr is 0."""
     for group in optimizer.param_groups:
         if not group["adapt"]:
             continue
@@ -566,12 +648,58 @@ def adapt_gradients(optimizer, args):
         gradients = [p.grad for p in parameters]
         p_norm = torch.stack(torch._foreach_norm(parameters))
         g_norm = torch.stack(torch._foreach_norm(gradients))
-        torch._foreach_add_(gradients, parameters, alpha=args.weight_decay)
-        if args.optimizer == "adam" or group["lr"] == 0:
+        torch._foreach_add_(gradients, parameters, alpha=weight_decay)
+        if not lars or group["lr"] == 0:
             continue
-        factor = 0.02 * p_norm / (g_norm + args.weight_decay * p_norm + 1e-8) / group["lr"]
+        factor = 0.02 * p_norm / (g_norm + weight_decay * p_norm + 1e-8) / group["lr"]
         factor = torch.where((p_norm > 0) & (g_norm > 0), factor.clamp(max=1), 1.0)
         torch._foreach_mul_(gradients, list(factor.unbind()))
+
+
+# ------------------------------------------------------------- the method: a probe while it trains
+
+@dataclasses.dataclass
+class Probe:
+    """Hands that no step sees, and how alike they are."""
+    images: torch.Tensor  # uint8 (P, S, S, 3)
+    others: torch.Tensor  # bool (P, P), whether two hands are of different videos
+    distances: torch.Tensor  # (P, P), between the upright hands, as `mine_pairs.py` measures
+
+
+def load_probe(data, args):
+    """One view of each hand of data.probe, without chance -> Probe."""
+    margin = statistics.fmean(args.crop_margin)
+    rng = np.random.default_rng(0)
+    images = []
+    for number, row in data.probe:
+        hands = data.folders[number]
+        points = hands.keypoints[row]
+        view = sample_view(rng, points, hands.side, args.input_size, rotation=0,
+                           half_side=(margin, margin), move=0, colour=False)
+        images.append(apply_view(view, read_crop(hands, row), points, args.input_size,
+                                 args.border)[0])
+    video = torch.from_numpy(data.probe_video)
+    keypoints = np.stack([data.folders[number].keypoints[row] for number, row in data.probe])
+    poses = torch.from_numpy(upright(keypoints)).flatten(1)
+    return Probe(torch.from_numpy(np.stack(images)), video[:, None] != video,
+                 torch.cdist(poses, poses))
+
+
+@torch.no_grad()
+def probe_score(backbone, probe, device):
+    """Each hand takes the one of another video whose frozen features are the most alike. How far
+    off is its pose, in the mean? -> 1: not further than the nearest pose; 0: as far as chance
+    is."""
+    backbone.eval()
+    features = torch.cat([backbone(normalise(images.to(device))).cpu()
+                          for images in probe.images.split(256)])
+    backbone.train()
+    features = F.normalize(features, dim=1)
+    alike = (features @ features.T).masked_fill(~probe.others, -math.inf)
+    found = probe.distances.gather(1, alike.argmax(1, keepdim=True)).mean()
+    chance = probe.distances[probe.others].mean()
+    nearest = probe.distances.masked_fill(~probe.others, math.inf).amin(1).mean()
+    return ((chance - found) / (chance - nearest)).item()
 
 
 # ------------------------------------------------------------------ files: hands folders and pairs
@@ -582,8 +710,10 @@ class Data:
     folders: list  # of Hands
     neighbours: list  # (N, K) rows, -1 where there is none; None: not mined
     turns: list  # (N, K) degrees; None: pairs as they lie
-    pool: np.ndarray  # (U, 2) folder and row of the hands that are trained on
     pca: torch.Tensor  # (D, 42) components for --weight-pca, or None
+    pool: np.ndarray  # (U, 2) folder and row of the hands that are trained on
+    probe: np.ndarray  # (P, 2) the same of the hands that the probe keeps
+    probe_video: np.ndarray  # (P,) their videos
     notes: list  # sentences for the user
     digest: int  # of all that decides which pairs are trained on
 
@@ -592,55 +722,89 @@ def load_data(args):
     """Check and open all folders -> Data.
 
     Every method uses exactly the hands that have a neighbour, so that methods compare on the same
-    pictures; a folder that was not mined is used whole, by simclr and peclr only.
+    pictures; a folder that was not mined is used whole, by all methods but simhand.
     """
-    pair_folders = args.pairs or args.hands
+    pair_folders = [Path(folder) for folder in args.pairs or args.hands]
     require(len(pair_folders) == len(args.hands),
             f"--pairs: {len(pair_folders)} folders for {len(args.hands)} hands folders, expected "
             "one for each")
-    data = Data([], [], [], [], None, [], 0)
-    for number, folder in enumerate(args.hands):
-        hands = load_hands(folder)
-        path = Path(pair_folders[number])
-        neighbours = load_neighbours(path, len(hands.keypoints), args)
-        if neighbours is None:
-            rows = np.arange(len(hands.keypoints))
-            data.notes.append(f"{path} was not mined: all its {len(rows)} hands are used")
-        else:
-            rows = np.flatnonzero(neighbours[:, 0] >= 0)
-        turns = None
-        if neighbours is not None and (path / "turns.npy").exists():
-            turns = load_turns(path / "turns.npy", hands.keypoints, neighbours)
+    folders = [load_hands(folder) for folder in args.hands]
+    neighbours = []
+    turns = []
+    notes = []
+    for hands, path in zip(folders, pair_folders):
+        count = len(hands.keypoints)
+        needed = args.method == "simhand" or args.pairs
+        neighbours.append(load_neighbours(path, count, needed, args.top_k))
+        if neighbours[-1] is None:
+            notes.append(f"{path} was not mined: all its {count} hands are used")
+        turns.append(None)
+        if neighbours[-1] is not None and (path / "turns.npy").exists():
+            turns[-1] = load_turns(path / "turns.npy", hands.keypoints, neighbours[-1])
             require(not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca needs an embedding "
                     "of hands as they lie: mine with --no-rotation-free")
-        if args.weight_pca:
-            add_pca(data, path, hands)
-        for array in (hands.keypoints, hands.offsets, neighbours, turns, data.pca):
+    pca = load_pca(pair_folders, notes) if args.weight_pca else None
+    digest = 0
+    for arrays in zip([hands.keypoints for hands in folders],
+                      [hands.offsets for hands in folders], neighbours, turns):
+        for array in (*arrays, pca):
             if array is not None:
-                data.digest = zlib.crc32(np.ascontiguousarray(array), data.digest)
-        data.folders.append(hands)
-        data.neighbours.append(neighbours)
-        data.turns.append(turns)
-        data.pool.append(np.stack([np.full(len(rows), number), rows], 1))
-    data.pool = np.concatenate(data.pool)
-    return data
+                digest = zlib.crc32(np.ascontiguousarray(array), digest)
+    pool, probe, probe_video = split_pool(folders, neighbours, args.probe, args.seed)
+    return Data(folders, neighbours, turns, pca, pool, probe, probe_video, notes, digest)
 
 
-def load_neighbours(path, count, args):
+def split_pool(folders, neighbours, limit, seed):
+    """-> the pool (U, 2), folder and row of each hand; the probe's hands (P, 2), of whole videos,
+    and their videos (P,). What the probe holds is no hand's positive either: `neighbours` gets -1
+    in its place."""
+    rows = []
+    for number, hands in enumerate(folders):
+        usable = np.arange(len(hands.keypoints))
+        if neighbours[number] is not None:
+            usable = np.flatnonzero(neighbours[number][:, 0] >= 0)
+        rows.append(np.stack([np.full(len(usable), number), usable], 1))
+    pool = np.concatenate(rows)
+    if not limit:
+        return pool, pool[:0], pool[:0, 0]
+    source = [folders[number].rows["video"][some[:, 1]] for number, some in enumerate(rows)]
+    keys = np.stack([pool[:, 0], np.concatenate(source)], 1)
+    _, video = np.unique(keys, axis=0, return_inverse=True)
+    sizes = np.bincount(video)
+    if len(sizes) < 40:  # a twentieth would be one video, which has no other to find its like in
+        return pool, pool[:0], pool[:0, 0]
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(sizes))
+    enough = np.searchsorted(np.cumsum(sizes[order]), limit) + 1
+    held = np.isin(video, order[:max(2, min(len(sizes) // 20, enough))])
+    some = np.sort(rng.permutation(held.sum())[:limit])
+    probe = pool[held][some]
+    for number, pairs in enumerate(neighbours):
+        if pairs is not None:
+            hidden = np.zeros(len(pairs) + 1, bool)  # the last is that of -1
+            hidden[pool[held & (pool[:, 0] == number), 1]] = True
+            pairs[hidden[pairs]] = -1
+    kept = ~held
+    for number, pairs in enumerate(neighbours):
+        if pairs is not None:
+            own = pool[:, 0] == number
+            kept[own] &= pairs[pool[own, 1], 0] >= 0
+    return pool[kept], probe, video[held][some]
+
+
+def load_neighbours(path, count, needed, top_k):
     """neighbours.npy (N, K) of a folder of N = count hands; None where it was not mined."""
     file = path / "neighbours.npy"
     hint = "run mine_pairs.py again"
     if not file.exists():
-        require(args.method != "simhand" and not args.pairs,
-                f"{file}: missing, expected mined pairs (run mine_pairs.py first)")
+        require(not needed, f"{file}: missing, expected mined pairs (run mine_pairs.py first)")
         return None
     neighbours = load_array(file, np.int64, (count, None), hint=hint)
     mined = neighbours.shape[1]
     require(mined and neighbours.min() >= -1 and neighbours.max() < count,
             f"{file}: expected one column or more with values in -1..{count - 1} ({hint})")
-    require(args.method != "simhand" or args.top_k <= mined,
-            f"{file}: {mined} neighbours a hand were mined, --top-k is {args.top_k}; run "
-            f"mine_pairs.py --top-k {args.top_k}")
+    require(top_k <= mined, f"{file}: {mined} neighbours a hand were mined, --top-k is {top_k}; run "
+            f"mine_pairs.py --top-k {top_k}")
     require(not (neighbours == np.arange(count)[:, None]).any(),
             f"{file}: a hand is its own neighbour ({hint})")
     return neighbours
@@ -659,29 +823,32 @@ def load_turns(path, keypoints, neighbours):
     return turns
 
 
-def add_pca(data, path, hands):
-    """The components of mining, for --weight-pca: those of the first folder serve all, since
-    distances between hands of two folders need one PCA."""
-    file = path / "pca.npy"
-    own = load_array(file, np.float32, (None, 42), hint="run mine_pairs.py again")[1:]
-    require(len(own), f"{file}: holds no component (run mine_pairs.py again)")
-    own = torch.from_numpy(own)
-    if data.pca is None:
-        data.pca = own
-    elif not torch.equal(data.pca, own):
-        data.notes.append(f"--weight-pca: the components of the first folder serve the hands of "
-                          f"{hands.folder} too")
+def load_pca(pair_folders, notes):
+    """The components of mining (D, 42), for --weight-pca: those of the first folder serve all,
+    since distances between hands of two folders need one PCA."""
+    components = []
+    for path in pair_folders:
+        file = path / "pca.npy"
+        own = load_array(file, np.float32, (None, 42), hint="run mine_pairs.py again")[1:]
+        require(len(own), f"{file}: holds no component (run mine_pairs.py again)")
+        components.append(own)
+        if not np.array_equal(own, components[0]):
+            notes.append("--weight-pca: the components of the first folder serve the hands of "
+                         f"{path} too")
+    return torch.from_numpy(components[0])
 
 
 # ------------------------------------------------------------------------------------- files: a run
 
 def make_plan(args, pool, rank, ranks, device):
     """-> Plan, or an InputError where the arguments do not fit each other or the pool."""
-    share, rest = divmod(args.batch_size, ranks)
-    micro = args.micro_batch or share
     require(args.batch_size > 1, "--batch-size must be 2 pairs or more: one has no negatives")
+    share, rest = divmod(args.batch_size, ranks)
+    micro = args.micro_batch
+    if micro is None:
+        micro = max(k for k in range(1, 513) if share % k == 0)
     needed = f"{ranks} ranks" + (f" x --micro-batch {micro}" if args.micro_batch else "")
-    require(not rest and share % micro == 0,
+    require(share and not rest and share % micro == 0,
             f"--batch-size {args.batch_size} must be a multiple of {needed}")
     steps_per_epoch = pool // args.batch_size
     require(steps_per_epoch, f"{', '.join(args.hands)}: {pool} hands that can be used, fewer than "
@@ -698,7 +865,6 @@ def restore(kept, model, optimizer, data, args):
             f"those in {', '.join(args.hands)}; choose another --out")
     model.load_state_dict(kept["model"])
     optimizer.load_state_dict(kept["optimizer"])
-    torch.set_rng_state(kept["random"])
     return kept["step"]
 
 
@@ -706,11 +872,13 @@ def introduce(args, plan, data, model, step, device):
     """Print the settings once."""
     parameters = sum(p.numel() for p in model.parameters())
     print_settings(args, make_parser(), hands=sum(len(f.keypoints) for f in data.folders),
-                   pool=len(data.pool), ranks=plan.ranks, device=device, precision=plan.precision,
+                   pool=len(data.pool), probe_hands=len(data.probe), ranks=plan.ranks, device=device, precision=plan.precision,
                    micro_batch=plan.micro_batch, negatives=2 * args.batch_size - 2,
                    steps=plan.steps, start=step, parameters=f"{parameters / 1e6:.1f}M")
     for note in data.notes:
         print(note)
+    if args.probe and not len(data.probe):
+        print("no probe: it needs hands of 40 videos or more")
 
 
 def start_run(settings, data, step, args):
@@ -728,14 +896,15 @@ def to_device(batch, device):
 
 
 def report(step, recent, since, optimizer, plan, args):
-    """A row of the log: the means of VALUES over the recent steps. Here alone the host
-    waits for the device."""
-    values = torch.stack(recent).tolist()
+    """A row of the log: the means of the recent steps' values. Here alone the host waits for the
+    device."""
+    names = list(recent[0])
+    values = torch.stack([torch.stack(list(one.values())) for one in recent]).tolist()
     for k, row in enumerate(values, step - len(values) + 1):
         require(all(map(math.isfinite, row)),
                 f"{args.out}: the loss is not finite at step {k}; the checkpoint stays as it is; "
                 "try a smaller --lr or --precision fp32 in another --out")
-    means = dict(zip(VALUES, map(statistics.fmean, zip(*values))))
+    means = dict(zip(names, map(statistics.fmean, zip(*values))))
     seconds = time.time() - since
     return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
             "lr": optimizer.param_groups[0]["lr"], **means,
@@ -745,12 +914,23 @@ def report(step, recent, since, optimizer, plan, args):
 def show(row, bar, board, out):
     """A row of the log: beside the bar, into the folder's log.jsonl, on TensorBoard's board; where
     one is None, not there."""
-    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s", refresh=False)
+    probe = f", probe {row['probe']:.3f}" if "probe" in row else ""
+    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s{probe}",
+                        refresh=False)
     if out:
         write_log(out, row)
     if board:
         for key, value in row.items():
             board.add_scalar(key, value, row["step"])
+
+
+def draw_curves(path, rows):
+    """One panel for each group of values that the log has."""
+    groups = [("loss", "keypoint_error"), ("lr",), ("positive_similarity", "negative_similarity"),
+              ("mean_pos_weight", "mean_neg_weight"), ("probe",)]
+    logged = {key for row in rows for key in row}
+    groups = [[key for key in group if key in logged] for group in groups]
+    plot_curves(path, rows, [group for group in groups if group])
 
 
 def save(settings, data, step, model, optimizer, writes, args):
@@ -761,41 +941,57 @@ def save(settings, data, step, model, optimizer, writes, args):
     if writes:
         save_checkpoint(args.out, dict(args=settings, data=data.digest, step=step,
                                        model=model.state_dict(),
-                                       optimizer=optimizer.state_dict(),
-                                       random=torch.get_rng_state()))
+                                       optimizer=optimizer.state_dict()))
 
 
 def finish(step, rows, model, plan, device, args):
     """Say how the run ended; write backbone.pt where it is complete."""
-    if args.steps:
-        return report_dry_run(rows[-1], plan, device, args)
     if step < plan.steps:
         print(f"stopped by SIGTERM after step {step} of {plan.steps}; the same command goes on")
         return
     weights = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
     with atomic(Path(args.out) / "backbone.pt") as file:
         torch.save(weights, file)
-    if rows:  # else the log is gone
-        positive, negative = (rows[-1][name] for name in VALUES[1:3])
-        if positive - negative < 0.05:
-            advice = "" if args.weighting == "none" else ", or try --weighting none"
-            print(f"careful: the embeddings have not parted: positives are {positive:.2f} similar, "
-                  f"other pairs {negative:.2f}; train longer{advice}")
+    last = rows[-1] if rows else {}  # empty where the log is gone
+    apart = last.get("positive_similarity", 1) - last.get("negative_similarity", 0)
+    if apart < 0.05:
+        advice = "" if args.weighting == "none" else ", or try --weighting none"
+        print(f"careful: the embeddings have not parted: positives are only {apart:.2f} more "
+              f"similar than other pairs; train longer{advice}")
+    for name in ("probe", "loss", "keypoint_error", "positive_similarity", "negative_similarity",
+                 "views_per_s"):
+        if name in last:
+            print(f"{name}: {last[name]:.4g}")
+    print(f"memory_gb: {peak_memory(device):.2f}")
     print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
           f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
           f"--backbone {args.backbone} --out RUN")
 
 
-def report_dry_run(row, plan, device, args):
-    rate = row["views_per_s"]
-    seconds = 2 * args.batch_size / rate
+def peak_memory(device):
+    """GB that this process held at most: of the GPU, or of the host (loader processes apart)."""
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_reserved()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"dry run: {rate:.0f} views/s, {seconds:.3f} s a step, {memory / 2 ** 30:.2f} GB of "
-          f"{device.type} memory (loader processes apart); the whole run, {plan.steps} steps, "
-          f"would take {plan.steps * seconds / 3600:.2f} hours")
+        return torch.cuda.max_memory_reserved() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def dry_run(net, optimizer, loader, data, plan, device, args):
+    """Take --steps steps, print rate, memory and how long the whole run would take."""
+    half = args.steps // 2
+    for step in progress(range(args.steps), unit="step", disable=plan.rank != 0):
+        if step == half:  # by now the kernels are chosen and the loader runs
+            start = time.time()
+        set_learning_rate(optimizer, step, plan, args.lr)
+        batch = [to_device(next(loader), device) for _ in range(plan.pieces)]
+        values = train_step(net, optimizer, batch, data.pca, plan, args)
+        if step in (half - 1, args.steps - 1):
+            values["loss"].item()  # waits for the device
+    seconds = (time.time() - start) / (args.steps - half)
+    if plan.rank == 0:
+        print(f"dry run: {2 * args.batch_size / seconds:.0f} views/s, {seconds:.3f} s a step, "
+              f"{peak_memory(device):.2f} GB of {device.type} memory (loader processes apart); the "
+              f"whole run, {plan.steps} steps, would take {plan.steps * seconds / 3600:.2f} hours")
+    end_ranks()
 
 
 def open_tensorboard(folder, step):
@@ -812,17 +1008,20 @@ def draw_views(path, data, args, pairs=6, others=250):
     count = min(pairs + others, len(data.pool), args.batch_size)
     chosen = np.random.default_rng(args.seed).choice(len(data.pool), count, replace=False)
     drawn = [make_pair(data, hand, 0, args) for hand in chosen.tolist()]
-    first = torch.from_numpy(np.stack([pair[0].weight_keypoints for pair in drawn]))
-    second = torch.from_numpy(np.stack([pair[1].weight_keypoints for pair in drawn]))
-    weights = weigh(first, second, data.pca, args)[0]
+    weights = None
+    if args.weighting not in ("none", "soft"):
+        first = torch.from_numpy(np.stack([pair[0].weight_keypoints for pair in drawn]))
+        second = torch.from_numpy(np.stack([pair[1].weight_keypoints for pair in drawn]))
+        weights = weigh(first, second, args.weighting, "both", (args.slope_pos, args.slope_neg),
+                        data.pca)["pos_weight"]
     zoom = max(1, 192 // args.input_size)
     tiles = []
     for k in (0, 1):
         for number, pair in enumerate(drawn[:pairs]):
             image = np.kron(pair[k].image, np.ones((zoom, zoom, 1), np.uint8))
-            text = ""
-            if k == 0:
-                text = "no weight" if weights is None else f"weight {weights[number]:.2f}"
+            text = "hand" if k == 0 else "its positive"
+            if k == 0 and weights is not None:
+                text = f"weight {weights[number]:.2f}"
             tiles.append(draw_hand(image, rescale_points(pair[k].keypoints, zoom), text=text))
     save_image(path, sheet(tiles, min(pairs, count)))
 
