@@ -2,23 +2,28 @@
 by many students.
 
 Reads the Sign Language Digits Dataset (github.com/ardamavi/Sign-Language-Digits-Dataset,
-Apache-2.0) in its own layout: Dataset/DIGIT/IMG_NUMBER.JPG. A student is a "video". A
-quarter of the students is held out; the hands of the others pre-train a ResNet-18 from
-nothing, by each method, with three seeds. Then each held-out hand looks for the most
-similar hand of another held-out student, by the cosine of the frozen features: does it show
-the same digit, and how far is its pose? Everything else is equal between the methods. Every
-stage is a command, logged below OUT/logs; a second call goes on where the first stopped.
-Ends with OUT/digits.md (the tables) and OUT/retrieved.jpg (queries and what they found).
+Apache-2.0) in its own layout: Dataset/DIGIT/IMG_NUMBER.JPG. A student is a "video". A quarter of
+the students is held out; the hands of the others pre-train a ResNet-18 from nothing, by each
+method, with each seed. Then each held-out hand looks for the most similar hand of another held-out
+student, by the cosine of the frozen features: does it show the same digit? Everything else is equal
+between the methods.
+
+--pool pre-train on the hands of any other hands folder instead. Then the hands of all students are
+tested, since no run has seen any of them, and their crops are cut as the pool's.
+
+Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends
+with OUT/digits.md (the table) and OUT/retrieved.jpg (queries and what they found).
 
     git clone https://github.com/ardamavi/Sign-Language-Digits-Dataset
     python tests/digits.py Sign-Language-Digits-Dataset --out digits
+    python tests/digits.py Sign-Language-Digits-Dataset --pool data/hands --out digits-pool \
+        --epochs 20 --batch-size 128
 """
 
 import argparse
 import os
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -26,43 +31,80 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
+import experiment  # first: it makes the scripts importable
 import common
-from mine_pairs import as_poses
-from study import CORES, PRECISION, follow_lanes, run
+from experiment import CORES, METHODS, PRECISION, TITLES, WEIGHTING, Column, Command
 
-SEEDS = (0, 1, 2)
 SIDE = 64  # of a view, px
-# Degrees, to either side, by which the held-out hands are turned.
-PROBES = {"upright": 0, "turned": 90}
-COLUMNS = ("1-NN", "5-NN", "pose")
-# The hands fill their photographs: crops of 2.6 would be mirror image for the most part.
-EXTRACT = {"default": ("--margin", 1.3), "paper": ("--margin", 1.3, "--border", "black")}
-MINE = {"default": (), "as-they-lie": ("--no-rotation-free",)}
-PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
-# Name of a method: the hands and the pairs, of those above, and flags of pretrain.py; None:
-# no pre-training.
-METHODS = {"untrained": None,
-           "simclr": ("default", "default", ("--method", "simclr")),
-           "peclr": ("default", "default", ("--method", "peclr")),
-           "simhand-paper": ("paper", "as-they-lie", PAPER),
-           "simhand": ("default", "default", ())}
-TITLES = {"untrained": "untrained", "simclr": "SimCLR", "peclr": "PeCLR",
-          "simhand-paper": "SiMHand to the paper's letter", "simhand": "SiMHand"}
-TRAINING = ("--backbone", "resnet18", "--weights", "none", "--input-size", SIDE, "--epochs", 40,
-            "--batch-size", 64, "--optimizer", "adam", "--lr", 1e-3, "--warmup-epochs", 3,
-            "--precision", PRECISION, "--workers", 0)
+# Degrees, to either side, by which the tested hands are turned.
+TURNS = {"": 0, "turned, ": 90}
+COLUMNS = {"1-NN": Column("1-NN", 3, max),
+           "persons": Column("95 % over persons", 3, max),
+           "5-NN": Column("5-NN", 3, max),
+           "joints": Column("joints by ridge regression, % of the view", 2, min),
+           "turned, 1-NN": Column("turned by up to 90°: 1-NN", 3, max),
+           "turned, 5-NN": Column("5-NN", 3, max)}
+OTHER = {"none": "soft", "soft": "none"}[WEIGHTING]  # the weighting that is not the default
+RUNS = METHODS | {f"simhand-{OTHER}": ("--weighting", OTHER)}
+ROWS = {"untrained": "untrained", "poses": "the keypoints themselves, upright",
+        **{method: TITLES[method] for method in ("keypoints", "simclr", "peclr", "simhand-paper")},
+        f"simhand-{OTHER}": f"SiMHand, --weighting {OTHER}", "simhand": TITLES["simhand"]}
+PAPER_MARGIN = 1.3
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="the data set's folder, which holds Dataset/0 to Dataset/9")
-    parser.add_argument("--out", default="digits", help="folder for everything (default: digits)")
-    return parser.parse_args()
+    experiment.add_flags(parser, "digits", ROWS, 3)
+    parser.add_argument("--pool", nargs="+", metavar="FOLDER", help="a hands folder to pre-train "
+                        "on, instead of students, and the folder of its pairs (default: mined)")
+    parser.add_argument("--margin", type=float, help="of all crops, as of extract_hands.py "
+                        "(default: 1.3, since hands fill the photographs; with --pool the pool's). "
+                        "Of a pool the middle of each crop is cut out")
+    parser.add_argument("--epochs", type=int, default=40, help="of pre-training (default: 40)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs a step (default: 64)")
+    args = parser.parse_args()
+    args.methods = experiment.in_order(args.methods, ROWS)
+    if args.pool:
+        cut = common.logged_settings(args.pool[0]) or {}
+        args.border = cut.get("border", "mirror")
+        args.pool_margin = cut.get("margin", 2.6)
+        args.margin = args.margin or args.pool_margin
+        common.require(len(args.pool) < 3 and args.margin <= args.pool_margin,
+                       f"--pool HANDS [PAIRS]; --margin {args.pool_margin} at most, the pool's")
+    args.margin = args.margin or PAPER_MARGIN
+    return args
+
+
+def main():
+    args = parse_args()
+    out = args.out
+    began = time.time()
+    experiment.start(out, pool=args.pool, margin=args.margin, epochs=args.epochs,
+                     batch_size=args.batch_size)
+    if not (out / "photos").exists():
+        write_photos(find_students(args.dataset), out, 1 if args.pool else 1 / 4)
+    if args.pool and not (out / "hands").exists():
+        cut_middles(args.pool[0], out / "hands", args.margin / args.pool_margin)
+    experiment.run_lanes(out, [preparation(args)], 1)
+    plan = [(method, seed) for seed in range(args.seeds) for method in args.methods
+            if method in RUNS]
+    experiment.run_lanes(out, [pretraining(args, method, seed) for method, seed in plan], CORES)
+    results = {}
+    for method in args.methods:
+        results[ROWS[method]], nearest = measure(args, method)
+    draw_retrieved(out, common.load_hands(folders(args, "simhand")[2]), nearest)  # SiMHand is last
+    runs = [run_folder(args, method, seed) for method, seed in plan]
+    text = report(args, results) + "\n" + experiment.made_by(runs) + "\n"
+    (out / "digits.md").write_text(text)
+    print(f"{text}\n{(time.time() - began) / 60:.0f} minutes in this call; wrote {out}/digits.md, "
+          "retrieved.jpg")
 
 
 def find_students(dataset):
@@ -73,8 +115,7 @@ def find_students(dataset):
     for path in Path(dataset, "Dataset").glob("[0-9]/IMG_*.JPG"):
         number = int(re.search(r"IMG_(\d+)", path.name)[1])
         pictures.append((number, int(path.parent.name), path))
-    if not pictures:
-        sys.exit(f"digits.py: {dataset}: expected pictures Dataset/DIGIT/IMG_NUMBER.JPG")
+    common.require(pictures, f"{dataset}: expected pictures Dataset/DIGIT/IMG_NUMBER.JPG")
     students = []
     before = 10
     for _, digit, path in sorted(pictures):
@@ -84,173 +125,240 @@ def find_students(dataset):
         before = digit
     return students
 
-
-def write_photos(pictures, folder):
-    """The pictures of one student as FOLDER/DIGIT.jpg, enlarged and with black around them,
-    as in letterboxed video, so that MediaPipe finds the hands, which fill their
-    pictures."""
-    folder.mkdir(parents=True)
-    for digit, path in pictures:
-        image = cv2.imread(str(path))
-        if image is None:
-            sys.exit(f"digits.py: {path}: not a picture that OpenCV reads")
-        image = cv2.resize(image, (384, 384), interpolation=cv2.INTER_CUBIC)
-        image = cv2.copyMakeBorder(image, 96, 96, 96, 96, cv2.BORDER_CONSTANT)
-        cv2.imwrite(str(folder / f"{digit}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-
-
-def main():
-    args = parse_args()
-    out = Path(args.out).absolute()
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    if not (out / "photos").exists():
-        split_students(find_students(args.dataset), out)
-    for name, done, command in preparation(out):
-        run(out, name, done, command, CORES)
-    plan = [(method, seed) for seed in SEEDS for method in METHODS]
-    follow_lanes(out, [lane(out, method, seed) for method, seed in plan], CORES, 1)
-    results = {}
-    for method, seed in plan:
-        nearest, metrics = probe(out, method, seed)
-        results.setdefault(method, []).append(metrics)
-        if method == "simhand" and seed == SEEDS[0]:
-            draw_retrieved(out, nearest)
-    text = table(out, results)
-    (out / "digits.md").write_text(text)
-    minutes = (time.time() - start) / 60
-    print(f"{text}\n{minutes:.0f} minutes in this call; wrote {out}/digits.md, retrieved.jpg")
-
-
-def split_students(students, out):
-    """Write the photos: OUT/photos/pool for pre-training, OUT/photos/held-out of a quarter
-    of the students."""
+def write_photos(students, out, share):
+    """The pictures of each student as OUT/photos/PART/STUDENT/DIGIT.jpg; the part is "tested" for a
+    share of the students, else "pool"."""
     order = np.random.default_rng(0).permutation(len(students))
-    held_out = order[:len(students) // 4]
+    tested = order[:int(share * len(students))]
     temporary = out / ".photos.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     for number, pictures in enumerate(students):
-        part = "held-out" if number in held_out else "pool"
-        write_photos(pictures, temporary / part / f"student{number:03d}")
+        part = "tested" if number in tested else "pool"
+        folder = temporary / part / f"student{number:03d}"
+        folder.mkdir(parents=True)
+        for digit, path in pictures:
+            cv2.imwrite(str(folder / f"{digit}.jpg"), enlarge(path),
+                        [cv2.IMWRITE_JPEG_QUALITY, 95])
     temporary.rename(out / "photos")
 
 
-def preparation(out):
-    """-> name, last file, command of the stages before pre-training."""
-    for hands, flags in EXTRACT.items():
-        for part, folder in (("pool", f"hands-{hands}"), ("held-out", f"held-out-{hands}")):
-            yield f"extract-{folder}", out / folder / "hands.jpg", (
-                "extract_hands.py", out / "photos" / part, "--out", out / folder, "--size", 128,
-                *flags)
-    for hands, pairs in {METHODS[method][:2] for method in METHODS if METHODS[method]}:
-        folder = out / f"pairs-{hands}-{pairs}"
-        yield f"mine-{hands}-{pairs}", folder / "pairs.jpg", (
-            "mine_pairs.py", out / f"hands-{hands}", "--out", folder, *MINE[pairs])
+def enlarge(path):
+    """A photograph with black around it, as in letterboxed video: the hands fill their pictures,
+    and MediaPipe would not find them. -> BGR"""
+    image = cv2.imread(str(path))
+    common.require(image is not None, f"{path}: not a picture that OpenCV reads")
+    image = cv2.resize(image, (384, 384), interpolation=cv2.INTER_CUBIC)
+    return cv2.copyMakeBorder(image, 96, 96, 96, 96, cv2.BORDER_CONSTANT)
 
 
-def lane(out, method, seed):
-    """-> name, last file, command of the pre-training of one method with one seed; nothing
-    for no pre-training."""
-    if METHODS[method]:
-        hands, pairs, flags = METHODS[method]
-        folder = out / "pretrained" / f"{method}-seed{seed}"
-        yield f"pretrain-{method}-seed{seed}", folder / "backbone.pt", (
-            "pretrain.py", out / f"hands-{hands}", "--pairs", out / f"pairs-{hands}-{pairs}",
-            *flags, *TRAINING, "--seed", seed, "--out", folder)
+def cut_middles(pool, folder, share):
+    """A copy of a hands folder whose crops show but the middle `share` of each crop's side: what
+    extraction with a smaller --margin would have cut."""
+    hands = common.load_hands(pool)
+    side = round(share * hands.side)
+    first = (hands.side - side) // 2
+    crops = []
+    for row in range(len(hands.keypoints)):
+        crop = common.read_crop(hands, row)[first:first + side, first:first + side, ::-1]
+        crops.append(cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, 95])[1])
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    np.save(temporary / "crops.npy", np.concatenate(crops))
+    np.save(temporary / "offsets.npy", np.cumsum([0, *map(len, crops)]))
+    np.save(temporary / "keypoints.npy", hands.keypoints - np.float32(first))
+    np.save(temporary / "hands.npy", hands.rows)
+    shutil.copy(hands.folder / "videos.txt", temporary)
+    temporary.rename(folder)
 
 
-def probe(out, method, seed):
-    """Metrics of one method with one seed -> rows that each held-out hand found (N, 5), and
-    {column: value}."""
-    hands_name, _, flags = METHODS[method] or METHODS["simhand"]
-    border = "black" if "black" in flags else "mirror"
-    hands = common.load_hands(out / f"held-out-{hands_name}")
-    digits = digits_of(out, hands)
+# ----------------------------------------------------------------------------------- the commands
+
+def folders(args, method):
+    """-> the hands that a method is pre-trained on, their pairs, the hands that are tested."""
+    paper = "-paper" if method == "simhand-paper" else ""
+    if not args.pool:
+        return tuple(args.out / f"{name}{paper}" for name in ("hands", "pairs", "tested"))
+    pool, *given = map(Path, args.pool)
+    hands = pool if args.margin == args.pool_margin else args.out / "hands"
+    pairs = given[0] if given and not paper else args.out / f"pairs{paper}"
+    return hands, pairs, args.out / "tested"  # a pool cannot be cut anew: its crops serve both
+
+
+def preparation(args):
+    """The commands before pre-training."""
+    photos = args.out / "photos"
+    for method in ("simhand", "simhand-paper"):
+        if method not in args.methods:
+            continue
+        paper = ("--paper",) if method == "simhand-paper" else ()
+        hands, pairs, tested = folders(args, method)
+        flags = ("--size", 128, *(paper or ("--margin", args.margin)))
+        if args.pool:
+            flags = ("--size", common.load_hands(hands).side, "--margin", args.margin, "--border",
+                     args.border)
+        else:
+            yield Command(f"extract-{hands.name}", hands / "hands.jpg", (
+                "extract_hands.py", photos / "pool", "--out", hands, *flags))
+        yield Command(f"extract-{tested.name}", tested / "hands.jpg", (
+            "extract_hands.py", photos / "tested", "--out", tested, *flags))
+        if pairs.parent == args.out:
+            yield Command(f"mine-{pairs.name}", pairs / "pairs.jpg", (
+                "mine_pairs.py", hands, "--out", pairs, *paper))
+
+
+def run_folder(args, method, seed):
+    return args.out / "pretrained" / f"{method}-seed{seed}"
+
+
+def pretraining(args, method, seed):
+    """The command that pre-trains by one method with one seed."""
+    hands, pairs, _ = folders(args, method)
+    folder = run_folder(args, method, seed)
+    flags = RUNS[method]
+    if method == "simhand-paper":  # 15/224 of a crop of the paper's margin
+        flags += ("--crop-move", round(15 / 224 * PAPER_MARGIN / args.margin, 4))
+    yield Command(f"pretrain-{method}-seed{seed}", folder / "backbone.pt", (
+        "pretrain.py", hands, "--pairs", pairs, *flags, "--backbone", "resnet18", "--weights",
+        "none", "--input-size", SIDE, "--epochs", args.epochs, "--warmup-epochs",
+        round(0.075 * args.epochs), "--batch-size", args.batch_size, "--optimizer", "adam", "--lr",
+        1e-3, "--probe", 0, "--precision", PRECISION, "--workers", 0, "--seed", seed, "--out",
+        folder))
+
+
+# ------------------------------------------------------------------------------------ the measures
+
+def measure(args, method):
+    """-> {column: a value for each seed, or a text}, and the rows that each hand found upright with
+    the first seed (N, 5)."""
+    hands = common.load_hands(folders(args, method)[2])
+    persons = hands.rows["video"]
+    digits = digits_of(args.out, hands)
+    if method == "poses":
+        poses = common.upright(hands.keypoints).reshape(-1, 42)
+        found = find(-np.linalg.norm(poses[:, None] - poses, axis=2), persons)
+        hits = score(found, digits)
+        row = {name: f"{values.mean():.3f}" for name, values in hits.items()}
+        return row | {"persons": interval(hits["1-NN"], persons)}, found
+    seeds = [measure_seed(args, method, seed, hands, digits) for seed in range(args.seeds)]
+    row = {}
+    for name in seeds[0][1]:
+        row[name] = [float(hits[name].mean()) for _, hits in seeds]
+    right = np.mean([hits["1-NN"] for _, hits in seeds], axis=0)
+    return row | {"persons": interval(right, persons)}, seeds[0][0]
+
+
+def measure_seed(args, method, seed, hands, digits):
+    """-> rows that each hand found upright (N, 5), and {column: a number of each hand (N,)}."""
+    persons = hands.rows["video"]
     torch.manual_seed(seed)  # of the untrained network
     weights = "none"
-    if METHODS[method]:
-        weights = out / "pretrained" / f"{method}-seed{seed}" / "backbone.pt"
+    if method in RUNS:
+        weights = run_folder(args, method, seed) / "backbone.pt"
     backbone = common.load_backbone("resnet18", weights)
-    result = {}
-    for kind, rotation in PROBES.items():
-        features = embed(backbone, hands, border, rotation)
-        nearest, metrics = retrieve(features, hands, digits)
-        result |= {f"{kind} {name}": value for name, value in metrics.items()}
-    return nearest, result
+    border = "black" if method == "simhand-paper" else "mirror"
+    hits = {}
+    for kind, rotation in TURNS.items():
+        features, points = embed(backbone, hands, border, rotation)
+        found = find(features @ features.T, persons)
+        hits |= {kind + name: values for name, values in score(found, digits).items()}
+        if not kind:
+            nearest = found
+            hits["joints"] = 100 * joint_errors(features, points / SIDE, persons)
+    return nearest, hits
 
 
 def digits_of(out, hands):
     """-> the digit that each hand of a hands folder shows (N,): the name of its picture."""
     digits = []
     for row in hands.rows:
-        names = sorted(os.listdir(out / "photos" / "held-out" / hands.videos[row["video"]]))
+        names = sorted(os.listdir(out / "photos" / "tested" / hands.videos[row["video"]]))
         digits.append(int(names[row["frame"]][0]))
     return np.array(digits)
 
 
-def table(out, results):
-    """{method: metrics of each seed} -> Markdown."""
-    pool = common.load_hands(out / "hands-default")
-    held_out = common.load_hands(out / "held-out-default")
-    lines = [f"{len(pool.keypoints)} hands of {len(pool.videos)} students for pre-training; "
-             f"{len(held_out.keypoints)} hands of {len(held_out.videos)} other students look for "
-             "their like among each other. Share that finds the same digit, by the nearest and by "
-             "the vote of five; how far the nearest one's pose is, in hand sizes. Mean and "
-             f"standard deviation of {len(SEEDS)} seeds.", ""]
-    titles = [f"{kind}, {name}" for kind in PROBES for name in COLUMNS]
-    lines.append("| pre-training | " + " | ".join(titles) + " |")
-    lines.append("|---" * (1 + len(titles)) + "|")
-    for method, runs in results.items():
-        cells = []
-        for kind in PROBES:
-            for name in COLUMNS:
-                values = np.array([metrics[f"{kind} {name}"] for metrics in runs])
-                cells.append(f"{values.mean():.3f} ± {values.std(ddof=1):.3f}")
-        lines.append(f"| {TITLES[method]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def embed(backbone, hands, border, rotation):
+    """Frozen features of all hands of a folder, each in one view like those of the middle of
+    pre-training, turned by up to `rotation` degrees, colours as they are -> (N, 512), of length 1,
+    and the keypoints in the views (N, 21, 2). All methods see the same views."""
+    images = []
+    points = []
+    for row, keypoints in enumerate(hands.keypoints):
+        view = common.sample_view(np.random.default_rng(row), keypoints, hands.side, SIDE,
+                                  rotation=rotation, move=0, half_side=(1.2, 1.2), colour=False)
+        image, seen = common.apply_view(view, common.read_crop(hands, row), keypoints, SIDE, border)
+        images.append(image)
+        points.append(seen)
+    backbone.eval()
+    with torch.no_grad():
+        features = [backbone(common.normalise(some))
+                    for some in torch.from_numpy(np.stack(images)).split(64)]
+    return F.normalize(torch.cat(features), dim=1).numpy(), np.stack(points)
 
 
-def draw_retrieved(out, nearest):
+def find(similarity, persons):
+    """similarity (N, N) -> the rows of each hand's five most similar hands of other persons."""
+    similarity = np.where(persons[:, None] == persons, -np.inf, similarity)
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :5]
+
+
+def score(nearest, digits):
+    """Of each hand whether the nearest one shows its digit, and whether the vote of five does."""
+    vote = 1 + 0.5 ** np.arange(1, 6)  # of equal numbers of votes those with the nearest hand win
+    votes = np.stack([((digits[nearest] == digit) * vote).sum(1) for digit in range(10)], 1)
+    return {"1-NN": digits[nearest[:, 0]] == digits, "5-NN": votes.argmax(1) == digits}
+
+
+def joint_errors(features, points, persons):
+    """Mean distance of the joints (N,), in sides of the view, between the detector's keypoints and
+    what ridge regression, fitted on other persons (five folds), makes of the frozen features."""
+    model = make_pipeline(StandardScaler(), RidgeCV(10.0 ** np.arange(-2, 6)))
+    folds = GroupKFold(min(5, len(np.unique(persons))))
+    predicted = cross_val_predict(model, features, points.reshape(len(points), 42), groups=persons,
+                                  cv=folds)
+    return np.linalg.norm(predicted.reshape(points.shape) - points, axis=2).mean(1)
+
+
+def interval(values, persons, resamples=2000):
+    """Where 95 % of the means of `values` (N,) lie when persons, each with all its hands, are
+    drawn again with replacement, as a text."""
+    _, person = np.unique(persons, return_inverse=True)
+    count = person.max() + 1
+    drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, resamples)
+    means = drawn @ np.bincount(person, values) / (drawn @ np.bincount(person))
+    return " to ".join(f"{end:.3f}" for end in np.percentile(means, (2.5, 97.5)))
+
+
+def report(args, results):
+    """{row of the table: its values} -> Markdown."""
+    pool, _, tested = folders(args, "simhand")
+    hands = common.load_hands(pool)
+    tested = common.load_hands(tested)
+    who = "all, since no run has seen any of them" if args.pool else "no run has seen them"
+    baseline = TITLES["simhand"]
+    return "\n".join([
+        f"{len(hands.keypoints)} hands of {len(hands.videos)} "
+        f"{'videos' if args.pool else 'students'} to pre-train on, {args.epochs} epochs; "
+        f"{len(tested.keypoints)} hands of {len(tested.videos)} students look for their like among "
+        f"each other ({who}). Share that finds the same digit, by the nearest hand of another "
+        "student and by the vote of five.", "",
+        experiment.table(results, COLUMNS, baseline),
+        "± standard deviation over n seeds of pre-training; p: Welch's two-sided test over these "
+        f"seeds, against {baseline}. The interval is over persons: 2,000 bootstrap resamples of "
+        "the students, each with all its hands, of the mean over the seeds.", "",
+        experiment.findings(results, "1-NN", COLUMNS["1-NN"], baseline), ""])
+
+
+def draw_retrieved(out, hands, nearest):
     """OUT/retrieved.jpg: a hand of each digit, and the five that it found."""
-    hands = common.load_hands(out / "held-out-default")
     digits = digits_of(out, hands)
     tiles = []
-    for digit in range(10):
+    for digit in np.unique(digits):
         row = int(np.flatnonzero(digits == digit)[0])
         tiles.append(common.draw_crop(hands, row, 128, f"digit {digit}"))
         tiles += [common.draw_crop(hands, other, 128, str(digits[other])) for other in nearest[row]]
     common.save_image(out / "retrieved.jpg", common.sheet(tiles, 12))
 
 
-def embed(backbone, hands, border, rotation):
-    """Frozen features of all hands of a folder, each in one view like those of
-    pre-training, turned by up to `rotation` degrees, colours as they are -> (N, 512), of
-    length 1. All methods see the same views."""
-    views = []
-    for row, points in enumerate(hands.keypoints):
-        view = common.sample_view(np.random.default_rng(row), points, hands.side, SIDE,
-                                  rotation=rotation, move=0, half_side=(1.2, 1.2), colour=False)
-        views.append(common.apply_view(view, common.read_crop(hands, row), points, SIDE, border)[0])
-    views = torch.from_numpy(np.stack(views))
-    backbone.eval()
-    with torch.no_grad():
-        features = [backbone(common.normalise(some)) for some in views.split(64)]
-    return F.normalize(torch.cat(features), dim=1)
-
-
-def retrieve(features, hands, digits):
-    """Each hand's nearest hands of other students -> their rows (N, 5), and the metrics."""
-    video = torch.from_numpy(hands.rows["video"].astype(np.int64))
-    similarity = features @ features.T
-    similarity[video[:, None] == video] = -2
-    nearest = similarity.topk(5, dim=1).indices.numpy()
-    vote = 1 + 0.5 ** np.arange(1, 6)  # of equal numbers of votes those with the nearest hand win
-    votes = np.stack([((digits[nearest] == digit) * vote).sum(1) for digit in range(10)], 1)
-    poses = as_poses(hands.keypoints, hands.side, True).reshape(-1, 21, 2)
-    apart = np.linalg.norm(poses[nearest[:, 0]] - poses, axis=2).mean()
-    return nearest, {"1-NN": float(np.mean(digits[nearest[:, 0]] == digits)),
-                     "5-NN": float(np.mean(votes.argmax(1) == digits)), "pose": float(apart)}
-
-
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

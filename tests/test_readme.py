@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import digits
 import study
 from conftest import ENVIRONMENT, ROOT
 
@@ -127,22 +126,6 @@ def test_the_letter_of_the_paper_has_its_values(monkeypatch):
     assert pretrain.crop_margin == [0.9, 1.5] and pretrain.rotation == 45
     assert (pretrain.batch_size, pretrain.epochs, pretrain.lr) == (8192, 100, 3.2e-3)
     assert (pretrain.temperature, pretrain.optimizer) == (0.5, "lars-adam")
-
-
-def test_the_photographs_methods_differ_in_the_method_alone(tmp_path, monkeypatch):
-    for _, _, command in digits.preparation(tmp_path):
-        parse(command, monkeypatch)
-    runs = {}
-    for method in digits.METHODS:
-        for _, done, command in digits.lane(tmp_path, method, 1):
-            args = vars(parse(command, monkeypatch))
-            assert args.pop("out") == str(done.parent) and args["seed"] == 1
-            runs[method] = args
-    assert set(runs) == set(digits.METHODS) - {"untrained"}
-    compared = {"hands", "pairs", "method", "weighting", "equivariance", "rotation",
-                "crop_margin", "border", "crop_move", "top_k"}
-    for method, args in runs.items():
-        assert {key for key in args if args[key] != runs["simhand"][key]} <= compared, method
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
