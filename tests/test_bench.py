@@ -1,47 +1,41 @@
-"""The benchmark's file: a stage's rows are replaced, those of the others kept."""
-
-import datetime
-
-import numpy as np
+"""The benchmarks: what they write, and that they run."""
 
 import bench
 
 
-def write(path, stage, rows, day):
-    lines = [bench.as_line(stage, row) for row in rows]
-    bench.write_results(path, stage, lines, f"python tests/bench.py {stage}",
-                        f"2 cores of an invented processor {day}", datetime.date(2000, 1, day))
-
-
-def test_a_stage_replaces_its_own_rows_alone(tmp_path):
+def test_a_stage_replaces_its_own_block_alone(tmp_path):
     path = tmp_path / "bench.md"
-    write(path, "step", [bench.Row("a step", "1 s"), bench.Row("mine", "2 s")], 1)
-    write(path, "mine", [bench.Row("few", "3 s", "6 s", "2.0", "a tree"),
-                         bench.Row("many", "4 s")], 2)
-    kept = path.read_text().splitlines()
-    write(path, "mine", [bench.Row("few", "5 s", "6 s", "1.2", "a tree")], 3)
+    bench.run_stage(path, "step", [bench.Row("a step", "1 s"), bench.Row("another", "2 s")])
+    bench.run_stage(path, "mine", [bench.Row("few", "3 s", "6 s", "2.0", "a tree")])
+    kept = bench.read_blocks(path)["step"]
+    bench.run_stage(path, "mine", [bench.Row("few", "5.5 s, 1 GB", "6 s", "1.1", "a tree")])
 
-    lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ")
-    assert "`python tests/bench.py mine` on 2000-01-03, on 2 cores of an invented processor 3" \
-        in lines[2]
-    table = lines[lines.index(bench.HEADER[0]):]
-    steps = [line for line in kept if line.startswith("| step |")]
-    assert len(steps) == 2
-    assert table == [*bench.HEADER, "| mine | few | 5 s | 6 s | 1.2 | a tree |", *steps, "",
-                     "- mine: 2000-01-03, 2 cores of an invented processor 3",
-                     "- step: 2000-01-01, 2 cores of an invented processor 1"]
+    assert path.read_text().startswith("# Speed and memory\n\n## step\n\n")
+    blocks = bench.read_blocks(path)
+    assert list(blocks) == ["step", "mine"] and blocks["step"] == kept
+    facts, _, *table = blocks["mine"].splitlines()
+    assert f"{bench.CORES} cores; python" in facts and "machine" in facts
+    assert table == ["| what | ours | reference | ratio | the reference is |",
+                     "|---|---|---|---|---|", "| few | 5.5 s, 1 GB | 6 s | 1.1 | a tree |"]
+    assert bench.measured(path, "mine", "few") == [5.5, 1]
     assert [file.name for file in tmp_path.iterdir()] == ["bench.md"]
 
 
-def test_the_reference_of_mining_finds_the_nearest_of_other_videos(tmp_path):
-    """Against all distances. Of 40 hands a video, more than 32 must be asked for."""
-    points = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32)
-    video = np.arange(400) // 40
-    points[video == 3] *= 1e-3  # all of a video nearer to each other than to any other
-    np.save(tmp_path / "embeddings.npy", points)
-    tree = bench.plant_tree(tmp_path / "embeddings.npy")
-    every = np.linalg.norm(points[:, None].astype(float) - points, axis=2)
-    every[video[:, None] == video] = np.inf
-    rows = np.array([130, 5, 399, 121])
-    assert np.allclose(bench.ask_tree(tree, video, rows), every.min(1)[rows], rtol=1e-9)
+def test_what_data_sets_take_follows_from_the_measured_rows(tmp_path):
+    """Sums by hand: 10 hours are 36,000 frames, 18 times fewer hands than half a million."""
+    path = tmp_path / "bench.md"
+    bench.run_stage(path, "extract", [bench.Row("1080p, 1 worker", "10.0 frames/s"),
+                                      bench.Row("merge 3 videos", "100 s, 1.00 GB")])
+    bench.run_stage(path, "mine", [bench.Row("1000000 hands", "100 s, 1.00 GB"),
+                                   bench.Row("2000000 hands", "200 s, 2.00 GB")])
+    bench.run_stage(path, "loader", [bench.Row("views of 128 px", "2000 views/s")])
+    bench.run_stage(path, "step", [bench.Row("32 pairs, 32 at a time", "100 views/s, 1.00 GB")])
+    rows = {row[0]: row[1:] for row in bench.estimate(path)}
+    extracted = next(row for name, row in rows.items() if name.startswith("extract"))
+    assert extracted[:3] == ["1", "100", "400"]  # 36,000 frames at 10 a second
+    assert float(extracted[3]) == round(387.7 * 2.24 / 2.07)
+    mined = next(row for name, row in rows.items() if name.startswith("mine, hours"))
+    assert mined[1] == "0.1"  # 3.6M hands, 360 s
+    views = next(row for name, row in rows.items() if name.startswith("views for ResNet-50"))
+    assert views[0] == "1"  # 7.2M views at 2,000 a second
+    assert all(len(row) == len(bench.PLANS) + 1 for row in rows.values())
