@@ -2,178 +2,146 @@
 minutes.
 
 Makes its own data (synthetic.py, the small world), then runs the five scripts as a user would, each
-command printed before it runs. SiMHand and PeCLR are pre-trained on the same hands, cut out of the
-same videos, none of them labelled; labelled pictures of other persons then show what each learnt,
-beside a network that was not pre-trained. A second call goes on where the first one stopped.
-Another --seed makes other persons, poses and pictures, and trains anew, in a folder of its own.
+command printed before it runs. Every method is pre-trained on the same hands, cut out of the same
+videos, none of them labelled; labelled pictures of other persons then show what each learnt, beside
+a network that was not pre-trained. Each row is three runs with a seed each. A second call goes on
+where the first one stopped. Another --world makes other persons, poses and pictures, in a folder of
+its own.
 
     python tests/demo.py
-    python tests/demo.py --seed 1
+    python tests/demo.py --world 1
     python tests/demo.py --out /tmp/demo
 """
 
 import argparse
-import concurrent.futures
-import contextlib
-import itertools
-import json
-import os
-import shlex
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+import experiment  # first: it makes the scripts importable
+import common
+from experiment import CORES, METHODS, PRECISION, TITLES, Column, Command
 
-from study import CORES, PRECISION
-
-PERSONS = 64  # in the videos, one in each
-LABELLED = 160  # hands, each shown before four backgrounds
-METHODS = {"none": "no pre-training", "peclr": "PeCLR", "simhand": "SiMHand"}
-PRETRAINING = {"peclr": ("--method", "peclr"), "simhand": ()}
-TITLES = {"frozen": "Frozen: the network stays as pre-training left it, and each test picture "
-                    "takes the pose of the labelled picture that looks most alike to the network.",
-          "finetuned": "Fine-tuned: the network goes on to learn, from the labelled pictures."}
-PICTURES = ("hands/hands.jpg", "hands/pairs.jpg", "hands/distances.png", "simhand/views.jpg",
-            "simhand/curves.png", "finetuned-simhand/overlay.jpg", "finetuned/pck.png",
-            "finetuned/joints.png")
+ROWS = ("none", "peclr", "keypoints", "simhand-paper", "simhand")
+KINDS = {"frozen": "Frozen: the network stays as pre-training left it, and each test picture "
+                   "takes the pose of the labelled picture that looks most alike to the network.",
+         "finetuned": "Fine-tuned: the network goes on to learn, from the labelled pictures."}
+COLUMNS = {"mpjpe": Column("error, mm", 1, min),
+           "pa_mpjpe": Column("after Procrustes, mm", 1, min)}
+PICTURES = ("hands/hands.jpg", "hands/pairs.jpg", "hands/distances.png",
+            "pretrained/simhand-seed0/views.jpg", "pretrained/simhand-seed0/curves.png",
+            "finetuned/simhand-seed0/overlay.jpg", "tables/finetuned/pck.png")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="folder for data and runs (default: demo, or demo/seedN with "
-                        "--seed N)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of rendering, pre-training and fine-tuning (default: 0)")
+    experiment.add_flags(parser, "demo", ROWS, 3)
+    flag = parser.add_argument
+    flag("--world", type=int, default=0, help="seed of the rendering (default: 0)")
+    flag("--persons", type=int, default=64, help="in the videos, one in each (default: 64)")
+    flag("--seconds", type=int, default=8, help="of each video (default: 8)")
+    flag("--labelled", type=int, default=160,
+         help="labelled hands, each shown before four backgrounds (default: 160)")
+    flag("--tested", type=int, default=240, help="test pictures (default: 240)")
+    flag("--input-size", type=int, default=48, help="side of the network's input (default: 48)")
+    flag("--epochs", type=int, default=4, help="of pre-training (default: 4)")
+    flag("--batch-size", type=int, default=64, help="of pre-training (default: 64)")
+    flag("--tuning-epochs", type=int, default=6, help="of fine-tuning (default: 6)")
     args = parser.parse_args()
-    args.out = Path(args.out or (f"demo/seed{args.seed}" if args.seed else "demo"))
+    args.methods = experiment.in_order(args.methods, ROWS)
+    if args.world and args.out == parser.get_default("out"):
+        args.out = args.out / f"world{args.world}"
     return args
 
 
 def main():
     args = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    times = {}
-    for stage, group in itertools.groupby(commands(args.out, args.seed), lambda row: row[0]):
-        began = time.time()
-        group = [command for _, *command in group]
-        if stage == "pre-train":
-            run_side_by_side(args.out / "logs", group)
-        else:
-            for command in group:
-                run(command)
-        times[stage] = time.time() - began
-    print("\nseconds: " + "  ".join(f"{stage} {seconds:.0f}" for stage, seconds in times.items())
-          + f"  together {time.time() - start:.0f}")
-    print("pictures: " + "  ".join(str(args.out / name) for name in PICTURES))
-    text = report(args.out)
-    (args.out / "demo.md").write_text(text)
-    print(f"\n{text}")
+    out = args.out
+    began = time.time()
+    given = vars(args).items()
+    experiment.start(out, **{name: value for name, value in given
+                             if name not in ("out", "methods", "seeds")})
+    plan = [(method, seed) for seed in range(args.seeds) for method in args.methods]
+    experiment.run_lanes(out, [preparation(args)], 1)
+    experiment.run_lanes(out, [lane(args, method, seed) for method, seed in plan], CORES)
+    experiment.run_lanes(out, [evaluation(args)], 1)
+    text = report(args)
+    (out / "demo.md").write_text(text)
+    print(f"\n{(time.time() - began) / 60:.1f} minutes in this call; to look at:",
+          *(f"  {out / name}" for name in PICTURES), f"\n{text}", sep="\n")
 
 
-def commands(out, seed):
-    """-> stage, script and arguments of each command, in the order in which they run."""
-    world = ("--world", "small", "--seed", seed)
-    network = ("--backbone", "resnet18", "--input-size", 64, "--seed", seed, "--workers", 0,
-               "--precision", PRECISION)
-    labels = ("--dataset", "freihand", "--root", out / "freihand", "--border", "mirror", *network)
-    starts = {"none": "none"}
-    yield ("render", "tests/synthetic.py", "videos", out / "videos", *world, "--videos", PERSONS,
-           "--seconds", 8, "--fps", 3, "--workers", CORES)
-    yield ("render", "tests/synthetic.py", "freihand", out / "freihand", *world,
-           "--train", LABELLED, "--evaluation", 240)
-    yield ("extract", "extract_hands.py", out / "videos", "--out", out / "hands", "--fps", 3,
-           "--size", 128)
-    yield "mine", "mine_pairs.py", out / "hands"
-    for method, flags in PRETRAINING.items():
-        yield ("pre-train", "pretrain.py", out / "hands", "--out", out / method, *flags,
-               "--weights", "none", "--batch-size", 64, "--epochs", 12, "--optimizer", "adam",
-               "--lr", 1e-3, *network)
-        starts[method] = out / method / "backbone.pt"
-    for method in METHODS:
-        yield ("probe", "finetune.py", *labels, "--weights", starts[method],
-               "--out", out / f"frozen-{method}", "--head", "knn")
-    for method in METHODS:
-        yield ("fine-tune", "finetune.py", *labels, "--weights", starts[method],
-               "--out", out / f"finetuned-{method}", "--head", "linear", "--batch-size", 32,
-               "--epochs", 8, "--rotation", 15, "--no-colour")
-    for kind in TITLES:
-        runs = [out / f"{kind}-{method}" for method in METHODS]
-        yield "evaluate", "evaluate.py", *runs, "--out", out / kind
+def preparation(args):
+    """The commands before pre-training: data, hands, pairs."""
+    out = args.out
+    world = ("--world", "small", "--seed", args.world)
+    yield Command("videos", None, (
+        "tests/synthetic.py", "videos", out / "videos", *world, "--videos", args.persons,
+        "--seconds", args.seconds, "--fps", 3, "--workers", CORES))
+    yield Command("labels", out / "freihand_eval" / "evaluation_xyz.json", (
+        "tests/synthetic.py", "freihand", out / "freihand", *world, "--train", args.labelled,
+        "--evaluation", args.tested))
+    for suffix, paper in (("", ()), ("-paper", ("--paper",))):
+        if paper and "simhand-paper" not in args.methods:
+            continue
+        hands = out / f"hands{suffix}"
+        yield Command(f"extract{suffix}", hands / "hands.jpg", (
+            "extract_hands.py", out / "videos", "--out", hands, "--fps", 3, "--size", 128, *paper))
+        yield Command(f"mine{suffix}", hands / "pairs.jpg", ("mine_pairs.py", hands, *paper))
 
 
-def run_side_by_side(logs, commands):
-    """All at once, since a network as small as this one is hardly faster on two cores than on one;
-    what each prints goes to a file of its own."""
-    logs.mkdir(exist_ok=True)
-    threads = max(1, CORES // len(commands))
-    with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
-        running = []
-        for command in commands:
-            log = logs / f"{command[command.index('--out') + 1].name}.log"
-            running.append(pool.submit(run, command, log, threads))
-        for one in running:
-            one.result()
+def lane(args, method, seed):
+    """The commands of one run of one method: pre-training, the frozen network, fine-tuning."""
+    out = args.out
+    name = f"{method}-seed{seed}"
+    network = ("--backbone", "resnet18", "--input-size", args.input_size, "--seed", seed,
+               "--workers", 0, "--precision", PRECISION)
+    weights = "none"
+    if method != "none":
+        weights = out / "pretrained" / name / "backbone.pt"
+        hands = out / ("hands-paper" if method == "simhand-paper" else "hands")
+        yield Command(f"pretrain-{name}", weights, (
+            "pretrain.py", hands, "--out", weights.parent, *METHODS[method], "--weights", "none",
+            "--batch-size", args.batch_size, "--epochs", args.epochs, "--optimizer", "adam",
+            "--lr", 1e-3, *network))
+    labels = ("finetune.py", "--dataset", "freihand", "--root", out / "freihand", "--border",
+              "mirror", "--weights", weights, *network)
+    yield Command(f"frozen-{name}", out / "frozen" / name / "pred_xyz.npy", (
+        *labels, "--out", out / "frozen" / name, "--head", "knn"))
+    yield Command(f"finetuned-{name}", out / "finetuned" / name / "pred_xyz.npy", (
+        *labels, "--out", out / "finetuned" / name, "--head", "linear", "--batch-size", 32,
+        "--epochs", args.tuning_epochs, "--rotation", 15, "--no-colour"))
 
 
-def run(command, log=None, threads=None):
-    """Run a script as a user would; where it fails, the demo ends."""
-    script, *arguments = map(str, command)
-    shown = "$ " + shlex.join(["python", script, *arguments])
-    environment = dict(os.environ)
-    if threads:
-        shown += f" > {log}"
-        environment["OMP_NUM_THREADS"] = str(threads)
-    print(f"\n\033[1m{shown}\033[0m" if sys.stdout.isatty() else f"\n{shown}", flush=True)
-    with open(log, "w") if log else contextlib.nullcontext() as output:
-        status = subprocess.run([sys.executable, str(ROOT / script), *arguments], stdout=output,
-                                stderr=output and subprocess.STDOUT, env=environment).returncode
-    if status:
-        where = f", see {log}" if log else ""
-        sys.exit(f"demo.py: {script} ended with status {status}{where}; "
-                 "the same command goes on where this stopped")
+def folders(args, kind, method):
+    return [args.out / kind / f"{method}-seed{seed}" for seed in range(args.seeds)]
 
 
-def report(out):
-    """-> the two tables, each with what it says in plain words, as Markdown."""
-    rows = map(json.loads, (out / "simhand" / "log.jsonl").read_text().splitlines())
-    hands = next(row["hands"] for row in rows if "hands" in row)
-    parts = [f"Pre-trained on {hands} hands of {PERSONS} persons, without labels. Then {LABELLED} "
-             "labelled hands, and pictures of other persons to test on. Error: how far the 21 "
-             "joints are from the truth on average, in mm, the wrists laid on each other."]
-    for kind, title in TITLES.items():
-        metrics = {method: json.loads((out / f"{kind}-{method}" / "metrics.json").read_text())
-                   for method in METHODS}
-        parts += [title, table(metrics), conclusion(metrics)]
-    return "\n\n".join(parts) + "\n"
+def evaluation(args):
+    for kind in KINDS:
+        runs = [run for method in args.methods for run in folders(args, kind, method)]
+        yield Command(f"evaluate-{kind}", None, (
+            "evaluate.py", *runs, "--seeds", "--baseline", "simhand", "--out",
+            args.out / "tables" / kind))
 
 
-def table(metrics):
-    lines = ["| pre-training | error, mm | 95 % interval | error less by |",
-             "| --- | --- | --- | --- |"]
-    for method, name in METHODS.items():
-        error = metrics[method]["mpjpe"]
-        low, high = metrics[method]["intervals"]["mpjpe"]
-        gain = ""
-        if method != "none":
-            gain = f"{100 * (1 - error / metrics['none']['mpjpe']):.1f} %"
-        lines.append(f"| {name} | {error:.1f} | {low:.1f} to {high:.1f} | {gain} |")
-    return "\n".join(lines)
-
-
-def conclusion(metrics):
-    """SiMHand against the others, in a sentence."""
-    error = {method: values["mpjpe"] for method, values in metrics.items()}
-    words = []
-    for other, name in (("none", "without pre-training"), ("peclr", "with PeCLR")):
-        change = 100 * (1 - error["simhand"] / error[other])
-        words.append(f"{abs(change):.1f} % {'smaller' if change > 0 else 'larger'} than {name}")
-    return f"With SiMHand the error is {' and '.join(words)}."
+def report(args):
+    """-> the two tables, each with what it shows in plain words, as Markdown."""
+    log = common.read_log(args.out / "pretrained" / "simhand-seed0" / "log.jsonl")
+    hands = next(row["hands"] for row in log if "hands" in row)
+    parts = [f"Pre-trained on {hands} hands of {args.persons} persons, without labels. Then "
+             f"{args.labelled} labelled hands, and {args.tested} pictures of other persons to test "
+             "on. Error: how far the 21 joints are from the truth on average, the wrists laid on "
+             f"each other. Mean ± standard deviation over n runs; p: {TITLES['simhand']} against "
+             "that row, Welch's two-sided test over the runs."]
+    runs = []
+    for kind, title in KINDS.items():
+        rows = {TITLES[method]: experiment.read_metrics(folders(args, kind, method), COLUMNS)
+                for method in args.methods}
+        parts += [title, experiment.table(rows, COLUMNS, TITLES["simhand"]).rstrip(),
+                  experiment.findings(rows, "mpjpe", COLUMNS["mpjpe"], TITLES["simhand"])]
+        runs += [run for method in args.methods for run in folders(args, kind, method)]
+    return "\n\n".join([*parts, experiment.made_by(runs)]) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -8,6 +8,7 @@ tables: mean and standard deviation over seeds, n, p, and what made the runs.
 
 import argparse
 import concurrent.futures
+import json
 import os
 import re
 import shlex
@@ -48,7 +49,7 @@ PAUSE = 30 if sys.stdout.isatty() else 60  # seconds between two looks at the lo
 
 class Command(typing.NamedTuple):
     name: str  # of its log, OUT/logs/NAME.log
-    done: Path  # the file that it writes last; None: it is quick, and run at each call
+    done: Path  # the file that it writes last; None: it is run at each call, and goes on by itself
     words: tuple  # script and arguments
 
 
@@ -124,8 +125,8 @@ def run(out, command, threads, running):
                                 stderr=subprocess.STDOUT,
                                 env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
         del running[log]
-    common.require(not status, f"{command.name} ended with status {status}, see {log}; the same "
-                   "command goes on where this stopped")
+    common.require(not status, f"{command.name} ended with status {status} ({last_line(log)}), see "
+                   f"{log}; the same command goes on where this stopped")
     common.require(not command.done or command.done.exists(),
                    f"{command.name} ended without {command.done}, see {log}")
     say(f"{command.name}: {time.time() - began:.0f} s")
@@ -134,10 +135,15 @@ def run(out, command, threads, running):
 def show_progress(running):
     """The last line of the log of each command at work, where it has changed."""
     for log, before in list(running.items()):
-        lines = [line for line in re.split(r"[\r\n]+", log.read_text()) if line.strip()]
-        if log in running and lines[-1] != before:
-            running[log] = lines[-1]
-            say(f"  {log.stem}: {lines[-1].strip()}", passing=True)
+        line = last_line(log)
+        if log in running and line != before and not line.startswith("$ "):
+            running[log] = line
+            say(f"  {log.stem}: {line}", passing=True)
+
+
+def last_line(log):
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text()) if line.strip()]
+    return lines[-1]
 
 
 def say(text, passing=False):
@@ -226,6 +232,12 @@ def findings(rows, name, column, baseline):
 
 def listed(items):
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
+
+
+def read_metrics(folders, columns):
+    """metrics.json of each seed's run -> {column: a list of its values}."""
+    runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    return {name: [metrics[name] for metrics in runs] for name in columns}
 
 
 def made_by(folders):

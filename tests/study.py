@@ -4,11 +4,11 @@ everything is known.
 Renders videos (many persons, backgrounds and lights, things in front of the hands) as the
 pool, and labelled sets of other persons; finds the pool's hands with MediaPipe; pre-trains
 with each method, all else equal, pictures seen included; probes each backbone by nearest
-neighbours, fine-tunes the main methods on shares of the labels; 3 seeds. Ablations, and
-pools of other sizes, have 1 seed. The CPU size takes some hours on two cores. Every
-stage is a command, logged below OUT/logs; a second call goes on where the first stopped.
-Ends with tests/study.md (what the mined pairs are, and a table for each experiment) and
-tests/study.png.
+neighbours, and fine-tunes those of the main methods on shares of the labels. Pre-trainings have
+three seeds, those of ablations and of pools of other sizes one. The CPU size takes some hours on
+two cores. Every stage is a command, logged below OUT/logs; a second call goes on where the first
+stopped. Ends with study.md (what the mined pairs are, and a table for each experiment) and
+study.png, in tests/ for the sizes cpu and gpu, and in OUT for the tiny one.
 
     python tests/study.py                       # CPU size, for two cores
     # render, extract and mine alone, say on another machine
@@ -17,23 +17,14 @@ tests/study.png.
 """
 
 import argparse
-import concurrent.futures
-import json
-import os
-import re
-import shlex
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import experiment  # first: it makes the scripts importable
+import common
+from experiment import CORES, METHODS, PRECISION, ROOT, TITLES, Column, Command
 
 # crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four
 # pictures of each for training; tunings: share of the labels, steps, number of seeds; probes:
@@ -42,141 +33,98 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=48, train=1200,
                 test=300, batch=64, epochs=5, warmup=1, tune_batch=16,
-                tunings=((0.01, 250, 3), (0.1, 400, 3), (0.1, 1200, 1)),
-                probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=12_000, pools=(1500, 3000, 6000),
+                tunings=((0.01, 250, 8), (0.1, 400, 8), (0.1, 1200, 3)),
+                probes=(0.01, 0.1, 1.0), hands=12_000, pools=(1500, 3000, 6000),
                 loader=("--workers", 0)),  # a lane a core: its own process makes the views
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
                 test=500, batch=512, epochs=40, warmup=4, tune_batch=16,
-                tunings=((0.01, 250, 3), (0.1, 400, 3), (0.1, 1200, 3), (1.0, 4000, 3)),
-                probes=(0.01, 0.1, 1.0), seeds=(0, 1, 2), hands=20_000,
-                pools=(2500, 5000, 10_000), loader=())}
-HANDS = {"hands": (), "hands-paper": ("--margin", 1.3, "--border", "black")}
+                tunings=((0.01, 250, 8), (0.1, 400, 8), (0.1, 1200, 8), (1.0, 4000, 3)),
+                probes=(0.01, 0.1, 1.0), hands=20_000, pools=(2500, 5000, 10_000), loader=()),
+    # To see that all of it runs.
+    "tiny": dict(videos=8, seconds=2, crop=64, backbone="resnet18", input=32, train=24, test=8,
+                 batch=8, epochs=1, warmup=0, tune_batch=8, tunings=((0.5, 5, 2),), probes=(1.0,),
+                 hands=40, pools=(), loader=("--workers", 0))}
+HANDS = {"hands": (), "hands-paper": ("--paper",)}
 MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),
          "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", 5)}
-PAPER = ("--border", "black", "--crop-move", 0.067, "--weighting", "linear")
-# Name: hands, pairs, flags of pretrain.py; None: no pre-training.
-METHODS = {"none": None,
-           "simclr": ("hands", "upright", "--method", "simclr"),
-           "peclr": ("hands", "upright", "--method", "peclr"),
-           "simhand-paper": ("hands-paper", "as-they-lie", *PAPER),
-           "simhand": ("hands", "upright")}
-ABLATIONS = {"weighting-linear": ("hands", "upright", "--weighting", "linear"),
-             "weighting-balanced": ("hands", "upright", "--weighting", "balanced"),
-             "balanced-positives": ("hands", "upright", "--weighting", "balanced",
-                                    "--weight-on", "pos"),
-             "balanced-all-pairs": ("hands", "upright", "--weighting", "balanced",
-                                    "--weight-on", "neg"),
-             "as-they-lie": ("hands", "as-they-lie"),
-             "top5": ("hands", "upright", "--top-k", 5),
-             "temporal": ("hands", "temporal"),
-             "same-video": ("hands", "same-video")}
-RESULTS = ROOT / "tests"
-CORES = len(os.sched_getaffinity(0))
-# Elsewhere bf16 is slower.
-PRECISION = "bf16" if torch.cuda.is_available() or re.search(
-    "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"
+MAIN = {"none": (), **METHODS}
+OTHER = {name: ("--weighting", name) for name in ("none", "linear", "balanced", "soft")
+         if name != experiment.WEIGHTING}
+# Name: the pairs, flags of pretrain.py.
+ABLATIONS = {**{f"weighting-{name}": ("upright", flags) for name, flags in OTHER.items()},
+             "balanced-positives": ("upright", ("--weighting", "balanced", "--weight-on", "pos")),
+             "balanced-all-pairs": ("upright", ("--weighting", "balanced", "--weight-on", "neg")),
+             "as-they-lie": ("as-they-lie", METHODS["simhand"]),
+             "top5": ("upright", (*METHODS["simhand"], "--top-k", 5)),
+             "temporal": ("temporal", METHODS["simhand"]),
+             "same-video": ("same-video", METHODS["simhand"])}
+COLUMNS = {"mpjpe": Column("MPJPE, mm", 1, min),
+           "pa_mpjpe": Column("PA-MPJPE, mm", 1, min),
+           "auc_0_50": Column("AUC 0-50", 3, max)}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="study", help="folder for everything (default: study)")
-    parser.add_argument("--size", choices=sorted(SIZES), default="cpu")
+    rows = (*MAIN, *ABLATIONS)
+    experiment.add_flags(parser, "study", rows, 3)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--prepare", action="store_true", help="stop before pre-training")
     parser.add_argument("--report", action="store_true",
                         help="train nothing: make the tables from the runs that are there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.methods = experiment.in_order(args.methods, rows)
+    return args
 
 
 def main():
     args = parse_args()
-    out, size, start = Path(args.out), SIZES[args.size], time.time()
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    jobs = CORES if args.size == "cpu" else 1
-    for name, done, command in preparation(out, size):
-        run(out, name, done, command, CORES)
+    out = args.out
+    size = SIZES[args.size]
+    began = time.time()
+    experiment.start(out, size=args.size, **size)
+    jobs = 1 if args.size == "gpu" else CORES
+    experiment.run_lanes(out, [preparation(out, size)], 1)
     equal_pairs(out)
     if args.prepare:
         return
     if not args.report:
-        follow_lanes(out, [lane(out, size, method, seed) for method, seed in plan(size)], jobs,
-                     CORES // jobs)
-    text = describe(out, size) + pair_report(out)
-    panels = {}
-    for title, folder, baseline, runs in comparisons(out, size):
-        panels[title] = [run for run in runs if (run / "pred_xyz.npy").exists()]
-        command = ("evaluate.py", *panels[title], "--seeds", "--baseline", baseline, "--out",
-                   folder)
-        printed = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
-                                 capture_output=True, text=True)
-        if printed.returncode:
-            sys.exit(printed.stderr)
-        text += f"\n### {title}\n\n" + (folder / "table.md").read_text()
-    heading = ("# Does mining similar hands help?\n\n"
-               f"Written by `python tests/study.py --size {args.size}`.\n\n")
-    (RESULTS / "study.md").write_text(f"{heading}![The study's runs](study.png)\n\n{text}")
-    draw(RESULTS / "study.png", panels)
-    print(f"{text}\n{(time.time() - start) / 60:.0f} minutes in this call; wrote "
-          f"{RESULTS}/study.md and study.png")
+        experiment.run_lanes(out, [lane(args, method, seed) for method, seed in plan(args)], jobs)
+    parts = [describe(out, size), pair_report(out)]
+    panels = comparisons(args)
+    experiment.run_lanes(out, [evaluation(out, panels)], 1)
+    parts += [block(title, runs) for title, runs in panels.items()]
+    results = out if args.size == "tiny" else ROOT / "tests"
+    text = "\n".join(["# Does mining similar hands help?\n",
+                      f"Written by `python tests/study.py --size {args.size}`.\n",
+                      "![The study's runs](study.png)\n", *parts])
+    (results / "study.md").write_text(text)
+    draw(results / "study.png", panels)
+    print(f"{text}\n{(time.time() - began) / 60:.0f} minutes in this call; wrote "
+          f"{results}/study.md and study.png")
 
 
-def follow_lanes(out, lanes, jobs, threads):
-    """Run the commands of each lane in order, `jobs` lanes side by side; the first that
-    fails ends all."""
-    stop = threading.Event()
-
-    def follow(lane):
-        for name, done, command in lane:
-            if not stop.is_set():
-                try:
-                    run(out, name, done, command, threads)
-                except BaseException:
-                    stop.set()
-                    raise
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(follow, lane) for lane in lanes]:
-            future.result()
-
-
-def run(out, name, done, command, threads):
-    """Run a command unless its last file is there; its output goes to a log, one line of it
-    is said."""
-    if done.exists():
-        return
-    start, log = time.time(), out / "logs" / f"{name}.log"
-    with open(log, "a") as file:
-        file.write(shlex.join(["python", *map(str, command)]) + "\n")
-        file.flush()
-        status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file,
-                                stderr=subprocess.STDOUT,
-                                env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
-    if status:
-        sys.exit(f"study.py: {name} ended with status {status}, see {log}; the same command goes "
-                 "on where this stopped")
-    print(f"{name}: {time.time() - start:.0f} s", flush=True)
-
+# ----------------------------------------------------------------------------------- the commands
 
 def preparation(out, size):
-    """-> name, last file, command of the stages before pre-training."""
-    out = out.absolute()
-    yield "videos", out / "videos" / f"person{size['videos'] // 2 - 1:03d}_clip2.mp4", (
+    """The commands before pre-training."""
+    yield Command("videos", None, (
         "tests/synthetic.py", "videos", out / "videos", "--videos", size["videos"], "--seconds",
-        size["seconds"], "--fps", 5, "--objects", 0.5, "--seed", 0, "--workers", CORES)
-    yield "labels", out / "labels_eval" / "evaluation_xyz.json", (
+        size["seconds"], "--fps", 5, "--objects", 0.5, "--seed", 0, "--workers", CORES))
+    yield Command("labels", out / "labels_eval" / "evaluation_xyz.json", (
         "tests/synthetic.py", "freihand", out / "labels", "--train", size["train"], "--evaluation",
-        size["test"], "--seed", 1)  # another seed: other persons and backgrounds
+        size["test"], "--seed", 1))  # another seed: other persons and backgrounds
     for name, flags in HANDS.items():
-        yield name, out / name / "hands.jpg", (
+        yield Command(f"extract-{name}", out / name / "hands.jpg", (
             "extract_hands.py", out / "videos", "--out", out / name, "--fps", 5, "--size",
-            size["crop"], *flags)
+            size["crop"], *flags))
     for name, flags in MINED.items():
-        yield f"mine-{name}", out / "mined" / name / "pairs.jpg", (
-            "mine_pairs.py", out / "hands", "--out", out / "mined" / name, *flags)
+        yield Command(f"mine-{name}", out / "mined" / name / "pairs.jpg", (
+            "mine_pairs.py", out / "hands", "--out", out / "mined" / name, *flags))
     for count in size["pools"]:
-        yield f"mine-pool{count}", out / "pairs" / f"pool{count}" / "pairs.jpg", (
+        yield Command(f"mine-pool{count}", out / "pairs" / f"pool{count}" / "pairs.jpg", (
             "mine_pairs.py", out / "hands", "--out", out / "pairs" / f"pool{count}", "--limit",
-            count, *MINED["upright"])
+            count, *MINED["upright"]))
 
 
 def equal_pairs(out):
@@ -195,99 +143,141 @@ def equal_pairs(out):
 
 
 def pools(size):
-    """-> {method: pre-training} of the smaller pools, {method: epochs}: as many steps as
-    with the whole pool."""
-    methods = {f"pool{count}": ("hands", f"pool{count}") for count in size["pools"]}
-    epochs = {f"pool{count}": round(size["epochs"] * size["hands"] / count)
-              for count in size["pools"]}
-    return methods, epochs
+    """{name of a smaller pool: its hands}"""
+    return {f"pool{count}": count for count in size["pools"]}
 
 
-def plan(size):
-    """-> (method, seed) of all that is compared, the most telling first."""
-    main = [(method, seed) for seed in size["seeds"] for method in METHODS]
-    return main + [(method, size["seeds"][0]) for method in (*pools(size)[0], *ABLATIONS)]
+def plan(args):
+    """-> (method, seed) of all pre-trainings, the most telling first."""
+    main = [(method, seed) for seed in range(args.seeds) for method in args.methods
+            if method in MAIN]
+    once = [*pools(SIZES[args.size]), *(method for method in args.methods if method in ABLATIONS)]
+    return main + [(method, 0) for method in once]
 
 
-def lane(out, size, method, seed):
-    """-> name, last file, command of one method's stages, for one seed: pre-training,
-    probes, fine-tuning."""
-    out = out.absolute()
-    smaller, epochs = pools(size)
-    pretraining = (METHODS | ABLATIONS | smaller)[method]
-    small = ("--backbone", size["backbone"], "--seed", seed, "--precision", PRECISION,
-             "--input-size", size["input"], *size["loader"])
+def lane(args, method, seed):
+    """The commands of one method, for one seed: pre-training, probes, fine-tunings."""
+    out = args.out
+    size = SIZES[args.size]
+    name = f"{method}-seed{seed}"
+    network = ("--backbone", size["backbone"], "--precision", PRECISION, "--input-size",
+               size["input"], *size["loader"])
     weights = "none"
-    if pretraining:
-        hands, pairs, *flags = pretraining
-        folder = out / "pretrained" / f"{method}-seed{seed}"
-        weights = folder / "backbone.pt"
-        yield f"pretrain-{method}-seed{seed}", weights, (
-            "pretrain.py", out / hands, "--pairs", out / "pairs" / pairs, *flags, "--out", folder,
-            "--weights", "none", "--batch-size", size["batch"], "--epochs",
-            epochs.get(method, size["epochs"]), "--warmup-epochs", size["warmup"], "--optimizer",
-            "adam", "--lr", 1e-3, *small)
-    finetune = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--border",
-                "mirror", "--weights", weights, *small)
-    for share in size["probes"] if method in METHODS else size["probes"][-1:]:
-        folder = out / f"knn-{share}" / f"{method}-seed{seed}"
-        yield f"knn-{share}-{method}-seed{seed}", folder / "pred_xyz.npy", (
-            *finetune, "--head", "knn", "--label-fraction", share, "--out", folder)
-    for share, steps, seeds in size["tunings"]:
-        if method not in METHODS or seed not in size["seeds"][:seeds]:
-            continue
-        name = f"tuned-{share}-{steps}"
-        folder = out / name / f"{method}-seed{seed}"
+    if method != "none":
+        weights = out / "pretrained" / name / "backbone.pt"
+        yield Command(f"pretrain-{name}", weights, (
+            "pretrain.py", *pretraining(out, size, method), "--out", weights.parent, "--weights",
+            "none", "--batch-size", size["batch"], "--warmup-epochs", size["warmup"],
+            "--optimizer", "adam", "--lr", 1e-3, "--probe", 0, "--seed", seed, *network))
+    labels = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--border",
+              "mirror", "--weights", weights, *network)
+    for share in size["probes"] if method in MAIN else size["probes"][-1:]:
+        folder = out / f"knn-{share}" / name
+        yield Command(f"knn-{share}-{name}", folder / "pred_xyz.npy", (
+            *labels, "--head", "knn", "--label-fraction", share, "--seed", seed, "--out", folder))
+    for share, steps, tunings in size["tunings"] if method in MAIN else ():
         pictures = 0.9 * share * 4 * size["train"]  # a tenth of the labels is for validation
-        yield f"{name}-{method}-seed{seed}", folder / "pred_xyz.npy", (
-            *finetune, "--head", "linear", "--batch-size", size["tune_batch"], "--epochs",
-            round(steps * size["tune_batch"] / pictures), "--rotation", 15, "--no-colour",
-            "--label-fraction", share, "--out", folder)  # few steps: easy views
+        epochs = round(steps * size["tune_batch"] / pictures)
+        for tuning in range(seed, tunings, args.seeds):
+            folder = out / f"tuned-{share}-{steps}" / f"{method}-seed{tuning}"
+            yield Command(f"{folder.parent.name}-{folder.name}", folder / "pred_xyz.npy", (
+                *labels, "--head", "linear", "--batch-size", size["tune_batch"], "--epochs", epochs,
+                "--rotation", 15, "--no-colour",  # few steps: easy views
+                "--label-fraction", share, "--seed", tuning, "--out", folder))
 
 
-def comparisons(out, size):
-    """-> title, folder of the tables, baseline, runs of each experiment."""
-    out = out.absolute()
+def pretraining(out, size, method):
+    """-> the arguments of pretrain.py that make a method: hands, pairs, epochs, flags."""
+    hands = "hands"
+    pairs = "upright"
+    epochs = size["epochs"]
+    flags = METHODS["simhand"]
+    if method in METHODS:
+        flags = METHODS[method]
+    if method == "simhand-paper":
+        hands = "hands-paper"
+        pairs = "as-they-lie"
+    if method in ABLATIONS:
+        pairs, flags = ABLATIONS[method]
+    if method in pools(size):
+        pairs = method
+        epochs = round(epochs * size["hands"] / pools(size)[method])  # as many steps
+    return out / hands, "--pairs", out / "pairs" / pairs, "--epochs", epochs, *flags
 
-    def runs_of(name, methods):
-        return [out / name / f"{method}-seed{seed}" for method, seed in plan(size)
-                if method in methods]
 
+# ------------------------------------------------------------------------------------- the report
+
+def comparisons(args):
+    """-> {title of an experiment: {method: the folders of its runs that are there}}"""
+    out = args.out
+    size = SIZES[args.size]
+    panels = {}
+    main = [method for method in args.methods if method in MAIN]
     for share in size["probes"]:
-        name = f"knn-{share}"
         title = f"Frozen, nearest of {share:.0%} of the labels"
-        yield title, out / "tables" / name, "peclr", runs_of(name, METHODS)
-    for share, steps, seeds in size["tunings"]:
-        name = f"tuned-{share}-{steps}"
+        panels[title] = finished(out / f"knn-{share}", main)
+    for share, steps, _ in size["tunings"]:
         title = f"Fine-tuned on {share:.0%} of the labels, {steps} steps"
-        runs = runs_of(name, METHODS)[:seeds * len(METHODS)]
-        yield title, out / "tables" / name, "peclr", runs
-    name = f"knn-{size['probes'][-1]}"
-    for title, methods in (("Ablations", ABLATIONS), ("Smaller pools", pools(size)[0])):
-        folder = out / "tables" / title.lower().replace(" ", "-")
-        yield (f"{title}, frozen, nearest of all labels", folder, "simhand",
-               runs_of(name, ("simhand", *methods)))
+        panels[title] = finished(out / f"tuned-{share}-{steps}", main)
+    folder = out / f"knn-{size['probes'][-1]}"
+    others = {"Ablations": [method for method in args.methods if method in ABLATIONS],
+              "Smaller pools": [*pools(size)]}
+    for title, methods in others.items():
+        if methods:
+            title = f"{title}, frozen, nearest of all labels"
+            panels[title] = finished(folder, [*methods, "simhand"])
+    return panels
+
+
+def finished(folder, methods):
+    """-> {method: the folders of its finished runs}"""
+    runs = {}
+    for method in methods:
+        paths = sorted(folder.glob(f"{method}-seed*/pred_xyz.npy"))
+        if paths:
+            runs[method] = [path.parent for path in paths]
+    return runs
+
+
+def evaluation(out, panels):
+    for number, runs in enumerate(panels.values()):
+        yield Command(f"evaluate-{number}", None, (
+            "evaluate.py", *(run for several in runs.values() for run in several), "--seeds",
+            "--baseline", "simhand", "--out", out / "tables" / str(number)))
+
+
+def block(title, runs):
+    """An experiment's table, what it shows, and what made it -> Markdown."""
+    rows = {TITLES.get(method, method): experiment.read_metrics(several, COLUMNS)
+            for method, several in runs.items()}
+    baseline = TITLES["simhand"]
+    notes = "Mean ± standard deviation over n runs"
+    if title.startswith("Fine-tuned"):
+        notes += (", each with its own choice of labels; they start in turn from the method's "
+                  "pre-trainings, so that several of the n may share one")
+    notes += f"; p: Welch's two-sided test over the runs, against {baseline}."
+    every = [run for several in runs.values() for run in several]
+    return "\n".join([f"\n### {title}\n", experiment.table(rows, COLUMNS, baseline),
+                      f"{notes} {experiment.findings(rows, 'mpjpe', COLUMNS['mpjpe'], baseline)} "
+                      f"{experiment.made_by(every)}"])
 
 
 def draw(path, panels):
-    """A panel for each experiment: the MPJPE of each method's seeds as dots, their mean as
-    a line."""
-    figure = Figure(figsize=(15, 6.4), layout="constrained")
-    for axis, (title, runs) in zip(figure.subplots(2, -(-len(panels) // 2)).flat, panels.items()):
-        errors = {}
-        for run in runs:
-            metrics = json.loads((run / "metrics.json").read_text())
-            errors.setdefault(run.name.rpartition("-seed")[0], []).append(metrics["mpjpe"])
-        for y, values in enumerate(errors.values()):
-            axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
-            axis.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C1", linewidth=2)
-        axis.set(yticks=range(len(errors)), yticklabels=errors, xlabel="MPJPE, mm, wrist-aligned")
-        axis.set_title(title, fontsize=8)
-        axis.invert_yaxis()
-        axis.grid(alpha=0.3)
-    for axis in figure.axes[len(panels):]:
-        axis.remove()
-    figure.savefig(path, dpi=110)
+    """A panel for each experiment: the MPJPE of each method's runs as dots, their mean as a
+    line."""
+    with common.figure(path, (15, 6.4)) as figure:
+        grid = figure.subplots(2, -(-len(panels) // 2)).flat
+        for axis, (title, runs) in zip(grid, panels.items()):
+            for y, several in enumerate(runs.values()):
+                values = experiment.read_metrics(several, COLUMNS)["mpjpe"]
+                axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
+                axis.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color="C1", linewidth=2)
+            axis.set(yticks=range(len(runs)), yticklabels=runs, xlabel="MPJPE, mm, wrist-aligned")
+            axis.set_title(title, fontsize=8)
+            axis.invert_yaxis()
+            axis.grid(alpha=0.3)
+        for axis in figure.axes[len(panels):]:
+            axis.remove()
 
 
 def describe(out, size):
@@ -299,7 +289,7 @@ def describe(out, size):
             f"these from nothing, {size['input']} px, {size['epochs']} epochs in batches of "
             f"{size['batch']} pairs. Labels: {size['train']} hands of other persons, four pictures "
             f"each; {size['test']} test pictures. Fine-tuned with a linear head in batches of "
-            f"{size['tune_batch']}.\n\n")
+            f"{size['tune_batch']}.\n")
 
 
 def pair_report(out):
@@ -307,19 +297,20 @@ def pair_report(out):
     the keypoints in crops, of the poses in space, relative to the wrist and after
     Procrustes, and whether the pose goes by the same name."""
     import evaluate
-    from common import load_hands
 
-    hands, lines = load_hands(out / "hands"), []
+    hands = common.load_hands(out / "hands")
+    lines = []
     truth = {name: np.load((out / "videos" / name).with_suffix(".npy")) for name in hands.videos}
     rows = []
     for hand in hands.rows:
         mine = truth[hands.videos[hand["video"]]]
         mine = mine[mine["frame"] == hand["frame"]]
-        low, high = mine["keypoints"].min(1), mine["keypoints"].max(1)
+        low = mine["keypoints"].min(1)
+        high = mine["keypoints"].max(1)
         centre = (hand["box"][:2] + hand["box"][2:]) / 2
         rows.append(mine[np.linalg.norm((low + high) / 2 - centre, axis=1).argmin()])
     rows = np.array(rows)
-    xyz, usable = rows["xyz"].copy(), None
+    xyz = rows["xyz"].copy()
     xyz[rows["left"], :, 0] *= -1
     rng = np.random.default_rng(0)
     for name in (*MINED, "at random"):
@@ -349,11 +340,13 @@ def pair_report(out):
 
 def turned(points, degrees):
     """points (N, 21, 2 or 3) turned in the picture's plane, as cv2.getRotationMatrix2D turns it."""
-    cos, sin = np.cos(np.radians(degrees))[:, None], np.sin(np.radians(degrees))[:, None]
-    x, y = points[:, :, 0], points[:, :, 1]
+    cos = np.cos(np.radians(degrees))[:, None]
+    sin = np.sin(np.radians(degrees))[:, None]
+    x = points[:, :, 0]
+    y = points[:, :, 1]
     flat = np.stack([cos * x + sin * y, cos * y - sin * x], 2)
     return np.concatenate([flat, points[:, :, 2:]], 2)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import study
 from conftest import ENVIRONMENT, ROOT
 
 SCRIPTS = ("extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate")
@@ -24,7 +23,7 @@ COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun)
 
 def parse(words, monkeypatch):
     """A script's name and arguments -> what its own parser makes of them."""
-    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    monkeypatch.setattr(sys, "argv", [Path(words[0]).name, *map(str, words[1:])])
     return __import__(Path(sys.argv[0]).stem).parse_args()
 
 
@@ -81,37 +80,6 @@ def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch
     table = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", section, re.M)
     assert counts == [(0, 0), (0, 0), *((int(a), int(b)) for a, b in table)] and len(counts) == 8
     assert len(scored) == len(set(scored))
-
-
-@pytest.mark.parametrize("size", study.SIZES)
-def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypatch):
-    """Each of its commands parses; runs of one experiment differ in nothing but what it
-    compares."""
-    settings, made, size = {}, set(), study.SIZES[size]
-    for method, seed in study.plan(size):
-        for name, done, command in study.lane(tmp_path, size, method, seed):
-            args = vars(parse(command, monkeypatch))
-            assert args.pop("seed") == seed and args.pop("out") == str(done.parent)
-            assert done not in made
-            made.add(done)
-            weights = args.pop("weights") if command[0] == "finetune.py" else None
-            assert weights in (None, "none") or Path(weights) in made
-            if command[0] == "pretrain.py":
-                hands = int(method[4:]) if method.startswith("pool") else size["hands"]
-                assert args.pop("epochs") * hands == size["epochs"] * size["hands"]
-            settings.setdefault(name.split(f"-{method}")[0], []).append(args)
-    compared = {"method", "hands", "pairs", "weighting", "weight_on", "equivariance", "top_k",
-                "rotation", "crop_margin", "border", "crop_move"}
-    for stage, every in settings.items():
-        differing = {key for key in every[0] if any(args[key] != every[0][key] for args in every)}
-        assert differing == (compared if stage == "pretrain" else set()), stage
-    assert len(settings["pretrain"]) == 3 * 4 + 3 + 8 and len(settings["tuned-0.1-400"]) == 3 * 5
-    compared = [run for *_, runs in study.comparisons(tmp_path, size) for run in runs]
-    assert len(compared) > len(set(compared)) > 60  # "simhand" is in three experiments
-    assert {run / "pred_xyz.npy" for run in compared} <= made
-    for _, _, command in study.preparation(tmp_path, size):
-        if command[0] != "tests/synthetic.py":
-            parse(command, monkeypatch)
 
 
 def test_the_letter_of_the_paper_has_its_values(monkeypatch):
