@@ -225,6 +225,7 @@ class Plan:
     steps_per_epoch: int
     steps: int
     warmup_steps: int
+    report_every: int  # steps
     precision: str
 
 
@@ -252,12 +253,11 @@ def main():
                         args.workers, collate, pin_memory=device.type == "cuda")
     net.train()
     if args.steps:
-        return dry_run(net, optimizer, loader, data, plan, device, args)
+        return dry_run(net, optimizer, loader, data.pca, plan, device, args)
     rows = start_run(settings, data, step, args) if writes else []
     board = open_tensorboard(out, step) if args.tensorboard and writes else None
     probe = load_probe(data, args) if writes and len(data.probe) else None
 
-    report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # values of the steps since the last report
     saved = since = time.time()
     bar = progress(total=end, initial=step, unit="step", disable=rank != 0)
@@ -271,7 +271,7 @@ def main():
         end_of_epoch = step % plan.steps_per_epoch == 0
         overdue = time.time() - saved >= 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), step == end or overdue)
-        if step % report_every == 0 or end_of_epoch or due or stopping:
+        if step % plan.report_every == 0 or end_of_epoch or due or stopping:
             row = report(step, recent, since, optimizer, plan, args)
             if end_of_epoch and probe:
                 row["probe"] = probe_score(model.backbone, probe, device)
@@ -280,9 +280,7 @@ def main():
             recent = []
             since = time.time()
         if due or stopping:
-            save(settings, data, step, model, optimizer, writes, args)
-            if writes:
-                draw_curves(out / "curves.png", rows)
+            save(settings, data, step, model, optimizer, rows if writes else None, args)
             saved = since = time.time()
         if stopping:
             break
@@ -671,17 +669,20 @@ def load_probe(data, args):
     margin = statistics.fmean(args.crop_margin)
     rng = np.random.default_rng(0)
     images = []
+    keypoints = []
+    video = []
     for number, row in data.probe:
         hands = data.folders[number]
         points = hands.keypoints[row]
+        keypoints.append(points)
+        video.append((number, hands.rows["video"][row]))
         view = sample_view(rng, points, hands.side, args.input_size, rotation=0,
                            half_side=(margin, margin), move=0, colour=False)
         images.append(apply_view(view, read_crop(hands, row), points, args.input_size,
                                  args.border)[0])
-    video = torch.from_numpy(data.probe_video)
-    keypoints = np.stack([data.folders[number].keypoints[row] for number, row in data.probe])
-    poses = torch.from_numpy(upright(keypoints)).flatten(1)
-    return Probe(torch.from_numpy(np.stack(images)), video[:, None] != video,
+    video = torch.tensor(video)
+    poses = torch.from_numpy(upright(np.stack(keypoints))).flatten(1)
+    return Probe(torch.from_numpy(np.stack(images)), (video[:, None] != video).any(2),
                  torch.cdist(poses, poses))
 
 
@@ -713,8 +714,6 @@ class Data:
     pca: torch.Tensor  # (D, 42) components for --weight-pca, or None
     pool: np.ndarray  # (U, 2) folder and row of the hands that are trained on
     probe: np.ndarray  # (P, 2) the same of the hands that the probe keeps
-    probe_video: np.ndarray  # (P,) their videos
-    notes: list  # sentences for the user
     digest: int  # of all that decides which pairs are trained on
 
 
@@ -729,67 +728,46 @@ def load_data(args):
             f"--pairs: {len(pair_folders)} folders for {len(args.hands)} hands folders, expected "
             "one for each")
     folders = [load_hands(folder) for folder in args.hands]
-    neighbours = []
-    turns = []
-    notes = []
-    for hands, path in zip(folders, pair_folders):
-        count = len(hands.keypoints)
+    pca = load_pca(pair_folders) if args.weight_pca else None
+    data = Data(folders, [], [], pca, None, None, digest=0)
+    pool = []
+    probe = []
+    for number, (hands, path) in enumerate(zip(folders, pair_folders)):
         needed = args.method == "simhand" or args.pairs
-        neighbours.append(load_neighbours(path, count, needed, args.top_k))
-        if neighbours[-1] is None:
-            notes.append(f"{path} was not mined: all its {count} hands are used")
-        turns.append(None)
-        if neighbours[-1] is not None and (path / "turns.npy").exists():
-            turns[-1] = load_turns(path / "turns.npy", hands.keypoints, neighbours[-1])
+        neighbours = load_neighbours(path, len(hands.keypoints), needed, args.top_k)
+        turns = None
+        if neighbours is not None and (path / "turns.npy").exists():
+            turns = load_turns(path / "turns.npy", hands.keypoints, neighbours)
             require(not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca needs an embedding "
                     "of hands as they lie: mine with --no-rotation-free")
-    pca = load_pca(pair_folders, notes) if args.weight_pca else None
-    digest = 0
-    for arrays in zip([hands.keypoints for hands in folders],
-                      [hands.offsets for hands in folders], neighbours, turns):
-        for array in (*arrays, pca):
+        for array in (hands.keypoints, hands.offsets, neighbours, turns, pca):
             if array is not None:
-                digest = zlib.crc32(np.ascontiguousarray(array), digest)
-    pool, probe, probe_video = split_pool(folders, neighbours, args.probe, args.seed)
-    return Data(folders, neighbours, turns, pca, pool, probe, probe_video, notes, digest)
+                data.digest = zlib.crc32(np.ascontiguousarray(array), data.digest)
+        held = hold_out(hands.rows["video"], args.probe, args.seed)
+        usable = np.ones(len(held), bool)
+        if neighbours is not None:
+            neighbours[np.append(held, False)[neighbours]] = -1  # nor are they anybody's positive
+            usable = neighbours[:, 0] >= 0
+        for chosen, rows in ((pool, np.flatnonzero(usable & ~held)),
+                             (probe, np.flatnonzero(held)[:args.probe])):
+            chosen.append(np.stack([np.full(len(rows), number), rows], 1))
+        data.neighbours.append(neighbours)
+        data.turns.append(turns)
+    data.pool = np.concatenate(pool)
+    data.probe = np.concatenate(probe)
+    return data
 
 
-def split_pool(folders, neighbours, limit, seed):
-    """-> the pool (U, 2), folder and row of each hand; the probe's hands (P, 2), of whole videos,
-    and their videos (P,). What the probe holds is no hand's positive either: `neighbours` gets -1
-    in its place."""
-    rows = []
-    for number, hands in enumerate(folders):
-        usable = np.arange(len(hands.keypoints))
-        if neighbours[number] is not None:
-            usable = np.flatnonzero(neighbours[number][:, 0] >= 0)
-        rows.append(np.stack([np.full(len(usable), number), usable], 1))
-    pool = np.concatenate(rows)
-    if not limit:
-        return pool, pool[:0], pool[:0, 0]
-    source = [folders[number].rows["video"][some[:, 1]] for number, some in enumerate(rows)]
-    keys = np.stack([pool[:, 0], np.concatenate(source)], 1)
-    _, video = np.unique(keys, axis=0, return_inverse=True)
-    sizes = np.bincount(video)
-    if len(sizes) < 40:  # a twentieth would be one video, which has no other to find its like in
-        return pool, pool[:0], pool[:0, 0]
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(sizes))
-    enough = np.searchsorted(np.cumsum(sizes[order]), limit) + 1
-    held = np.isin(video, order[:max(2, min(len(sizes) // 20, enough))])
-    some = np.sort(rng.permutation(held.sum())[:limit])
-    probe = pool[held][some]
-    for number, pairs in enumerate(neighbours):
-        if pairs is not None:
-            hidden = np.zeros(len(pairs) + 1, bool)  # the last is that of -1
-            hidden[pool[held & (pool[:, 0] == number), 1]] = True
-            pairs[hidden[pairs]] = -1
-    kept = ~held
-    for number, pairs in enumerate(neighbours):
-        if pairs is not None:
-            own = pool[:, 0] == number
-            kept[own] &= pairs[pool[own, 1], 0] >= 0
-    return pool[kept], probe, video[held][some]
+def hold_out(video, limit, seed):
+    """Which hands of a folder the probe keeps -> bool (N,): all those of some of its videos, a
+    twentieth at most, and no more videos than `limit` hands need. None where that leaves one
+    video or none, which has no other to find its like in."""
+    videos, counts = np.unique(video, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(videos))[:len(videos) // 20]
+    enough = np.searchsorted(np.cumsum(counts[order]), limit) + 1
+    if limit == 0 or len(order) < 2:
+        return np.zeros(len(video), bool)
+    return np.isin(video, videos[order[:max(enough, 2)]])
 
 
 def load_neighbours(path, count, needed, top_k):
@@ -803,8 +781,8 @@ def load_neighbours(path, count, needed, top_k):
     mined = neighbours.shape[1]
     require(mined and neighbours.min() >= -1 and neighbours.max() < count,
             f"{file}: expected one column or more with values in -1..{count - 1} ({hint})")
-    require(top_k <= mined, f"{file}: {mined} neighbours a hand were mined, --top-k is {top_k}; run "
-            f"mine_pairs.py --top-k {top_k}")
+    require(top_k <= mined, f"{file}: {mined} neighbours a hand were mined, --top-k is {top_k}; "
+            f"run mine_pairs.py --top-k {top_k}")
     require(not (neighbours == np.arange(count)[:, None]).any(),
             f"{file}: a hand is its own neighbour ({hint})")
     return neighbours
@@ -823,19 +801,13 @@ def load_turns(path, keypoints, neighbours):
     return turns
 
 
-def load_pca(pair_folders, notes):
+def load_pca(pair_folders):
     """The components of mining (D, 42), for --weight-pca: those of the first folder serve all,
     since distances between hands of two folders need one PCA."""
-    components = []
-    for path in pair_folders:
-        file = path / "pca.npy"
-        own = load_array(file, np.float32, (None, 42), hint="run mine_pairs.py again")[1:]
-        require(len(own), f"{file}: holds no component (run mine_pairs.py again)")
-        components.append(own)
-        if not np.array_equal(own, components[0]):
-            notes.append("--weight-pca: the components of the first folder serve the hands of "
-                         f"{path} too")
-    return torch.from_numpy(components[0])
+    file = pair_folders[0] / "pca.npy"
+    pca = load_array(file, np.float32, (None, 42), hint="run mine_pairs.py again")[1:]
+    require(len(pca), f"{file}: holds no component (run mine_pairs.py again)")
+    return torch.from_numpy(pca)
 
 
 # ------------------------------------------------------------------------------------- files: a run
@@ -856,6 +828,7 @@ def make_plan(args, pool, rank, ranks, device):
     return Plan(rank=rank, ranks=ranks, micro_batch=micro, pieces=share // micro,
                 steps_per_epoch=steps_per_epoch, steps=args.epochs * steps_per_epoch,
                 warmup_steps=args.warmup_epochs * steps_per_epoch,
+                report_every=max(1, min(10, steps_per_epoch // 4)),
                 precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"))
 
 
@@ -872,13 +845,17 @@ def introduce(args, plan, data, model, step, device):
     """Print the settings once."""
     parameters = sum(p.numel() for p in model.parameters())
     print_settings(args, make_parser(), hands=sum(len(f.keypoints) for f in data.folders),
-                   pool=len(data.pool), probe_hands=len(data.probe), ranks=plan.ranks, device=device, precision=plan.precision,
-                   micro_batch=plan.micro_batch, negatives=2 * args.batch_size - 2,
-                   steps=plan.steps, start=step, parameters=f"{parameters / 1e6:.1f}M")
-    for note in data.notes:
-        print(note)
+                   pool=len(data.pool), probe_hands=len(data.probe), ranks=plan.ranks,
+                   device=device, precision=plan.precision, micro_batch=plan.micro_batch,
+                   negatives=2 * args.batch_size - 2, steps=plan.steps, start=step,
+                   parameters=f"{parameters / 1e6:.1f}M")
+    for hands, neighbours in zip(data.folders, data.neighbours):
+        if neighbours is None:
+            print(f"{hands.folder} was not mined: all its {len(hands.keypoints)} hands are used")
+    if args.weight_pca and len(data.folders) > 1:
+        print("--weight-pca: the components of the first folder serve the hands of all")
     if args.probe and not len(data.probe):
-        print("no probe: it needs hands of 40 videos or more")
+        print("no probe: it needs a hands folder of 40 videos or more")
 
 
 def start_run(settings, data, step, args):
@@ -898,13 +875,13 @@ def to_device(batch, device):
 def report(step, recent, since, optimizer, plan, args):
     """A row of the log: the means of the recent steps' values. Here alone the host waits for the
     device."""
-    names = list(recent[0])
-    values = torch.stack([torch.stack(list(one.values())) for one in recent]).tolist()
-    for k, row in enumerate(values, step - len(values) + 1):
-        require(all(map(math.isfinite, row)),
+    steps = [torch.stack(list(values.values())) for values in recent]
+    table = torch.stack(steps).tolist()
+    for k, values in enumerate(table, step - len(table) + 1):
+        require(all(map(math.isfinite, values)),
                 f"{args.out}: the loss is not finite at step {k}; the checkpoint stays as it is; "
                 "try a smaller --lr or --precision fp32 in another --out")
-    means = dict(zip(names, map(statistics.fmean, zip(*values))))
+    means = dict(zip(recent[0], map(statistics.fmean, zip(*table))))
     seconds = time.time() - since
     return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
             "lr": optimizer.param_groups[0]["lr"], **means,
@@ -929,16 +906,21 @@ def draw_curves(path, rows):
     groups = [("loss", "keypoint_error"), ("lr",), ("positive_similarity", "negative_similarity"),
               ("mean_pos_weight", "mean_neg_weight"), ("probe",)]
     logged = {key for row in rows for key in row}
-    groups = [[key for key in group if key in logged] for group in groups]
-    plot_curves(path, rows, [group for group in groups if group])
+    panels = []
+    for group in groups:
+        shown = [key for key in group if key in logged]
+        if shown:
+            panels.append(shown)
+    plot_curves(path, rows, panels)
 
 
-def save(settings, data, step, model, optimizer, writes, args):
-    """Write the checkpoint, on the rank that writes."""
+def save(settings, data, step, model, optimizer, rows, args):
+    """Write the checkpoint and the curves, on the rank that has the log's rows."""
     finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
     require(finite, f"{args.out}: a weight is not finite after step {step}; the checkpoint stays "
             "as it is; try a smaller --lr in another --out")
-    if writes:
+    if rows is not None:
+        draw_curves(Path(args.out) / "curves.png", rows)
         save_checkpoint(args.out, dict(args=settings, data=data.digest, step=step,
                                        model=model.state_dict(),
                                        optimizer=optimizer.state_dict()))
@@ -975,7 +957,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def dry_run(net, optimizer, loader, data, plan, device, args):
+def dry_run(net, optimizer, loader, pca, plan, device, args):
     """Take --steps steps, print rate, memory and how long the whole run would take."""
     half = args.steps // 2
     for step in progress(range(args.steps), unit="step", disable=plan.rank != 0):
@@ -983,7 +965,7 @@ def dry_run(net, optimizer, loader, data, plan, device, args):
             start = time.time()
         set_learning_rate(optimizer, step, plan, args.lr)
         batch = [to_device(next(loader), device) for _ in range(plan.pieces)]
-        values = train_step(net, optimizer, batch, data.pca, plan, args)
+        values = train_step(net, optimizer, batch, pca, plan, args)
         if step in (half - 1, args.steps - 1):
             values["loss"].item()  # waits for the device
     seconds = (time.time() - start) / (args.steps - half)

@@ -22,7 +22,7 @@ import torchvision
 
 import common
 from common import (InputError, apply_view, crop_matrix, load_backbone, move_points, nt_xent,
-                    pair_weights, rescale_points, sample_view, undo_view)
+                    pair_weights, rescale_points, sample_view, soft_targets, undo_view)
 from conftest import ENVIRONMENT, ROOT
 
 
@@ -409,6 +409,68 @@ def test_loss_is_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = nt_xent(z1, z2)
     assert inside.dtype == torch.float32 and torch.equal(inside, nt_xent(z1, z2))
+
+
+def test_soft_targets_and_their_loss_against_a_triple_loop():
+    random = torch.Generator().manual_seed(0)
+    n = 4
+    first, second = torch.randn(2, n, 21, 2, dtype=torch.float64, generator=random)
+    z1, z2 = torch.nn.functional.normalize(
+        torch.randn(2, n, 6, dtype=torch.float64, generator=random), dim=2)
+    target = soft_targets(first * 40 + 60, second * 3, 0.3)  # place and size do not count
+    hands = [hand - hand.mean(0) for hand in torch.cat([first, second]).numpy()]
+    hands = [hand / np.sqrt((hand ** 2).sum() / 21) for hand in hands]
+    z = torch.cat([z1, z2]).numpy()
+    loss = 0
+    for i in range(2 * n):
+        wanted, found = {}, {}
+        for k in range(2 * n):
+            if k != i:
+                apart = sum(math.dist(hands[i][j], hands[k][j]) for j in range(21)) / 21
+                wanted[k] = math.exp(-apart / 0.3)
+                found[k] = math.exp(z[i] @ z[k] / 0.4)
+        for k in wanted:
+            share = wanted[k] / sum(wanted.values())
+            assert target[i, k].item() == pytest.approx(share, rel=1e-9)
+            loss -= share * math.log(found[k] / sum(found.values())) / (2 * n)
+    assert not target.diagonal().any()
+    assert nt_xent(z1, z2, temperature=0.4, target=target).item() == pytest.approx(loss, rel=1e-9)
+
+
+def test_soft_targets_become_plain_nt_xent_where_the_positive_alone_is_near():
+    random = torch.Generator().manual_seed(0)
+    hands = torch.randn(6, 21, 2, generator=random)
+    z1, z2 = torch.nn.functional.normalize(torch.randn(2, 6, 8, generator=random), dim=2)
+    target = soft_targets(hands, hands * 2, 1e-3)
+    assert nt_xent(z1, z2, target=target).item() == pytest.approx(nt_xent(z1, z2).item(), abs=1e-5)
+
+
+def test_drawing_everything_together_gains_nothing_with_soft_targets():
+    """The loss of equal embeddings is the largest of all that only draw together."""
+    random = torch.Generator().manual_seed(0)
+    hands = torch.randn(8, 21, 2, generator=random)
+    target = soft_targets(hands, hands + 0.1, 0.06)
+    same = torch.nn.functional.normalize(torch.ones(8, 16), dim=1)
+    assert nt_xent(same, same, target=target).item() == pytest.approx(math.log(15), abs=1e-5)
+    assert torch.allclose(target.sum(1), torch.ones(16), atol=1e-6)
+
+
+def test_soft_loss_of_many_pairs_made_some_rows_at_a_time():
+    """With 3,000 pairs the rows come in blocks; the gradient is that of the whole."""
+    random = torch.Generator().manual_seed(0)
+    n = 3000
+    z1, z2 = torch.nn.functional.normalize(torch.randn(2, n, 8, generator=random), dim=2)
+    hands = torch.randn(2, n, 21, 2, generator=random)
+    target = soft_targets(*hands, 0.5)
+    z = torch.cat([z1, z2]).requires_grad_()
+    logits = (z @ z.T / 0.5).fill_diagonal_(-1e30)
+    whole = torch.nn.functional.cross_entropy(logits, target)
+    (expected,) = torch.autograd.grad(whole, z)
+    z1.requires_grad_()
+    loss = nt_xent(z1, z2, target=target)
+    loss.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert torch.allclose(z1.grad, expected[:n], atol=1e-8)
 
 
 # ----------------------------------------------------------------------------------------- backbone

@@ -21,8 +21,9 @@ import torch
 import torchvision
 
 import pretrain
-from common import (BACKBONES, apply_view, load_array, load_checkpoint, load_hands, normalise,
-                    nt_xent, pair_weights, read_crop, sample_view, undo_view)
+from common import (BACKBONES, COLOURS, apply_view, load_array, load_checkpoint, load_hands,
+                    normalise, nt_xent, pair_weights, read_crop, sample_view, undo_view)
+from mine_pairs import as_poses
 from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
 
 
@@ -242,6 +243,70 @@ def test_a_step_on_the_gpu_never_waits_for_it(setting, compiled):
     assert values["loss"].isfinite()
 
 
+def test_the_keypoints_are_regressed_in_halves_of_the_views_side(mined):
+    """Loss and gradient against autograd on the layer's own output; and beside a contrast the two
+    losses add up."""
+    flags = (mined, "--out", "unused", *TINY, "--batch-size", 12)
+    args = parse(*flags, "--method", "keypoints")
+    plan, (batch,) = first_step(args, pretrain.load_data(args))
+    torch.manual_seed(0)
+    net = make_model(args)
+    assert net.projection is None
+    values = pretrain.train_step(net, standing_still(net), [batch], None, plan, args)
+    ours = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    error = 0
+    found = net(normalise(batch["image"]))[1].reshape(24, 21, 2)
+    for k in range(24):  # left border -1, right border 1; pixel centres at whole numbers
+        for joint in range(21):
+            for axis in (0, 1):
+                wanted = (batch["keypoints"][k, joint, axis].item() + 0.5) / 16 - 1
+                error = error + (found[k, joint, axis] - wanted).abs() / (24 * 42)
+    error.backward()
+    assert values["loss"].item() == pytest.approx(error.item(), rel=1e-5)
+    assert all(torch.allclose(a, p.grad, rtol=1e-3, atol=1e-6)
+               for a, p in zip(ours, net.parameters()))
+
+    both = parse(*flags, "--keypoint-loss", 3)
+    plan, pieces = first_step(both, pretrain.load_data(both))
+    net = make_model(both)
+    together = pretrain.train_step(net, standing_still(net), pieces, None, plan, both)
+    contrast = pretrain.train_step(net, standing_still(net), pieces, None, plan,
+                                   vary(both, keypoint_loss=0))
+    assert together["loss"].item() == pytest.approx(
+        contrast["loss"].item() + 3 * together["keypoint_error"].item(), rel=1e-5)
+
+
+def test_soft_targets_compare_the_hands_as_their_pair_turns_them(mined):
+    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--weighting", "soft",
+                 "--target-temperature", 0.2, "--temperature", 0.3)
+    data = pretrain.load_data(args)
+    plan, (batch,) = first_step(args, data)
+    net = make_model(args)
+    values = pretrain.train_step(net, standing_still(net), [batch], None, plan, args)
+    with torch.no_grad():
+        z = pretrain.embed(net, batch, "both", "fp32").double().numpy()
+    (items,) = pretrain.hands_of_steps(0, 1, len(data.pool), plan, args)
+    keypoints = np.load(mined / "keypoints.npy").astype(float)
+    neighbours, turns = (np.load(mined / f"{name}.npy")[:, 0] for name in ("neighbours", "turns"))
+    rows = [data.pool[hand, 1] for _, hand in items]
+    hands = [keypoints[row] for row in rows]
+    for row in rows:
+        back = cv2.getRotationMatrix2D((0, 0), float(turns[row]), 1)[:, :2]
+        hands.append(keypoints[neighbours[row]] @ back.T)
+    hands = [hand - hand.mean(0) for hand in hands]
+    hands = np.array([hand / np.sqrt((hand ** 2).sum(1).mean()) for hand in hands])
+    distance = np.linalg.norm(hands[:, None] - hands[None], axis=3).mean(2)
+    np.fill_diagonal(distance, np.inf)
+    target = np.exp(-distance / 0.2)
+    target /= target.sum(1, keepdims=True)
+    similarity = np.exp(z @ z.T / 0.3)
+    np.fill_diagonal(similarity, 0)
+    found = similarity / similarity.sum(1, keepdims=True)
+    np.fill_diagonal(found, 1)
+    assert values["loss"].item() == pytest.approx(-(target * np.log(found)).sum() / 24, rel=1e-4)
+
+
 def test_embedding_without_gradient_leaves_the_running_statistics_alone(setting):
     args, data, net = setting
     _, (batch,) = first_step(args, data)
@@ -288,7 +353,8 @@ for items in pretrain.hands_of_steps(0, 1, len(data.pool), plan, args):
     pieces.append(pretrain.collate([pairs[item] for item in items]))
 optimizer = torch.optim.SGD([dict(params=list(net.parameters()), adapt=False)], lr=0.0)
 values = pretrain.train_step(net, optimizer, pieces, None, plan, args)
-torch.save([values["loss"], [p.grad for p in model.parameters()], model.state_dict()], f"{out}.{rank}")
+gradients = [p.grad for p in model.parameters()]
+torch.save([values["loss"], gradients, model.state_dict()], f"{out}.{rank}")
 end_ranks()
 '''
 
@@ -568,6 +634,99 @@ def test_pca_distances_use_the_frozen_components(mined):
     assert np.array_equal(pca, load_array(mined / "pca.npy", np.float32, (15, 42))[1:])
 
 
+@pytest.fixture
+def many_videos(mined, tmp_path):
+    """The mined folder as if its hands came from 60 videos."""
+    folder = Path(shutil.copytree(mined, tmp_path / "many"))
+    rows = np.load(folder / "hands.npy")
+    rows["video"] = np.arange(len(rows)) * 60 // len(rows)
+    np.save(folder / "hands.npy", rows)
+    (folder / "videos.txt").write_text("".join(f"{k}\n" for k in range(60)))
+    return folder
+
+
+def test_what_the_probe_keeps_is_seen_by_no_step(many_videos):
+    args = parse(many_videos, "--out", "unused", *TINY, "--batch-size", 12, "--top-k", 3)
+    data = pretrain.load_data(args)
+    video = np.load(many_videos / "hands.npy")["video"]
+    held = set(video[data.probe[:, 1]])
+    assert len(held) == 3 and not held & set(video[data.pool[:, 1]])
+    assert set(data.probe[:, 1]) == set(np.flatnonzero(np.isin(video, [*held])))
+    shown = data.neighbours[0][data.pool[:, 1]]
+    assert not held & set(video[shown[shown >= 0]]) and (shown[:, 0] >= 0).all()
+    found = np.load(many_videos / "neighbours.npy")
+    lost = np.isin(video, [*held]) | np.isin(video[found[:, 0]], [*held])
+    assert len(data.pool) == (~lost).sum()  # nobody else is left out
+    few = pretrain.load_data(vary(args, probe=2))
+    assert len(few.probe) == 2 and len(set(video[few.probe[:, 1]])) <= 2
+    off = pretrain.load_data(vary(args, probe=0))
+    assert len(off.pool) == len(video) and not len(off.probe)
+
+
+def test_the_probe_is_one_for_the_nearest_pose_and_zero_for_chance(many_videos):
+    args = parse(many_videos, "--out", "unused", *TINY)
+    data = pretrain.load_data(args)
+    probe = pretrain.load_probe(data, args)
+    count = len(data.probe)
+    hands = load_hands(many_videos)
+    poses = as_poses(hands.keypoints[data.probe[:, 1]], hands.side, True)
+    video = hands.rows["video"][data.probe[:, 1]]
+
+    class Shown(torch.nn.Module):  # features of a hand, whose number is in its first pixel
+        def forward(self, images):
+            number = images.permute(0, 2, 3, 1)[:, 0, 0] * deviation + mean
+            return self.features[number[:, 0].round().long()]
+
+    mean, deviation = COLOURS
+    probe.images[:, 0, 0, 0] = torch.arange(count).byte()
+    shown = Shown()
+    shown.features = torch.randn(count, 8, generator=torch.manual_seed(0))
+    found, nearest, others = [], [], []
+    for i in range(count):
+        candidates = np.flatnonzero(video != video[i])
+        apart = [np.linalg.norm(poses[i] - poses[k]) for k in candidates]
+        alike = torch.cosine_similarity(shown.features[i], shown.features[candidates])
+        found.append(apart[alike.argmax()])
+        nearest.append(min(apart))
+        others += apart
+    expected = (np.mean(others) - np.mean(found)) / (np.mean(others) - np.mean(nearest))
+    score = pretrain.probe_score(shown, probe, torch.device("cpu"))
+    assert score == pytest.approx(expected, abs=1e-6) and shown.training
+
+
+def test_the_probe_is_logged_after_each_epoch_and_closes_the_run(many_videos, tmp_path):
+    out = tmp_path / "run"
+    printed = run_here("pretrain.py", many_videos, "--out", out, *TINY, "--batch-size", 20,
+                       "--epochs", 2, "--weighting", "soft")
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    logged = [(row["epoch"], row["probe"]) for row in rows if "probe" in row]
+    assert [epoch for epoch, _ in logged] == [1, 2] and all(-1 < score <= 1 for _, score in logged)
+    closing = dict(re.findall(r"^(\w+): (-?[\d.]+)$", printed, re.M))
+    assert float(closing["probe"]) == pytest.approx(logged[-1][1], rel=1e-3)
+    assert {"loss", "positive_similarity", "negative_similarity", "views_per_s",
+            "memory_gb"} <= closing.keys()
+
+
+def test_paper_sets_the_papers_values_and_other_flags_still_count(mined):
+    ours = parse(mined, "--out", "unused")
+    paper = parse(mined, "--out", "unused", "--paper")
+    differ = {name for name in vars(ours) if getattr(ours, name) != getattr(paper, name)}
+    assert differ == {"paper", "weighting", "border", "crop_move"}
+    assert (paper.weighting, paper.border, paper.crop_move) == ("linear", "black", 15 / 224)
+    mixed = parse(mined, "--out", "unused", "--paper", "--border", "mirror")
+    assert (mixed.weighting, mixed.border) == ("linear", "mirror")
+    peclr = parse(mined, "--out", "unused", "--paper", "--method", "peclr")
+    assert (peclr.weighting, peclr.border) == ("none", "black")
+
+
+def test_the_micro_batch_is_the_largest_divisor_of_the_share_up_to_512(mined):
+    for batch, ranks, expected in ((8192, 1, 512), (1000, 1, 500), (1536, 2, 384), (60, 1, 60),
+                                   (1022, 2, 511), (1042, 2, 1)):
+        args = parse(mined, "--out", "unused", "--batch-size", batch)
+        plan = pretrain.make_plan(args, 10 ** 6, 0, ranks, torch.device("cpu"))
+        assert (plan.micro_batch, plan.pieces) == (expected, batch // ranks // expected)
+
+
 # --------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
@@ -731,7 +890,7 @@ def test_variants_run(mined, tmp_path, flags):
 
 def test_how_to_weigh_is_refused_where_nothing_is_weighted(mined):
     for flags in (("--weight-on", "pos"), ("--weight-pca",), ("--weight-keypoints", "original")):
-        assert "expected a --weighting" in refused("pretrain.py", mined, "--out", "unused", *flags)
+        assert "without --weighting" in refused("pretrain.py", mined, "--out", "unused", *flags)
 
 
 def test_flags_without_effect_are_refused(mined):
@@ -815,7 +974,6 @@ def test_unmined_folders_are_used_whole_by_peclr_only(extracted, tmp_path):
     assert args.rotation == 0 and args.crop_margin == [1.25, 1.25]
     data = pretrain.load_data(args)
     assert len(data.pool) == len(np.load(extracted / "keypoints.npy"))
-    assert "was not mined" in data.notes[0]
 
 
 def test_several_folders_and_pairs_elsewhere(mined, extracted, tmp_path):
@@ -833,8 +991,7 @@ def test_several_folders_and_pairs_elsewhere(mined, extracted, tmp_path):
 def test_one_pca_measures_all_folders(mined, pairs):
     np.save(pairs / "pca.npy", np.load(pairs / "pca.npy")[::-1].copy())
     data = pretrain.load_data(parse(mined, pairs, "--out", "unused", *TINY, *MEASURED))
-    assert (np.array_equal(data.pca, np.load(mined / "pca.npy")[1:])
-            and "serve the hands of" in data.notes[0])
+    assert np.array_equal(data.pca, np.load(mined / "pca.npy")[1:])
 
 
 def test_rows_without_a_neighbour_are_not_used(pairs):
