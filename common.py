@@ -8,10 +8,13 @@ side S covers -0.5 .. S - 0.5, and its centre is (S - 1) / 2. Keypoints are in M
 which is FreiHAND's.
 """
 
+import codecs
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import importlib.metadata
+import io
 import json
 import math
 import multiprocessing
@@ -23,13 +26,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
-
-# Before torch is loaded. By default a thread that waits for others keeps its core busy; where
-# another program needs that core, training is then half as fast as with this setting. On idle
-# cores the setting costs a seventh.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import cv2
 import numpy as np
@@ -51,33 +49,43 @@ def load_backbone(name, path):
 
     Its attribute `width` is the number of features, 512 or 2048. path: "none" (random weights),
     "imagenet" (torchvision's IMAGENET1K_V1), or a file: ours, torchvision's, SiMHand's or PeCLR's
-    release, or an official training checkpoint. Keys that do not fit exactly raise an InputError
-    that names them.
+    release, an official training checkpoint, or a network that holds this ResNet under a prefix.
+    Keys that do not fit exactly raise an InputError that names some.
     """
-    from torchvision import models  # here, because it takes as long to import as all the rest
-
     try:
-        network = getattr(models, name)(weights="IMAGENET1K_V1" if path == "imagenet" else None)
+        network = resnet(name, "IMAGENET1K_V1" if path == "imagenet" else None)
     except OSError as error:
         raise InputError(f"--weights imagenet: torchvision could not download them ({error})")
-    network.width = network.fc.in_features
-    network.fc = nn.Identity()
     if path in (None, "none", "imagenet"):
         return network
     state = read_backbone_file(path, name, network)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:  # it names every key that does not fit
-        reason = " ".join(str(error).split())[:500]
-        raise InputError(f"{path}: not the weights of a {name}: {reason}")
+    prefixes = resnet_prefixes(state, network)
+    require(prefixes, f"{path}: not the weights of a {name}: {misfit(state, network)}")
+    prefix = prefixes[0]
+    if prefix:
+        others = f", not {', '.join(prefixes[1:])}" if len(prefixes) > 1 else ""
+        print(f"{path}: the {name} under {prefix} is used{others}")
+    state = {key.removeprefix(prefix): value for key, value in state.items()
+             if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")}
+    surplus = [key for key in state if key not in network.state_dict()]
+    require(not surplus, f"{path}: holds more than a {name}: {', '.join(surplus[:6])}")
+    network.load_state_dict(state)
     bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
     require(not bad, f"{path}: weights must be finite, not so: {', '.join(bad[:6])}")
     return network
 
 
+def resnet(name, weights=None):
+    from torchvision import models  # here, because it takes as long to import as all the rest
+
+    network = getattr(models, name)(weights=weights)
+    network.width = network.fc.in_features
+    network.fc = nn.Identity()
+    return network
+
+
 def read_backbone_file(path, name, network):
-    """A file in any of the published layouts -> a state dict with torchvision's names, without
-    fc."""
+    """A file in any of the published layouts -> a state dict."""
     state = load_checkpoint(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # PeCLR's and the official ones are wrapped
@@ -92,8 +100,43 @@ def read_backbone_file(path, name, network):
         match = re.match(r"encoder\.features\.([0-7])\.(.*)", key)
         if match:
             numbered[f"{children[int(match[1])]}.{match[2]}"] = value
-    state = numbered or state
-    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+    return numbered or state
+
+
+def resnet_prefixes(state, network):
+    """What stands in a state dict before the names of this ResNet's weights: "" in most, "module."
+    of DataParallel, "module.encoder_q." of MoCo; several where it holds several, [] for none."""
+    shapes = weight_shapes(network)
+    prefixes = []
+    for first in state:
+        prefix = first.removesuffix("conv1.weight")
+        below = {key.removeprefix(prefix): value.shape for key, value in state.items()
+                 if key.startswith(prefix)}
+        if prefix != first and shapes.items() <= below.items():
+            prefixes.append(prefix)
+    return prefixes
+
+
+def weight_shapes(network):
+    """{name: shape} of what a file must hold: files of old versions of torch count no batches."""
+    return {key: value.shape for key, value in network.state_dict().items()
+            if not key.endswith("num_batches_tracked")}
+
+
+def misfit(state, network):
+    """Why these are not the network's weights: a key that is missing or of another shape, one that
+    is not expected, and the ResNet that they look like."""
+    found = {key: value.shape for key, value in state.items()}
+    wrong = [f"{key} is missing" if key not in found else f"{key} is {tuple(found[key])}"
+             for key, shape in weight_shapes(network).items() if found.get(key) != shape]
+    surplus = [f"{key} is not expected" for key in found if key not in network.state_dict()]
+    words = [*wrong[:1], *surplus[:1]]
+    for name in BACKBONES:
+        with torch.device("meta"):  # makes no weights
+            other = resnet(name)
+        if resnet_prefixes(state, other):
+            words.append(f"they look like a {name}")
+    return ", ".join(words)
 
 
 def batchnorms(network):
@@ -209,16 +252,25 @@ def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, half_sid
     partner does; the picture is turned by angle + turn, and the equivariance undoes the angle
     alone.
     """
-    ranges = ((-rotation, rotation), half_side, (-move, move), (-move, move),
-              (0.01, 1), (0.01, 1), (0.5, 1), (5, 20))
-    drawn = [low + (high - low) * u for (low, high), u in zip(ranges, rng.random(8).tolist())]
-    angle, half, x, y = drawn[:4]
+    draws = iter(rng.random(8).tolist())
+
+    def draw(low, high):
+        return low + (high - low) * next(draws)
+
+    angle = draw(-rotation, rotation)
+    half = draw(*half_side)
+    x = draw(-move, move)
+    y = draw(-move, move)
+    hue = draw(0.01, 1)
+    saturation = draw(0.01, 1)
+    value = draw(0.5, 1)
+    add = draw(5, 20)
     centre = keypoints.mean(0, dtype=np.float64)
     radius = np.hypot(*(keypoints - centre).T).max()
     side = 2 * half * max(radius, 1e-3)
     shift = np.array([-x, -y]) * crop_side / side
     matrix = crop_matrix(centre, side, view_side, angle + turn, shift)
-    return View(matrix, angle, shift, drawn[4:] if colour else None)
+    return View(matrix, angle, shift, (hue, saturation, value, add) if colour else None)
 
 
 def apply_view(view, image, keypoints, view_side, border="mirror"):
@@ -446,6 +498,19 @@ def read_picture(path):
     return image
 
 
+def read_lines(path):
+    """The lines of a user's text file. UTF-16 is known by its mark; bytes that are not UTF-8 stay
+    as they are in names of files."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: could not be read: {error.strerror}")
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16", "replace") if is_utf16 else os.fsdecode(content)
+    require("\0" not in text, f"{path}: holds NUL bytes, expected text with one entry a line")
+    return text.removeprefix("\ufeff").splitlines()
+
+
 def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
     """Read a .npy file, never running code from it.
 
@@ -541,35 +606,53 @@ def load_checkpoint(path):
 
 # --------------------- runs: exit status, ranks, resuming, SIGTERM, the log, loader processes
 
-# Cores for each rank on this machine.
-CORES = max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+def cores_of_a_process():
+    """This machine's cores for each of the processes that torchrun or srun started on it."""
+    by_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 4(x2),3
+    by_node = os.environ.get("LOCAL_WORLD_SIZE", by_node)
+    processes = max(int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?", by_node))
+    allowed = len(os.sched_getaffinity(0))
+    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", allowed))
+    return max(min(allowed, on_node // processes), 1)  # srun may have shared them out already
+
+
+CORES = cores_of_a_process()
 HELD = contextlib.ExitStack()  # the locks of open_folder, which run_script lets go at its end
 
 
-def run_script(main):
-    """Run main(); whatever the user can mend ends in one line on stderr and status 2."""
+def run_script(main, when_full=""):
+    """Run main(); whatever the user can mend ends in one line on stderr and status 2.
+
+    when_full: what to do where the GPU's memory does not suffice, such as "; lower --batch-size".
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be in another encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
-    except InputError as error:  # one raised in a loader process arrives with a traceback before it
-        message = str(error).split("InputError: ")[-1].strip()
-        status = 2
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        status = 2
-    except torch.cuda.OutOfMemoryError as error:
-        message = f"{str(error).splitlines()[0]}; lower --micro-batch or --batch-size"
-        status = 2
-    except KeyboardInterrupt:
-        message = "stopped; the same command goes on"
-        status = 130
+    except (InputError, OSError, torch.cuda.OutOfMemoryError, KeyboardInterrupt) as error:
+        caught = error
     finally:
         for child in multiprocessing.active_children():  # loader processes ignore SIGTERM
             child.kill()
         HELD.close()
-    for bar in list(tqdm._instances):
-        bar.close()  # so that the message gets a line of its own
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(status)
+    message = str(caught)
+    if isinstance(caught, KeyboardInterrupt):
+        message = "stopped; the same command goes on"
+    elif isinstance(caught, torch.cuda.OutOfMemoryError):
+        message = message.splitlines()[0] + when_full
+    elif isinstance(caught, OSError):
+        message = f"{caught.filename or where(caught)}: {caught.strerror or caught}"
+    traceback.clear_frames(caught.__traceback__)  # closes bars: the message gets its own line
+    print(f"{program()}.py: {message}", file=sys.stderr)
+    sys.exit(130 if isinstance(caught, KeyboardInterrupt) else 2)
+
+
+def where(error):
+    """The last of our own functions that an error passed, for one that names no file."""
+    here = Path(__file__).parent
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).parent == here]
+    return f"{ours[-1].name} in {Path(ours[-1].filename).name}"
 
 
 def check_flags(args):
@@ -591,26 +674,23 @@ def check_flags(args):
 
 def refuse_idle_flags(args, parser, names, reason):
     """An InputError that names those of these flags that are given though they have no effect."""
-    given = [f"--{name.replace('_', '-')}" for name in names
-             if getattr(args, name) != parser.get_default(name)]
-    require(not given, f"{', '.join(given)} has no effect {reason}")
+    for name in names:
+        require(getattr(args, name) == parser.get_default(name),
+                f"--{name.replace('_', '-')} has no effect {reason}")
 
 
 def print_settings(args, parser, **effective):
-    """Once, at the start: the arguments that are not the parser's defaults, the others, and the
-    quantities that follow from them, as three aligned blocks."""
-    changed = {}
-    defaults = {}
-    typed = vars(parser.parse_args())  # args has values for those that depend on others as well
-    for name, value in vars(args).items():
-        group = defaults if typed[name] == parser.get_default(name) else changed
-        group[name] = value
+    """Once, at the start, aligned: the arguments, with the default beside those that differ from
+    it, then what follows from them."""
     width = max(map(len, [*vars(args), *effective]))
-    for title, group in (("given", changed), ("default", defaults), ("effective", effective)):
-        if group:
-            print(f"{title}:")
-        for name, value in group.items():
-            print(f"  {name:{width}}  {value}")
+    print("arguments:")
+    for name, value in vars(args).items():
+        default = parser.get_default(name)
+        note = "" if default in (None, value) else f"  (default: {default})"
+        print(f"  {name:{width}}  {value}{note}")
+    print("effective:")
+    for name, value in effective.items():
+        print(f"  {name:{width}}  {value}")
     sys.stdout.flush()
 
 
@@ -635,10 +715,13 @@ def open_folder(folder, rank=0, ranks=1):
     end = (rank + 1) * 2 ** 40 // ranks
     try:  # a child process does not inherit the lock
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
-    except BlockingIOError:
+    except OSError as error:
         lock.close()
-        raise InputError(f"{folder}: another run is writing to it, wait for it or choose another "
-                         "folder")
+        require(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder}: another run is "
+                "writing to it, wait for it or choose another folder")
+        raise InputError(f"{folder}: its file system cannot lock files ({error.strerror}), so that "
+                         "two runs could write there at once; choose a folder on another disk, or "
+                         "mount this one with locks")
     if ranks == 1:
         for left in folder.glob(f".*.{program()}.*.tmp"):  # not those of another script at work
             left.unlink()
@@ -659,6 +742,11 @@ def start_ranks(device):
     local = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    require(ranks == 1 or device.index is None,
+            f"--device {device} would put all {ranks} ranks on one GPU: expected --device cuda")
+    # Whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says, which some containers set: with products in
+    # TF32 most mined neighbours would be wrong, and the loss would lose digits.
+    torch.set_float32_matmul_precision("highest")
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
         count = torch.cuda.device_count()
@@ -667,7 +755,9 @@ def start_ranks(device):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same, so that its trials pay
     if ranks > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                                device_id=device if on_gpu else None)
     return rank, ranks, device
 
 
@@ -732,15 +822,25 @@ def resume(folder, settings, may_change):
     """The checkpoint of a run, or None where there is none.
 
     may_change: names of settings that cannot change the result; any other that differs from the
-    checkpoint's is an error.
+    checkpoint's is an error, and so is a checkpoint that not all ranks see.
     """
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        return None
+    content = load_run(path, settings, may_change) if path.exists() else None
+    step = content["step"] if content else 0
+    if dist.is_initialized():
+        least = torch.tensor([step, -step])
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        require(least.sum() == 0, f"{folder}: one rank finds step {least[0]}, another "
+                f"{-least[1]}; expected a folder that all nodes share")
+    return content
+
+
+def load_run(path, settings, may_change):
+    """checkpoint.pt of a run with these settings, as in `resume`."""
     content = load_checkpoint(path)
-    require(isinstance(content, dict) and "args" in content,
+    require(isinstance(content, dict) and {"args", "step"} <= content.keys(),
             f"{path}: not the checkpoint of such a run")
-    refuse_other_arguments(folder, content["args"], settings, may_change)
+    refuse_other_arguments(path.parent, content["args"], settings, may_change)
     return content
 
 
@@ -846,6 +946,22 @@ def catch_sigterm():
     return received
 
 
+class Batches:
+    """Item `batch`, a list of keys: collate([items[k] for k in batch]), or the InputError that was
+    raised. torch would hand on only its text, from a loader process, in the midst of a traceback.
+    """
+
+    def __init__(self, items, collate):
+        self.items = items
+        self.collate = collate
+
+    def __getitem__(self, batch):
+        try:
+            return self.collate([self.items[k] for k in batch])
+        except InputError as error:
+            return error
+
+
 def load_items(items, batches, workers, collate, **more):
     """Yields collate([items[k] for k in batch]) for each batch, made by `workers` processes.
 
@@ -859,18 +975,25 @@ def load_items(items, batches, workers, collate, **more):
         more["multiprocessing_context"] = "fork"
     try:
         loader = iter(torch.utils.data.DataLoader(
-            items, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-            worker_init_fn=start_worker, generator=torch.Generator(), **more))
+            Batches(items, collate), batch_size=None, sampler=batches, num_workers=workers,
+            collate_fn=unchanged, worker_init_fn=start_worker, generator=torch.Generator(), **more))
         # torch's own handler would raise in the midst of whatever goes on when a process dies.
         # Without it, torch finds that out when it looks after them, every five seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
     except (EOFError, ConnectionError, RuntimeError) as error:
         if not workers:
             raise
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise InputError(f"a loader process failed ({reason}); where memory or /dev/shm is full, "
-                         "lower --workers, --micro-batch or --batch-size")
+                         "lower --workers")
+
+
+def unchanged(batch):
+    return batch
 
 
 def start_worker(number):

@@ -1,6 +1,7 @@
 """The method against slow references, and the files against damage."""
 
 import argparse
+import errno
 import json
 import math
 import multiprocessing
@@ -23,7 +24,7 @@ import torchvision
 import common
 from common import (InputError, apply_view, crop_matrix, load_backbone, move_points, nt_xent,
                     pair_weights, rescale_points, sample_view, soft_targets, undo_view)
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, torchrun
 
 
 def random_hand(rng, side=224):
@@ -513,27 +514,62 @@ def test_every_published_layout_loads(reference, layout, tmp_path):
     reference.fc = head
 
 
-def test_backbone_files_that_do_not_fit(reference, tmp_path):
-    state = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
-    with pytest.raises(InputError, match="not the weights of a resnet50.*conv3.weight"):
+@pytest.mark.parametrize("prefix", ["module.", "encoder_q.", "backbone.", "net.", "model.",
+                                    "module.encoder_q."])
+def test_the_resnet_of_another_network_is_found_under_its_prefix(reference, prefix, tmp_path,
+                                                                 capsys):
+    """As DataParallel, MoCo, Lightning and timm write it, beside what else they train."""
+    content = {f"{prefix}{k}": v for k, v in reference.state_dict().items()}
+    content["queue"] = torch.zeros(3)
+    path = save(tmp_path / "a.pt", content)
+    network = load_backbone("resnet18", path)
+    assert all(torch.equal(v, reference.state_dict()[k]) for k, v in network.state_dict().items())
+    assert capsys.readouterr().out == f"{path}: the resnet18 under {prefix} is used\n"
+
+
+def test_of_two_resnets_in_a_file_the_first_is_taken(reference, tmp_path, capsys):
+    state = reference.state_dict()
+    content = {f"encoder_q.{k}": v for k, v in state.items()}
+    content |= {f"encoder_k.{k}": torch.zeros_like(v) for k, v in state.items()}
+    network = load_backbone("resnet18", save(tmp_path / "a.pt", content))
+    assert torch.equal(network.conv1.weight, reference.conv1.weight)
+    assert "under encoder_q. is used, not encoder_k." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_resnet_of_another_depth_is_recognised(reference, prefix, tmp_path):
+    state = {f"{prefix}{k}": v for k, v in reference.state_dict().items()}
+    with pytest.raises(InputError, match="not the weights of a resnet50.*look like a resnet18$"):
         load_backbone("resnet50", save(tmp_path / "a.pt", state))
-    with pytest.raises(InputError, match=r"a\.pt.*Missing key.*layer1\.0\.conv2\.weight"):
-        short = {k: v for k, v in state.items() if k != "layer1.0.conv2.weight"}
-        load_backbone("resnet18", save(tmp_path / "a.pt", short))
-    with pytest.raises(InputError, match=r"Unexpected key.*surplus"):
-        load_backbone("resnet18", save(tmp_path / "b.pt", {**state, "surplus": torch.zeros(1)}))
-    not_finite = {**state, "conv1.weight": state["conv1.weight"] * math.nan}
-    with pytest.raises(InputError, match="must be finite, not so: conv1.weight"):
-        load_backbone("resnet18", save(tmp_path / "c.pt", not_finite))
-    with pytest.raises(InputError, match="expected a state dict"):
-        load_backbone("resnet18", save(tmp_path / "d.pt", [1, 2]))
-    with pytest.raises(InputError, match="missing"):
-        load_backbone("resnet18", tmp_path / "nowhere.pt")
-    (tmp_path / "short.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
-    (tmp_path / "text.pt").write_text("these are not weights")
-    for name in ("short.pt", "text.pt"):
-        with pytest.raises(InputError, match="checkpoint written by torch.save"):
-            load_backbone("resnet18", tmp_path / name)
+
+
+def renamed(state):
+    return {key.replace("conv", "convolution"): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: {k: v for k, v in s.items() if k != "layer1.0.conv2.weight"},
+     "layer1.0.conv2.weight is missing$"),
+    (lambda s: renamed(s), "conv1.weight is missing, convolution1.weight is not expected$"),
+    (lambda s: {**s, "layer1.0.bn1.bias": torch.zeros(3)}, r"layer1.0.bn1.bias is \(3,\)$"),
+    (lambda s: {**s, "surplus": torch.zeros(1)}, "holds more than a resnet18: surplus$"),
+    (lambda s: {**s, "conv1.weight": s["conv1.weight"] * math.nan},
+     "must be finite, not so: conv1.weight$"),
+    (lambda s: [1, 2], "expected a state dict")])
+def test_weights_that_do_not_fit_are_named(reference, change, words, tmp_path):
+    state = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
+    with pytest.raises(InputError, match=rf"a\.pt.*{words}"):
+        load_backbone("resnet18", save(tmp_path / "a.pt", change(state)))
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "missing"), (b"these are not weights", "checkpoint written by torch.save"),
+    (b"PK\3\4 and no more", "checkpoint written by torch.save")])
+def test_files_that_are_no_weights_are_named(content, words, tmp_path):
+    if content:
+        (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_backbone("resnet18", tmp_path / "a.pt")
 
 
 class Configuration(dict):
@@ -644,6 +680,27 @@ def test_a_picture_that_is_missing_is_named(tmp_path):
         common.read_picture(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("content", [
+    "händ\r\nb\r\n".encode("utf-8"), "händ\nb".encode("utf-8-sig"), "händ\r\nb".encode("utf-16"),
+    b"\xfe\xff" + "händ\nb\n".encode("utf-16-be")])
+def test_lists_are_read_as_windows_writes_them_too(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    assert common.read_lines(tmp_path / "list.txt") == ["händ", "b"]
+
+
+def test_a_name_in_another_encoding_is_that_of_its_file(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9\n")
+    (name,) = common.read_lines(tmp_path / "list.txt")
+    assert os.fsencode(name) == b"caf\xe9"
+
+
+@pytest.mark.parametrize("content", [b"a.mp4\0b.mp4\0", "a.mp4".encode("utf-16-le")])
+def test_a_list_with_nul_bytes_is_refused(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(InputError, match="list.txt: holds NUL bytes, expected text"):
+        common.read_lines(tmp_path / "list.txt")
+
+
 # --------------------------------------------------------------------------------------------- runs
 
 def git(folder, *arguments):
@@ -739,25 +796,20 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
     assert [line.get("step") for line in lines] == [None, 1, 2]
 
 
-def test_settings_are_printed_in_aligned_blocks_with_the_given_ones_first(capsys, monkeypatch):
+def test_settings_are_printed_aligned_beside_the_defaults_that_they_leave(capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--warmup", type=int)
-    monkeypatch.setattr("sys.argv", ["script.py", "--batch-size", "16"])
-    args = parser.parse_args()
+    args = parser.parse_args(["--batch-size", "16"])
     args.warmup = 3  # as parse_args fills in what follows from other arguments
     common.print_settings(args, parser, negatives=30)
-    assert capsys.readouterr().out == ("given:\n"
-                                       "  batch_size  16\n"
-                                       "default:\n"
+    assert capsys.readouterr().out == ("arguments:\n"
                                        "  lr          0.1\n"
+                                       "  batch_size  16  (default: 8)\n"
                                        "  warmup      3\n"
                                        "effective:\n"
                                        "  negatives   30\n")
-    monkeypatch.setattr("sys.argv", ["script.py"])
-    common.print_settings(parser.parse_args(), parser)
-    assert re.findall("^[a-z]+:$", capsys.readouterr().out, re.M) == ["default:"]
 
 
 QUICK_ITEMS = """
@@ -792,6 +844,105 @@ def test_a_second_live_run_is_refused(tmp_path):
     assert child.is_alive()
     child.kill()
     child.join()
+
+
+WAYS_TO_END = """
+import sys
+sys.path.insert(0, {root!r})
+import common
+
+def main():
+    for k in common.progress(range(9)):
+        {act}
+
+common.run_script(main)
+"""
+
+
+def end_by(act, folder, **environment):
+    """What a script prints on stderr that ends by `act` in the midst of a bar, and its status."""
+    (folder / "ends.py").write_text(WAYS_TO_END.format(root=str(ROOT), act=act))
+    result = subprocess.run([sys.executable, folder / "ends.py"], capture_output=True, text=True,
+                            timeout=100, env={**ENVIRONMENT, **environment}, cwd=folder)
+    return result.stderr, result.returncode
+
+
+def test_the_message_of_a_script_has_a_line_of_its_own_under_the_bar(tmp_path):
+    errors, status = end_by("raise common.InputError('a.npy: missing')", tmp_path)
+    lines = re.split("[\r\n]+", errors.strip())
+    assert lines[-1] == "ends.py: a.npy: missing" and "0/9" in lines[-2] and status == 2
+
+
+def test_an_error_without_a_file_name_says_where_it_was_met(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    errors, status = end_by("common.write_log('.', dict(step=1))", tmp_path)
+    assert errors.splitlines()[-1] == "ends.py: write_log in common.py: No space left on device"
+    assert status == 2
+
+
+def test_a_folder_named_in_another_encoding_can_be_printed(tmp_path):
+    folder = os.fsdecode(b"caf\xe9")
+    errors, status = end_by(f"print({folder!r})", tmp_path, PYTHONIOENCODING="utf-8:strict")
+    assert status == 0, errors
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(common.fcntl, "lockf", refuse)
+    with pytest.raises(InputError, match=f"^{tmp_path}: its file system cannot lock files .*"
+                       f"{os.strerror(number)}.*choose a folder on another disk"):
+        common.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("variables, share", [
+    ({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "10000"}, 10 ** 6),
+    ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 2),
+    ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "1000"}, 1)])  # bound by srun
+def test_processes_of_one_machine_share_its_cores(monkeypatch, variables, share):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert common.cores_of_a_process() == max(len(os.sched_getaffinity(0)) // share, 1)
+
+
+def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device cuda:0 would put all 2 ranks on one GPU"):
+        common.start_ranks("cuda:0")
+
+
+def test_products_stay_exact_where_the_environment_asks_for_tf32():
+    code = ("import torch, common; common.start_ranks('cpu'); "
+            "print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT),
+                                 "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"})
+    assert result.stdout == "highest False\n", result.stderr
+
+
+RANKS_THAT_RESUME = """
+import common
+rank, _, _ = common.start_ranks("cpu")
+try:
+    common.resume(f"node{rank}", {}, ())
+except common.InputError as error:
+    print(error)
+common.end_ranks()
+"""
+
+
+def test_a_folder_that_nodes_do_not_share_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "node0").mkdir()
+    common.save_checkpoint("node0", dict(args={}, step=7))
+    (tmp_path / "resumes.py").write_text(RANKS_THAT_RESUME)
+    printed = torchrun(tmp_path / "resumes.py").stdout.splitlines()
+    assert sorted(printed) == [f"node{rank}: one rank finds step 0, another 7; expected a folder "
+                               "that all nodes share" for rank in (0, 1)]
 
 
 # ---------------------------------------------------------------------------------------- processes
