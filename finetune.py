@@ -2,12 +2,14 @@
 one linear layer.
 
 Reads a data set in its own layout and writes into --out: model.pt, checkpoint.pt, log.jsonl and
-curves.png, and for the test split pred_xyz.npy, gt_xyz.npy (mm), valid.npy (of AssemblyHands
+curves.png, and for the test split pred_xyz.npy, gt_xyz.npy (mm), valid.npy (for AssemblyHands
 wrist.npy too), pred_uv.npy, gt_uv.npy (pixels of the network's input), names.txt and overlay.jpg.
-The model is chosen on a validation split, never on the test split. As in the paper, test pictures
-are cropped by their true joints or boxes, and the wrist's place and the length of the bone 0-9,
-which one picture cannot tell, are taken from the ground truth. Stop it at any moment and run the
-same command again: it goes on.
+The model is chosen on a validation split, never on the test split. Stop it at any moment and run
+the same command again: it goes on.
+
+As in the paper, test pictures are cropped by their true joints or boxes, and what one picture
+cannot tell is taken from the labels: pred_xyz.npy holds the true wrist and the true length of the
+bone 0-9. Compare it offline; a leaderboard would not accept it.
 
     python finetune.py --dataset freihand --root FreiHAND_pub_v2 \
         --weights runs/simhand/backbone.pt --out runs/freihand
@@ -16,8 +18,8 @@ same command again: it goes on.
         --backbone resnet18 --input-size 64 --batch-size 16 --epochs 2 --out runs/tiny
 
 Your own data set: --dataset own --root PICTURES --labels FOLDER, where FOLDER holds train.npy,
-test.npy and, unless a tenth of the training set shall serve, val.npy. Each is an array of SAMPLE
-records, as documented in this script; what --labels keeps of another data set is an example.
+test.npy and, unless a tenth of the training set shall be held out, val.npy. Each is an array of
+SAMPLE records, which this script documents; what --labels keeps of another data set is an example.
 
 To read: arguments, main, then the method (network, loss, training, testing). Whoever wants the
 method may stop at the banner "pictures"; the three data sets' readers come last.
@@ -25,9 +27,7 @@ method may stop at the banner "pictures"; the three data sets' readers come last
 
 import argparse
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -43,52 +43,55 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (BACKBONES, BORDERS, CORES, PARENTS, PICTURES, Hands, InputError, View,
-                    any_rank, apply_view, atomic, catch_sigterm, check_flags, claim_folder,
-                    crop_matrix, draw_hand, end_ranks, load_array, load_backbone, load_checkpoint,
-                    load_hands, load_items, logged_settings, move_points, normalise, open_folder,
-                    plain, plot_curves, print_settings, progress, read_crop, read_log,
-                    refuse_idle_flags, refuse_other_arguments, require, rescale_points, resume,
-                    run_script, save_array, save_checkpoint, save_image, sheet, spread, start_log,
-                    start_ranks, write_log)
+                    any_rank, apply_view, atomic, average_statistics, catch_sigterm, check_flags,
+                    claim_folder, crop_matrix, draw_hand, end_ranks, load_array, load_backbone,
+                    load_checkpoint, load_hands, load_items, logged_settings, move_points,
+                    normalise, plain, plot_curves, print_settings, progress, read_crop, read_log,
+                    read_picture, refuse_idle_flags, refuse_other_arguments, require,
+                    rescale_points, resume, run_script, save_array, save_checkpoint, save_image,
+                    sheet, spread, start_log, start_ranks, write_log)
 
 MAY_CHANGE_ON_RESUME = ("out", "labels", "device", "workers", "save_minutes")
-# Flags that only training looks at, and those that --predict does not need.
-OF_TRAINING = ("freeze", "epochs", "lr", "backbone_lr", "rotation", "no_colour")
-IN_MODEL = (*OF_TRAINING, "backbone", "head", "input_size", "border", "labels", "label_fraction",
-            "seed")
-DATASETS = ("assemblyhands", "dexycb", "freihand", "own")
-SETUPS = ("s0", "s1", "s2", "s3")
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and
 # 100 px at least).
 CROP = {"freihand": 2.0, "dexycb": 1.75, "assemblyhands": 1.75}
+OF_TRAINING = ("freeze", "epochs", "lr", "backbone_lr", "rotation", "no_colour")
+# Flags that have an effect only where another flag has one of these values.
+GO_WITH = (
+    ((*OF_TRAINING, "dataset", "root", "setup", "paper_filter", "modality", "labels",
+      "label_fraction", "backbone", "head", "input_size", "border", "seed"), "predict", (None,)),
+    (OF_TRAINING, "head", ("detnet", "linear")),
+    (("setup", "paper_filter"), "dataset", ("dexycb",)),
+    (("modality",), "dataset", ("assemblyhands",)))
 
 
 def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--dataset", choices=DATASETS, help="own: labels that you made, see --labels")
+    flag("--dataset", choices=(*READERS, "own"), help="own: labels that you made, see --labels")
     flag("--root", help="the data set's folder, in its own layout")
     flag("--out", required=True, help="folder of this run")
-    flag("--setup", choices=SETUPS, help="DexYCB's division: unseen sequences (s0), subjects "
-         "(s1, the default), views (s2) or objects (s3)")
-    flag("--paper-filter", action="store_true", help="DexYCB: only frames with 10 joints or more "
-         "in the picture, the wrist and joint 9 among them, as SiMHand (default: every labelled "
-         "frame)")
-    flag("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego); exo: "
-         "frames cut from its videos, and the calibration as json like that of ego")
-    flag("--predict", metavar="FOLDER", help="instead of a data set: what the trained --weights "
-         "RUN/model.pt says of the pictures in a folder, each of one right hand that fills about "
-         "half of the longer side, or of a hands folder's crops")
+    flag("--setup", choices=("s0", "s1", "s2", "s3"), help="DexYCB's split: test on unseen "
+         "sequences (s0), subjects (s1, the default), views (s2) or objects (s3)")
+    flag("--paper-filter", action="store_true", help="DexYCB: keep only frames with 10 joints or "
+         "more in the picture, the wrist and joint 9 among them, as SiMHand does (default: every "
+         "labelled frame)")
+    flag("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego); exo "
+         "needs frames cut from its videos, and the calibration as json, laid out like that of ego")
+    flag("--predict", metavar="FOLDER", help="no data set: apply the trained --weights "
+         "RUN/model.pt to the pictures in a folder, each showing one right hand that fills about "
+         "half of the longer side, or to the crops of a hands folder. pred_xyz.npy then has the "
+         "wrist at 0 and the bone 0-9 at the training set's median length")
     # network
     flag("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     flag("--backbone", choices=BACKBONES, default="resnet50", help="(paper: resnet50)")
     flag("--head", choices=NETWORKS, default="detnet", help="linear: one linear layer from the "
          "backbone's averaged features to the joints, which trains several times faster and "
-         "needs fewer steps; knn: no training; the pose of the nearest labelled training picture, "
-         "by cosine similarity of these features (default: detnet, as the paper)")
-    flag("--freeze", action="store_true", help="keep the backbone as it is, train the head alone; "
-         "with --head linear a linear probe")
+         "needs fewer steps; knn: no training, but the pose of the nearest labelled training "
+         "picture, by cosine similarity of these features (default: detnet, as in the paper)")
+    flag("--freeze", action="store_true", help="keep the backbone as it is and train the head "
+         "alone; with --head linear this is a linear probe")
     flag("--input-size", type=int, default=128, help="side of the network's input in pixels; for "
          "detnet, whose heat-maps have a quarter of it, a multiple of 32 (default: 128)")
     add_training_flags(flag)
@@ -97,12 +100,13 @@ def make_parser():
 
 def add_training_flags(flag):
     # labels
-    flag("--labels", metavar="FOLDER", help="keep what was read of the label files here, for later "
-         "runs: train.npy, val.npy (may be missing) and test.npy. With --dataset own these are "
-         "the labels that you made (default: read the label files at every start)")
+    flag("--labels", metavar="FOLDER", help="keep what was read from the label files here, and "
+         "read it from here in later runs: train.npy, val.npy (may be missing) and test.npy. With "
+         "--dataset own these are the labels that you made (default: read the label files at "
+         "every start)")
     flag("--label-fraction", type=float, default=1.0, help="share of the unique training samples "
-         "to use, with all their versions; a smaller share lies within a larger one of the same "
-         "seed")
+         "to use, with all their versions; with the same seed, a larger share contains a smaller "
+         "one")
     # pictures
     flag("--border", choices=sorted(BORDERS), default="black",
          help="what a crop shows beyond the picture: the mirrored picture, or black (default)")
@@ -113,35 +117,29 @@ def add_training_flags(flag):
     flag("--batch-size", type=int, default=128, help="pictures a step over all ranks of torchrun; "
          "BatchNorm sees a rank's share (paper: 128)")
     flag("--lr", type=float, default=1e-3,
-         help="Adam's, a tenth of it from half of the epochs (DetNet)")
-    flag("--backbone-lr", type=float, help="the backbone's own, in the same way (default: --lr)")
-    flag("--seed", type=int, default=0, help="of the new layers, the order, the views, and the "
-         "choice of labels")
+         help="Adam's learning rate; a tenth of it from half of the epochs on (DetNet)")
+    flag("--backbone-lr", type=float, help="the same for the backbone alone (default: --lr)")
+    flag("--seed", type=int, default=0, help="seed of the new layers, the order of the pictures, "
+         "their views, and the choice of labels")
     # machine
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     flag("--device", help="cpu or cuda (default: the GPU when there is one)")
     flag("--workers", type=int, default=min(16, CORES),
          help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
     flag("--save-minutes", type=float, default=10,
-         help="checkpoint this often, and after every epoch")
+         help="checkpoint this often, at the end, and when stopped by SIGTERM")
 
 
 def parse_args():
     parser = make_parser()
     args = parser.parse_args()
     check_flags(args)
-    if args.predict:
-        refuse_idle_flags(args, parser, IN_MODEL, "with --predict: model.pt knows it all")
-    if args.head == "knn":
-        refuse_idle_flags(args, parser, OF_TRAINING, "with --head knn, which trains nothing")
-    require(bool(args.predict) != bool(args.dataset and args.root),
+    for names, other, values in GO_WITH:
+        value = getattr(args, other)
+        if value not in values:
+            refuse_idle_flags(args, parser, names, f"with --{other} {value}")
+    require(args.predict or args.dataset and args.root,
             "expected --dataset and --root, or --predict and --weights RUN/model.pt")
-    trained = args.weights not in ("imagenet", "none")
-    require(not args.predict or trained and "RANK" not in os.environ,
-            "--predict: expected --weights RUN/model.pt, and no torchrun")
-    require(args.dataset == "dexycb" or not (args.setup or args.paper_filter),
-            "--setup, --paper-filter: DexYCB only")
-    require(args.dataset == "assemblyhands" or not args.modality, "--modality: AssemblyHands only")
     require(args.dataset != "own" or args.labels,
             "--dataset own: expected --labels FOLDER with train.npy and test.npy")
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
@@ -162,11 +160,13 @@ def parse_args():
 
 @dataclasses.dataclass
 class Plan:
-    """What follows from the arguments, the labels and the machine."""
+    """How the work is divided over steps, ranks and processes."""
     rank: int
     ranks: int
     device: torch.device
     precision: str
+    batch_size: int  # pictures, over all ranks
+    workers: int  # loader processes of each rank
     steps_per_epoch: int = 0
     steps: int = 0
 
@@ -175,7 +175,7 @@ def main():
     args = parse_args()
     if args.predict:
         return predict_folder(args)
-    # Before the ranks meet: while one of them reads the labels, the others may have to wait long.
+    # Before the ranks meet: the labels may take longer than ranks wait for each other.
     data = load_data(args)
     plan = make_plan(args, len(data.train))
     claim_folder(args.out, plan.rank == 0)
@@ -184,48 +184,51 @@ def main():
     kept = resume(args.out, settings, MAY_CHANGE_ON_RESUME)
     model = NETWORKS[args.head](args.backbone, "none" if kept else args.weights)
     model = model.to(plan.device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, args)
-    step, best = restore(kept, model, optimizer, data, args) if kept else (0, math.inf)
+    optimizer = make_optimizer(model, args.lr, None if args.freeze else args.backbone_lr)
+    step, best = restore(kept, model, optimizer, data, args) if kept else (0, Best())
     net = spread(model, plan.device)
     rows = start_run(settings, data, step, model, plan, args) if plan.rank == 0 else []
 
     crops = make_crops(args)
-    batches = rows_of_steps(step, len(data.train), plan, args)
-    loader = load_items(Pictures(data.train, crops), batches, args.workers, collate,
+    batches = rows_of_steps(step, len(data.train), plan, args.seed)
+    loader = load_items(Pictures(data.train, crops), batches, plan.workers, collate,
                         pin_memory=plan.device.type == "cuda")
-    stop = catch_sigterm()
+    report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # losses of the steps since the last report
+    stop = catch_sigterm()
     saved = since = time.time()
     bar = progress(total=plan.steps, initial=step, unit="step",
                    disable=plan.rank != 0 or not plan.steps)
     while step < plan.steps:
-        recent.append(train_step(net, model, optimizer, next(loader), step, plan, args))
+        set_learning_rate(optimizer, step, plan.steps)
+        net.train()
+        if args.freeze:
+            model.backbone.eval()
+        batch = to_device(next(loader), plan.device)
+        recent.append(train_step(net, optimizer, batch, LOSSES[args.head], plan))
         step += 1
         bar.update()
 
         end_of_epoch = step % plan.steps_per_epoch == 0
         overdue = time.time() - saved > 60 * args.save_minutes
-        stopping, due = any_rank(bool(stop), end_of_epoch or overdue)
-        if stopping or due:
-            row = report(step, recent, since, model, optimizer, plan, args)
+        stopping, due = any_rank(bool(stop), overdue or step == plan.steps)
+        if stopping or due or end_of_epoch or step % report_every == 0:
+            row = report(step, recent, since, optimizer, plan, args.out)
             if end_of_epoch:
-                row["validation_error"] = validate(model, data.validation, crops, plan, args)
-                if row["validation_error"] < best:
-                    best = row["validation_error"]
-                    save_model(model, data.train, plan, args)
+                row["validation_error"] = validate(model, data.validation, crops, plan)
+                best = choose(best, row["validation_error"], model)
             rows.append(row)
-            if plan.rank == 0:
-                write_log(args.out, row)
-            save(settings, data, step, best, model, optimizer, plan, args)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, validation {best:.1f} mm, "
-                                f"{row['pictures_per_s']:.0f} pictures/s", refresh=False)
+            show(row, best, bar, plan, args.out)
             recent = []
-            saved = since = time.time()
+            since = time.time()
+        if stopping or due:
+            save(settings, data, step, best, model, optimizer, plan, args.out)
+            saved = time.time()
         if stopping:
             break
     bar.close()
     if args.head == "knn":  # so that other arguments are refused here too
-        save(settings, data, step, best, model, optimizer, plan, args)
+        save(settings, data, step, best, model, optimizer, plan, args.out)
     if step == plan.steps:
         finish(rows, best, model, data, crops, plan, args)
     elif plan.rank == 0:
@@ -252,9 +255,9 @@ class DetNet(nn.Module):
             layers += [nn.ConvTranspose2d(width, 256, 4, 2, 1, bias=False), nn.BatchNorm2d(256),
                        nn.ReLU(inplace=True)]
         self.up = nn.Sequential(*layers)
-        self.heat = head(256 + 2, 21)
-        self.delta = head(256 + 2 + 21, 63)
-        self.location = head(256 + 2 + 21 + 63, 63)
+        self.heat = map_layers(256 + 2, 21)
+        self.delta = map_layers(256 + 2 + 21, 63)
+        self.location = map_layers(256 + 2 + 21 + 63, 63)
 
     def forward(self, images):
         x = images
@@ -265,12 +268,10 @@ class DetNet(nn.Module):
         side = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
         y_axis, x_axis = torch.meshgrid(side, side, indexing="ij")
         x = torch.cat([x, torch.stack([x_axis, y_axis]).expand(len(x), -1, -1, -1)], 1)
-        heat = torch.sigmoid(self.heat(x))
-        delta = self.delta(torch.cat([x, heat], 1))
-        location = self.location(torch.cat([x, heat, delta], 1))
-        delta = delta.unflatten(1, (21, 3))
-        location = location.unflatten(1, (21, 3))
-        return heat.float(), delta.float(), location.float()
+        heat = torch.sigmoid(make_maps(self.heat, x))
+        delta = make_maps(self.delta, x, heat)
+        location = make_maps(self.location, x, heat, delta)
+        return heat, delta.unflatten(1, (21, 3)), location.unflatten(1, (21, 3))
 
     def read(self, outputs):
         """-> uv (N, 21, 2), the centres of the hottest cells, and pose (N, 21, 3), read there from
@@ -284,10 +285,21 @@ class DetNet(nn.Module):
         return rescale_points(place, 4), pose
 
 
-def head(inputs, outputs):
+def map_layers(inputs, outputs):
     return nn.Sequential(
         nn.Conv2d(inputs, 256, 3, 1, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
         nn.Conv2d(256, outputs, 1))
+
+
+def make_maps(layers, *inputs):
+    """What the layers make of all inputs together, in float32: with the three digits of bf16,
+    several cells of a heat-map would often share its maximum."""
+    x = torch.cat([part.to(inputs[0].dtype) for part in inputs], 1)
+    *hidden, last = layers
+    for layer in hidden:
+        x = layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return last(x.float())
 
 
 class LinearNet(nn.Module):
@@ -304,7 +316,7 @@ class LinearNet(nn.Module):
 
     def forward(self, images):
         features = self.backbone(images).float()
-        with torch.autocast(images.device.type, enabled=False):  # bf16 has but three digits
+        with torch.autocast(images.device.type, enabled=False):  # bf16 has only three digits
             joints = self.linear(features).unflatten(1, (21, 5))
         side = images.shape[-1]
         return (side - 1) / 2 + joints[..., :2] * side / 2, joints[..., 2:]
@@ -384,7 +396,7 @@ def linear_loss(outputs, batch, with_bone=None):
 
 
 def mean_with_bone(losses, valid, with_bone):
-    """losses (N,) -> their mean over the samples that have wrist and bone; `with_bone` as of
+    """losses (N,) -> their mean over the samples that have wrist and bone; with_bone as in
     detnet_loss."""
     counts = has_wrist_and_bone(valid)
     if with_bone is None:
@@ -407,44 +419,47 @@ def bone_length(xyz):
 
 def scaled_pose(xyz):
     """(..., 21, 3) -> the same relative to the wrist, in lengths of the bone 0-9; in mm where that
-    has none."""
+    bone has no length."""
     length = bone_length(xyz)[..., None, None]
     return (xyz - xyz[..., :1, :]) / np.where(length > 0, length, 1)
 
 
 # -------------------------------------------------------------------------- the method: training
 
-def train_step(net, model, optimizer, batch, step, plan, args):
-    """One step of the optimiser on this rank's share of the batch -> its loss, on the device."""
-    net.train()
-    if args.freeze:
-        model.backbone.eval()
+def set_learning_rate(optimizer, step, steps):
+    """A tenth of the peak from half of the steps on."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * (0.1 if step >= plan.steps // 2 else 1)
-    batch = {key: value.to(plan.device, non_blocking=True) for key, value in batch.items()}
-    with_bone = over_ranks(has_wrist_and_bone(batch["valid"]).sum().double()) / plan.ranks
+        group["lr"] = group["peak"] * (0.1 if step >= steps // 2 else 1)
+
+
+def train_step(net, optimizer, batch, loss_of, plan):
+    """One step of the optimiser on this rank's share of the batch, with loss_of one of LOSSES ->
+    its loss, on the device."""
+    with_bone = over_ranks(has_wrist_and_bone(batch["valid"]).sum().float()) / plan.ranks
     outputs = forward(net, batch["image"], plan.precision)
-    loss = LOSSES[args.head](outputs, batch, with_bone)
+    loss = loss_of(outputs, batch, with_bone)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+    average_statistics(net)
     return loss.detach()
 
 
-def make_optimizer(model, args):
-    """Adam on the heads, and on the backbone unless it is frozen; each with its own peak rate."""
-    model.backbone.requires_grad_(not args.freeze)
+def make_optimizer(model, lr, backbone_lr):
+    """Adam on the heads and on the backbone, each with its own peak rate; a backbone whose rate is
+    None is frozen."""
+    model.backbone.requires_grad_(backbone_lr is not None)
     heads = []
     for name, parameter in model.named_parameters():
         if not name.startswith("backbone."):
             heads.append(parameter)
-    groups = [dict(params=heads, peak=args.lr)]
-    if not args.freeze:
-        groups.append(dict(params=list(model.backbone.parameters()), peak=args.backbone_lr))
+    groups = [dict(params=heads, peak=lr)]
+    if backbone_lr is not None:
+        groups.append(dict(params=list(model.backbone.parameters()), peak=backbone_lr))
     return torch.optim.Adam(groups, fused=True)
 
 
-def rows_of_steps(step, count, plan, args):
+def rows_of_steps(step, count, plan, seed):
     """Yields this rank's share of each batch from `step` on: a list of (epoch, row of the training
     set).
 
@@ -452,13 +467,17 @@ def rows_of_steps(step, count, plan, args):
     left out.
     """
     order = None
-    share = args.batch_size // plan.ranks
+    share = plan.batch_size // plan.ranks
     for step in range(step, plan.steps):
         epoch, place = divmod(step, plan.steps_per_epoch)
         if order is None or place == 0:
-            order = np.random.default_rng((args.seed, epoch)).permutation(count)
-        start = place * args.batch_size + plan.rank * share
+            order = np.random.default_rng((seed, epoch)).permutation(count)
+        start = place * plan.batch_size + plan.rank * share
         yield [(epoch, row) for row in order[start:start + share].tolist()]
+
+
+def to_device(batch, device):
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def over_ranks(tensor):
@@ -471,64 +490,63 @@ def over_ranks(tensor):
 # --------------------------------------------------------------------------- the method: testing
 
 @torch.no_grad()
-def run_on_test_crops(function, shape, pictures, plan, args, name=""):
+def run_on_test_crops(function, shape, pictures, plan, name=""):
     """function: images (n, S, S, 3) -> (n, *shape). -> (N, *shape), that of all test crops; each
     rank does a share. With a name, a progress bar shows it."""
     count = len(pictures.samples)
-    starts = range(plan.rank * args.batch_size, count, plan.ranks * args.batch_size)
+    starts = range(plan.rank * plan.batch_size, count, plan.ranks * plan.batch_size)
     batches = []
     for start in starts:
-        rows = range(start, min(start + args.batch_size, count))
+        rows = range(start, min(start + plan.batch_size, count))
         batches.append([(None, row) for row in rows])
     found = torch.zeros(count, *shape, device=plan.device)
-    loader = load_items(pictures, batches, args.workers, collate)
-    bar = progress(loader, unit="batch", total=len(batches), desc=name, disable=not name)
+    loader = load_items(pictures, batches, plan.workers, collate)
+    bar = progress(loader, unit="batch", total=len(batches), desc=name,
+                   disable=not name or plan.rank != 0)
     for start, batch in zip(starts, bar):
         images = batch["image"].to(plan.device)
         found[start:start + len(images)] = function(images)
     return over_ranks(found)
 
 
-def predict(model, pictures, plan, args, name=""):
+def predict(model, pictures, plan, name=""):
     """-> uv (N, 21, 2) in input pixels, and pose (N, 21, 3) relative to the wrist in lengths of the
     bone 0-9, as the model reads them from what it makes of the pictures."""
     def read(images):
         uv, pose = model.read(forward(model, images, plan.precision))
         return torch.cat([uv, pose - pose[:, :1]], 2)
 
-    if dist.is_initialized():
-        # BatchNorm's statistics differ, and rank 0 may have loaded the chosen model.
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
     model.eval()
-    found = run_on_test_crops(read, (21, 5), pictures, plan, args, name).cpu().numpy()
+    found = run_on_test_crops(read, (21, 5), pictures, plan, name).cpu().numpy()
     return found[..., :2], found[..., 2:]
 
 
-def nearest(model, data, crops, plan, args):
-    """-> uv and pose, as of `predict`, of each test picture's nearest training picture, both in
-    test crops."""
+def nearest(backbone, data, crops, plan):
+    """What `predict` returns, for --head knn: each test picture gets the joints of the training
+    picture whose features are the most similar, both seen in test crops."""
     def describe(images):
-        return F.normalize(forward(model.backbone, images, plan.precision).float())
+        return F.normalize(forward(backbone, images, plan.precision).float())
 
     def features(samples, name):
         pictures = Pictures(samples, crops)
-        return run_on_test_crops(describe, (model.backbone.width,), pictures, plan, args, name)
+        return run_on_test_crops(describe, (backbone.width,), pictures, plan, name)
 
-    model.eval()
+    backbone.eval()
     keys = features(data.train, "training")
     queries = features(data.test, "test")
-    found = [(part @ keys.T).argmax(1) for part in queries.split(256)]  # all at once: too big
+    # A part at a time: all similarities at once would need too much memory.
+    found = [(part @ keys.T).argmax(1) for part in queries.split(256)]
     found = torch.cat(found).cpu().numpy()
     return crop_uv(data.train, crops)[found], scaled_pose(data.train.xyz)[found]
 
 
-def validate(model, samples, crops, plan, args):
-    """The error in mm by which the model is chosen: the mean over the samples. Not called MPJPE:
-    evaluate.py averages each joint over the samples first, and also counts samples without a
-    valid joint 9."""
-    _, pose = predict(model, Pictures(samples, crops), plan, args)
-    return float(np.nanmean(sample_errors(pose, samples)))
+def validate(model, samples, crops, plan):
+    """The error in mm by which the model is chosen: the mean over the samples that have wrist and
+    bone, NaN where the network gives no finite pose. It is not the MPJPE of evaluate.py, which
+    averages each joint over the samples first, and also counts samples without a valid joint 9."""
+    _, pose = predict(model, Pictures(samples, crops), plan)
+    errors = sample_errors(pose, samples)
+    return float(errors[has_wrist_and_bone(samples.valid)].mean())
 
 
 def sample_errors(pose, samples):
@@ -541,6 +559,20 @@ def sample_errors(pose, samples):
     return (distance * counts).sum(1) / np.where(counts.any(1), counts.sum(1), np.nan)
 
 
+@dataclasses.dataclass
+class Best:
+    """The model with the smallest validation error so far."""
+    error: float = math.inf
+    weights: dict = None  # its state dict; None as long as no error was finite
+
+
+def choose(best, error, model):
+    """The model as it is now, where its error is smaller -> Best."""
+    if not error < best.error:  # also where it is NaN
+        return best
+    return Best(error, {key: value.clone() for key, value in model.state_dict().items()})
+
+
 # -------------------------------------------------------------------------------------- pictures
 
 @dataclasses.dataclass
@@ -549,7 +581,7 @@ class Crops:
     source: str | Hands  # the folder that paths start from, or an opened hands folder
     side: int  # of the network's input, pixels
     border: str  # what a crop shows beyond the picture, a key of BORDERS
-    # Of training alone:
+    # For training alone:
     rotation: float = 0.0  # degrees to either side
     colour: bool = False
     seed: int = 0
@@ -558,15 +590,6 @@ class Crops:
 def make_crops(args):
     return Crops(args.root, args.input_size, args.border, args.rotation, not args.no_colour,
                  args.seed)
-
-
-@dataclasses.dataclass
-class Item:
-    """One sample as the network sees it; pixels are the network input's."""
-    image: np.ndarray  # uint8 (S, S, 3)
-    uv: np.ndarray  # (21, 2) float32
-    pose: np.ndarray  # (21, 3) float32, relative to the wrist, in lengths of the bone 0-9
-    valid: np.ndarray  # (21,) bool
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -579,34 +602,32 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, row = item
-        if epoch is None:
-            return self.test_item(row)
-        rng = np.random.default_rng((self.crops.seed, epoch, row))
-        return self.training_item(row, rng)
+        return make_item(self.samples[row], row, epoch, self.crops)
 
-    def test_item(self, row):
-        sample = self.samples[row]
-        image, uv = cut(sample, row, test_view(sample, self.crops.side), self.crops)
-        return Item(image, uv, scaled_pose(sample.xyz).astype(np.float32), sample.valid)
 
-    def training_item(self, row, rng):
-        sample = self.samples[row]
-        view = sample_crop(sample, self.crops, rng)
-        image, uv = cut(sample, row, view, self.crops)
-        if self.crops.colour:
-            image = jitter(image, rng)
-        # The pose turns with the picture, about the camera's axis.
-        turn = np.eye(3)
-        turn[:2, :2] = crop_matrix((0, 0), 1, 1, view.angle)[:, :2].T
-        pose = scaled_pose(sample.xyz) @ turn
-        return Item(image, uv, pose.astype(np.float32), sample.valid)
+def make_item(sample, row, epoch, crops):
+    """A sample as the network sees it -> image uint8 (S, S, 3), uv (21, 2) in its pixels, pose
+    (21, 3) relative to the wrist in lengths of the bone 0-9, both float32, and valid (21,)."""
+    if epoch is None:
+        view = test_view(sample, crops.side)
+    else:
+        rng = np.random.default_rng((crops.seed, epoch, row))
+        view = sample_crop(sample, crops, rng)
+    image, uv = view_sample(sample, row, view, crops)
+    if epoch is not None and crops.colour:
+        image = jitter(image, rng)
+    # The pose turns with the picture, about the camera's axis.
+    turn = np.eye(3)
+    turn[:2, :2] = crop_matrix((0, 0), 1, 1, view.angle)[:, :2].T
+    pose = scaled_pose(sample.xyz) @ turn
+    return dict(image=image, uv=uv, pose=pose.astype(np.float32), valid=sample.valid)
 
 
 def collate(items):
-    """n items -> tensors of n rows: image, uv, pose and valid."""
+    """n items -> tensors of n rows."""
     batch = {}
-    for name in ("image", "uv", "pose", "valid"):
-        batch[name] = torch.from_numpy(np.stack([getattr(item, name) for item in items]))
+    for name in items[0]:
+        batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
     return batch
 
 
@@ -634,12 +655,11 @@ def crop_uv(samples, crops):
     return found
 
 
-def cut(sample, row, view, crops, side=None):
-    """-> the view of a sample's picture, RGB uint8 (side, side, 3), by default of the input's side,
-    and its joints there (21, 2)."""
-    image = read_picture(sample, row, crops.source)
+def view_sample(sample, row, view, crops):
+    """-> the view of a sample's picture, RGB uint8 (S, S, 3), and its joints there (21, 2)."""
+    image = picture_of(sample, row, crops.source)
     image, view, uv = shrink(image, view, sample.uv, crops.border)
-    return apply_view(view, image, uv, side or crops.side, crops.border)
+    return apply_view(view, image, uv, crops.side, crops.border)
 
 
 def shrink(image, view, uv, border):
@@ -674,21 +694,13 @@ def jitter(image, rng):
     return cv2.GaussianBlur(image, (3, 3), max(rng.uniform(0, 0.5), 1e-3))
 
 
-def read_picture(sample, row, source):
+def picture_of(sample, row, source):
     """-> RGB uint8 (H, W, 3), flipped where the sample says so: all that comes after sees right
     hands. source: as in `Crops`; `row` is the sample's in an opened hands folder."""
     if isinstance(source, Hands):
         return read_crop(source, row)
     path = os.path.join(source, os.fsdecode(sample.path))
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: could not be read: {error.strerror}")
-    image = None
-    cut_short = content[:2] == b"\xff\xd8" and b"\xff\xd9" not in content
-    if content and not cut_short:  # OpenCV fills what a cut JPEG lacks with grey
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
-    require(image is not None, f"{path}: truncated, or not a picture that OpenCV reads")
+    image = read_picture(path)
     require(sample.width in (0, image.shape[1]),
             f"{path}: is {image.shape[1]} pixels wide, its labels are for {sample.width}")
     return cv2.flip(image, 1) if sample.flip else image
@@ -696,34 +708,33 @@ def read_picture(sample, row, source):
 
 # ---------------------------------------------------------------------------------- files: a run
 
-def make_plan(args, pictures):
-    """Join the other ranks -> Plan, or an InputError where the arguments do not fit the set."""
+def make_plan(args, pictures=0):
+    """Join the other ranks -> Plan, or an InputError where the arguments do not fit the number of
+    training pictures."""
     rank, ranks, device = start_ranks(args.device)
     require(args.batch_size % ranks == 0, f"--batch-size must be a multiple of {ranks} ranks")
-    steps_per_epoch = pictures // args.batch_size if args.head != "knn" else 0
-    require(steps_per_epoch or args.head == "knn",
-            f"{args.root}: {pictures} training pictures, fewer than --batch-size "
-            f"{args.batch_size}")
-    precision = args.precision or default_precision(device)
-    return Plan(rank, ranks, device, precision, steps_per_epoch, args.epochs * steps_per_epoch)
-
-
-def default_precision(device):
-    return "bf16" if device.type == "cuda" else "fp32"
+    steps_per_epoch = 0
+    if args.head != "knn" and not args.predict:
+        steps_per_epoch = pictures // args.batch_size
+        require(steps_per_epoch, f"{args.root}: {pictures} training pictures, fewer than "
+                f"--batch-size {args.batch_size}")
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    return Plan(rank, ranks, device, precision, args.batch_size, args.workers, steps_per_epoch,
+                args.epochs * steps_per_epoch)
 
 
 def restore(kept, model, optimizer, data, args):
     """Put a checkpoint's content into its places -> the step that it was written after, and the
-    best validation error so far."""
+    best model so far."""
     require(kept["data"] == data.digest,
-            f"{args.root}: other labels than {args.out} was trained on; choose another --out")
+            f"{args.out}: was trained on other labels; choose another --out")
     model.load_state_dict(kept["model"])
     optimizer.load_state_dict(kept["optimizer"])
-    return kept["step"], kept["best"]
+    return kept["step"], Best(**kept["best"])
 
 
 def start_run(settings, data, step, model, plan, args):
-    """Start the log and print the settings. -> the log's rows so far."""
+    """Start the log and print the settings -> the log's rows so far."""
     rows = start_log(args.out, settings, step)
     if not rows:
         write_log(args.out, {"split": data.notes[0], "notes": data.notes[1:]})
@@ -741,8 +752,8 @@ def start_run(settings, data, step, model, plan, args):
 
 
 def note_pretraining(out, path):
-    """From the log beside the weights, for plots of evaluate.py: how they were pre-trained, and on
-    how many hands."""
+    """From the log beside the weights, for the plots of evaluate.py: how they were pre-trained, and
+    on how many hands."""
     try:
         first, *rows = read_log(path)
     except ValueError as error:  # another program's log, or an empty one
@@ -752,123 +763,131 @@ def note_pretraining(out, path):
     write_log(out, {"pretraining": {"args": first.get("args"), "hands": hands}})
 
 
-def report(step, recent, since, model, optimizer, plan, args):
-    """A row of the log, with the mean loss of the recent steps. Here alone the host waits for the
-    device."""
+def report(step, recent, since, optimizer, plan, out):
+    """A row of the log, with the mean loss of the recent steps. Between reports the host never
+    waits for the device."""
     mean = over_ranks(torch.stack(recent).mean()).item() / plan.ranks
-    weights_finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    require(math.isfinite(mean) and weights_finite,
-            f"{args.out}: the loss or a weight is not finite by step {step}; the checkpoint stays "
-            "as it is; try a smaller --lr or --precision fp32 in another --out")
+    require(math.isfinite(mean),
+            f"{out}: the loss is not finite by step {step}; the checkpoint stays as it is; try a "
+            "smaller --lr or --precision fp32 in another --out")
     return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
             "lr": optimizer.param_groups[0]["lr"], "loss": mean,
-            "pictures_per_s": args.batch_size * len(recent) / (time.time() - since)}
+            "pictures_per_s": plan.batch_size * len(recent) / (time.time() - since)}
 
 
-def save(settings, data, step, best, model, optimizer, plan, args):
-    """Write the checkpoint, on the rank that writes."""
+def show(row, best, bar, plan, out):
+    """Write a row into the log and beside the progress bar, on the rank that writes."""
     if plan.rank == 0:
-        save_checkpoint(args.out, dict(args=settings, data=data.digest, step=step, best=best,
-                                       model=model.state_dict(),
-                                       optimizer=optimizer.state_dict()))
+        write_log(out, row)
+    bar.set_postfix_str(f"loss {row['loss']:.3f}, validation {best.error:.1f} mm, "
+                        f"{row['pictures_per_s']:.0f} pictures/s", refresh=False)
 
 
-def save_model(model, train, plan, args):
+def save(settings, data, step, best, model, optimizer, plan, out):
+    """Write the checkpoint, on the rank that writes. It holds the best model as well, so that both
+    are of one moment, whenever the run is killed."""
+    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    require(finite, f"{out}: a weight is not finite after step {step}; the checkpoint stays as it "
+            "is; try a smaller --lr or --precision fp32 in another --out")
+    if plan.rank == 0:
+        save_checkpoint(out, dict(args=settings, data=data.digest, step=step, best=vars(best),
+                                  model=model.state_dict(), optimizer=optimizer.state_dict()))
+
+
+def finish(rows, best, model, data, crops, plan, args):
+    """Predict the test split by the chosen model, and write the files of the run."""
+    if args.head == "knn":
+        uv, pose = nearest(model.backbone, data, crops, plan)
+    else:
+        require(best.weights is not None,
+                f"{args.out}: no epoch had a finite validation error, so that there is no model to "
+                "test; try a smaller --lr or --precision fp32 in another --out")
+        model.load_state_dict(best.weights)
+        if plan.rank == 0:
+            save_model(model, data.train, args)
+            curves = Path(args.out) / "curves.png"
+            plot_curves(curves, rows, [["loss"], ["lr"], ["validation_error"]])
+            print(f"chosen at a validation error of {best.error:.2f} mm, see {curves}")
+        uv, pose = predict(model, Pictures(data.test, crops), plan, "test")
+    if plan.rank == 0:
+        write_truth(data.test, crops, args)
+        write_predictions(data.test, uv, pose, bone_lengths(data.test), crops, args.root, args.out)
+        print(f"pred_xyz.npy holds the true wrist and the true length of the bone 0-9: to compare "
+              f"offline, not for a leaderboard\nnext: python evaluate.py {args.out}")
+
+
+def save_model(model, train, args):
     """model.pt: the weights, and what --predict needs beside them."""
-    if plan.rank != 0:
-        return
     bones = bone_length(train.xyz[has_wrist_and_bone(train.valid)])
     content = dict(head=args.head, backbone=args.backbone, input_size=args.input_size,
-                   border=args.border, crop=crop_factor(train, args), bone=float(np.median(bones)),
-                   model=model.state_dict())
+                   border=args.border, crop=crop_factor(train, args.dataset),
+                   bone=float(np.median(bones)), model=model.state_dict())
     with atomic(Path(args.out) / "model.pt") as file:
         torch.save(content, file)
 
 
-def crop_factor(samples, args):
+def crop_factor(samples, dataset):
     """The test crop's side over the longer extent of the joints."""
-    if args.dataset in CROP:
-        return CROP[args.dataset]
+    if dataset in CROP:
+        return CROP[dataset]
     return float(np.median(samples.side / np.ptp(samples.uv, axis=1).max(1)))
-
-
-def finish(rows, best, model, data, crops, plan, args):
-    """Predict the test split, by the chosen model, and write the files of the run."""
-    if args.head == "knn":
-        uv, pose = nearest(model, data, crops, plan, args)
-    else:
-        if plan.rank == 0:
-            curves = Path(args.out) / "curves.png"
-            plot_curves(curves, rows, [["loss"], ["lr"], ["validation_error"]])
-            model.load_state_dict(load_checkpoint(Path(args.out) / "model.pt")["model"])
-            print(f"chosen at a validation error of {best:.2f} mm, see {curves}")
-        name = "test" if plan.rank == 0 else ""
-        uv, pose = predict(model, Pictures(data.test, crops), plan, args, name)
-    if plan.rank != 0:
-        return
-    truth_uv = write_truth(data.test, crops, args)
-    xyz = pose * bone_lengths(data.test)[:, None, None] + data.test.xyz[:, :1]
-    error = sample_errors(pose, data.test)
-    write_predictions(data.test, uv, xyz, crops, args.root, args.out, truth_uv, error)
-    print(f"next: python evaluate.py {args.out}")
 
 
 def bone_lengths(samples):
     """(N,) mm, the true bone 0-9; where one of its ends has no place, the median of the others."""
-    whole = has_wrist_and_bone(known(samples.xyz))
+    whole = has_wrist_and_bone(has_place(samples.xyz))
     return np.where(whole, bone_length(samples.xyz), np.median(bone_length(samples.xyz[whole])))
 
 
-def known(xyz):
-    """(..., 21, 3) -> (..., 21), joints that have a place: the others lie at 0."""
+def has_place(xyz):
+    """(..., 21, 3) -> (..., 21): joints without a place lie at 0."""
     return xyz.any(-1)
 
 
 def write_truth(samples, crops, args):
-    """What evaluate.py compares with -> the true joints in the test crops."""
+    """What evaluate.py compares with."""
     out = Path(args.out)
-    uv = crop_uv(samples, crops)
     save_array(out / "valid.npy", samples.valid)
     if args.dataset == "assemblyhands":  # its toolkit aligns by every wrist that has a place
-        save_array(out / "wrist.npy", known(samples.xyz)[:, 0])
-    save_array(out / "gt_uv.npy", uv.astype(np.float32))
+        save_array(out / "wrist.npy", has_place(samples.xyz)[:, 0])
+    save_array(out / "gt_uv.npy", crop_uv(samples, crops).astype(np.float32))
     save_array(out / "gt_xyz.npy", samples.xyz.astype(np.float32))
-    return uv
 
 
-def write_predictions(samples, uv, xyz, crops, root, out, truth_uv=None, error=None):
-    """Predictions, names.txt and overlay.jpg. Paths start with root; without truth_uv and error
-    there is no truth."""
+def write_predictions(samples, uv, pose, bones, crops, root, out):
+    """Predictions, names.txt and overlay.jpg. bones (N,) mm scales the poses; names start with
+    root."""
     out = Path(out)
+    xyz = pose * bones[:, None, None] + samples.xyz[:, :1]
     save_array(out / "pred_uv.npy", uv.astype(np.float32))
     with atomic(out / "names.txt") as file:
         for sample in samples:
             path = os.path.join(root, os.fsdecode(sample.path))
             side = "left" if sample.left else "right"
             file.write(os.fsencode(f"{sample.index}\t{path}\t{side}\n"))
-    draw_overlay(out / "overlay.jpg", samples, uv, truth_uv, error, crops)
+    draw_overlay(out / "overlay.jpg", samples, uv, sample_errors(pose, samples), crops)
     save_array(out / "pred_xyz.npy", xyz.astype(np.float32))  # last: where it is, all is
     print(f"{len(samples)} pictures; wrote {out}/pred_xyz.npy, see overlay.jpg beside it")
 
 
-def draw_overlay(path, samples, pred_uv, true_uv, error, crops, columns=8):
-    """Pictures with the predicted skeleton in colours: a row each of the best, median and worst,
-    the true one in white; without errors, of the first, middle and last."""
-    order = np.arange(len(samples))
-    if error is not None:
-        scored = max(np.isfinite(error).sum(), 1)
-        order = np.argsort(error)[:scored]  # NaN comes last
+def draw_overlay(path, samples, uv, errors, crops, columns=8):
+    """Pictures with the predicted skeleton in colours and the true one in white: a row each of the
+    best, the median and the worst; where no sample is labelled, of the first, middle and last."""
+    scored = np.isfinite(errors)
+    order = np.argsort(errors)[:scored.sum()] if scored.any() else np.arange(len(samples))
     columns = max(1, min(columns, len(order) // 3))
     middle = (len(order) - columns) // 2
+    large = dataclasses.replace(crops, side=256)
     tiles = []
     for i in [*order[:columns], *order[middle:middle + columns], *order[-columns:]]:
-        image, _ = cut(samples[i], i, test_view(samples[i], 256), crops, 256)
-        zoom = 256 / crops.side
+        view = test_view(samples[i], large.side)
+        image, truth = view_sample(samples[i], i, view, large)
         words = ""
-        if error is not None:
-            words = f"{error[i]:.1f} mm"
-            image = draw_hand(image, rescale_points(true_uv[i], zoom), (255, 255, 255))
-        tiles.append(draw_hand(image, rescale_points(pred_uv[i], zoom), None, words))
+        if scored[i]:
+            words = f"{errors[i]:.1f} mm"
+            image = draw_hand(image, truth, (255, 255, 255))
+        predicted = rescale_points(uv[i], large.side / crops.side)
+        tiles.append(draw_hand(image, predicted, None, words))
     save_image(path, sheet(tiles, columns))
 
 
@@ -877,42 +896,41 @@ def draw_overlay(path, samples, pred_uv, true_uv, error, crops, columns=8):
 def predict_folder(args):
     """--predict: a trained model on a folder of pictures, each its whole square, or on a hands
     folder."""
-    out = Path(args.out)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kept, model = load_model(args.weights, device)
-    samples, source = samples_of_folder(Path(args.predict), kept["crop"])
-    crops = Crops(source, kept["input_size"], kept.get("border", "black"))
-    plan = Plan(0, 1, device, args.precision or default_precision(device))
-    open_folder(out)  # locked until the script ends
-    taken = [name for name in ("checkpoint.pt", "gt_xyz.npy", "keypoints.npy")
-             if (out / name).exists()]
-    require(not taken, f"{out}: holds a fine-tuning run or hands, choose another --out")
-    settings = plain(args, backbone=kept["backbone"], head=kept.get("head", "detnet"),
-                     input_size=crops.side, border=crops.border, precision=plan.precision)
-    old = logged_settings(out)
-    if old:
-        refuse_other_arguments(out, old, settings, MAY_CHANGE_ON_RESUME)
-    start_log(out, settings)
-    print_settings(args, make_parser(), pictures=len(samples), device=device,
-                   precision=plan.precision, trained_backbone=kept["backbone"],
-                   trained_size=crops.side, trained_border=crops.border)
-    uv, pose = predict(model, Pictures(samples, crops), plan, args, "pictures")
-    write_predictions(samples, uv, pose * kept["bone"], crops, args.predict, out)
+    plan = make_plan(args)
+    content, model = load_model(args.weights, plan.device)
+    samples, source = samples_of_folder(Path(args.predict), content["crop"])
+    crops = Crops(source, content["input_size"], content["border"])
+    claim_folder(args.out, plan.rank == 0)
+    if plan.rank == 0:
+        settings = plain(args, backbone=content["backbone"], head=content["head"],
+                         input_size=crops.side, border=crops.border, precision=plan.precision)
+        old = logged_settings(args.out)
+        if old:
+            refuse_other_arguments(args.out, old, settings, MAY_CHANGE_ON_RESUME)
+        start_log(args.out, settings)
+        print_settings(args, make_parser(), pictures=len(samples), device=plan.device,
+                       precision=plan.precision, trained_backbone=content["backbone"],
+                       trained_size=crops.side, trained_border=crops.border)
+    uv, pose = predict(model, Pictures(samples, crops), plan, "pictures")
+    if plan.rank == 0:
+        bones = np.full(len(samples), content["bone"])
+        write_predictions(samples, uv, pose, bones, crops, args.predict, args.out)
+    end_ranks()
 
 
 def load_model(path, device):
     """model.pt -> its content, and the network."""
-    kept = load_checkpoint(path)
+    content = load_checkpoint(path)
     try:
-        needed = {key: kept[key] for key in ("backbone", "input_size", "crop", "bone", "model")}
-        network = NETWORKS[kept.get("head", "detnet")]  # older files do not name it
-        model = network(needed["backbone"], "none")
+        content = {"head": "detnet", "border": "black", **content}  # older files do not tell
+        model = NETWORKS[content["head"]](content["backbone"], "none")
         model = model.to(device, memory_format=torch.channels_last)
-        model.load_state_dict(needed["model"])
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        model.load_state_dict(content["model"])
+        require({"input_size", "crop", "bone"} <= content.keys(), "a key is missing")
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(repr(error).split())[:200]
         raise InputError(f"{path}: not the model.pt of a fine-tuning run: {reason}")
-    return kept, model
+    return content, model
 
 
 def samples_of_folder(folder, crop):
@@ -925,20 +943,27 @@ def samples_of_folder(folder, crop):
         samples = make_samples(crop, path=["crops.npy"] * len(hands.rows), uv=hands.keypoints,
                                left=hands.rows["left"])
         return samples, hands
-    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    names = []
+    others = []
+    for file in sorted(folder.iterdir()):
+        if not file.name.startswith("."):  # a Mac leaves ._a.jpg beside a.jpg
+            (names if file.suffix.lower() in PICTURES else others).append(file.name)
     require(names, f"{folder}: holds neither keypoints.npy nor a picture ({', '.join(PICTURES)})")
+    if others:
+        print(f"{folder}: passed over {len(others)} that are no pictures by their names, such as "
+              f"{others[0]}")
     samples = make_samples(1, path=names)
     for row, sample in enumerate(samples):
-        height, width = read_picture(sample, row, str(folder)).shape[:2]
+        height, width = picture_of(sample, row, str(folder)).shape[:2]
         samples.centre[row] = (width - 1) / 2, (height - 1) / 2
         samples.side[row] = max(height, width)
     return samples, str(folder)
 
 
-# -------------------------------------------------------- labels: which train, choose and test
+# ---------------------------------------------------------- labels: which train, choose and test
 
-# A labelled hand in a picture. --labels keeps these as .npy files, and an own data set is made of
-# them. All hands are as the picture shows them: left ones are flipped after they were read.
+# A labelled hand in a picture. --labels keeps arrays of these, and an own data set is made of
+# them. Hands are as the picture shows them: left ones are flipped after they were read.
 SAMPLE = np.dtype([
     ("path", "S255"),  # of the picture, below --root
     ("left", "?"),  # the hand is a left one
@@ -946,7 +971,7 @@ SAMPLE = np.dtype([
     ("index", "<i8"),  # the sample's official number, -1 where it cannot be known; in names.txt
     ("group", "<i8"),  # samples of one group are drawn together by --label-fraction
     ("scene", "<i8"),  # samples of one scene are never on both sides of train and validation
-    ("width", "<i8"),  # of the picture, pixels; of a right hand 0 where it does not matter
+    ("width", "<i8"),  # of the picture, pixels; 0 where it does not matter, for right hands alone
     ("uv", "<f8", (21, 2)),  # joints, pixels of the picture
     ("xyz", "<f8", (21, 3)),  # joints, mm in the camera's frame; 0 where a joint has no place
     ("valid", "?", 21),  # joints that count
@@ -956,63 +981,43 @@ SAMPLE = np.dtype([
 
 @dataclasses.dataclass
 class Labels:
-    """What a reader returns: arrays of SAMPLE, and sentences for the user, the first naming the
-    split. validation is None where a tenth of train shall serve."""
+    """Arrays of SAMPLE, and sentences for the user, the first naming the split. From a reader,
+    validation is None where a tenth of train shall be held out."""
     train: np.recarray
     validation: np.recarray
     test: np.recarray
     notes: list
-
-
-@dataclasses.dataclass
-class Data(Labels):
-    """What a run uses of them. All hands are right ones from here on."""
-    digest: int  # of all three arrays
+    digest: int = 0  # of all three arrays, as a run uses them
 
 
 def load_data(args):
-    """Read the labels, flip left hands, and choose the samples that train -> Data."""
-    labels = kept_labels(args) if args.labels else READERS[args.dataset].read(args)
+    """Read the labels, make right hands of left ones, and choose which samples train -> Labels."""
+    labels = kept_labels(args) if args.labels else READERS[args.dataset](args)
     for samples in (labels.train, labels.validation, labels.test):
         if samples is not None:
-            check_bones(samples, labels.notes, args)
+            check_bones(samples, labels.notes, args.root)
             flip_left_hands(samples)
-    train = labels.train
-    groups = np.unique(train.group)
-    share = max(round(args.label_fraction * len(groups)), 1)
-    chosen = np.random.default_rng(args.seed).permutation(groups)[:share]
-    used = np.isin(train.group, chosen)
-    note = f"labels: {len(chosen)} of {len(groups)} unique training samples"
-    validation = labels.validation
-    if args.head == "knn":  # no model to choose, and only a whole pose can be aligned and scaled
-        validation = train[:0]
-        whole = used & has_wrist_and_bone(train.valid)
-        note += f"; compared with the {whole.sum()} of {used.sum()} that have wrist and joint 9"
-        require(whole.any(), f"{args.root}: no training sample with a valid wrist and joint 9")
-        used = whole
-    elif validation is None:
-        held_out, more = hold_out(train, used, args)
-        validation = train[held_out]
-        used = used & ~held_out
-        note += more
-    require(args.head == "knn" or has_wrist_and_bone(validation.valid).any(),
-            f"{args.root}: no validation sample with a valid wrist and joint 9")
-    data = Data(train[used], validation, labels.test, [*labels.notes, note], 0)
-    for samples in (data.train, data.validation, data.test):
-        data.digest = zlib.crc32(samples, data.digest)
-    return data
+    used, note = draw_labels(labels.train, args.label_fraction, args.seed)
+    if args.head == "knn":
+        train, validation, more = keep_whole_poses(labels.train, used, args.root)
+    else:
+        train, validation, more = hold_out(labels, used, args)
+    digest = 0
+    for samples in (train, validation, labels.test):
+        digest = zlib.crc32(samples, digest)
+    return Labels(train, validation, labels.test, [*labels.notes, note + more], digest)
 
 
-def check_bones(samples, notes, args):
+def check_bones(samples, notes, root):
     """An InputError where these cannot be hands in mm."""
     whole = has_wrist_and_bone(samples.valid)
-    require(whole.any(), f"{args.root}: a split without a labelled wrist and joint 9: "
+    require(whole.any(), f"{root}: a split without a labelled wrist and joint 9: "
             f"{'; '.join(notes)}")
     lengths = bone_length(samples.xyz[whole])
     middle = np.median(lengths)
     require(lengths.min() > 0 and 40 < middle < 140,
-            f"{args.root}: the bone 0-9 has a length of {lengths.min():.3g} mm at least and "
-            f"{middle:.3g} mm in the median, expected hands")
+            f"{root}: the bone 0-9 is {lengths.min():.3g} mm long at least and {middle:.3g} mm in "
+            "the median, expected hands")
 
 
 def flip_left_hands(samples):
@@ -1026,29 +1031,55 @@ def flip_left_hands(samples):
     samples.centre[left, 0] = last_column - samples.centre[left, 0]
 
 
-def hold_out(train, used, args):
-    """Every tenth scene of the labels used is for validation, so that no pose is on both sides. ->
-    (N,) bool, and a note."""
-    kind = {"assemblyhands": "sequences", "own": "scenes"}.get(args.dataset, "samples")
-    scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
-    scenes = scenes[np.isin(scenes, train.scene[used])]
-    require(len(scenes) > 1, f"{args.root}: labels of {len(scenes)} training {kind}, expected at "
-            "least 2: one is for validation")
-    tenth = scenes[::10]
-    note = f"; every tenth of their {kind}, {len(tenth)} of {len(scenes)}, is for validation"
-    return used & np.isin(train.scene, tenth), note
+def draw_labels(train, fraction, seed):
+    """-> (N,) bool, a random share of the groups, which lies within each larger share; a note."""
+    groups = np.unique(train.group)
+    share = max(round(fraction * len(groups)), 1)
+    chosen = np.random.default_rng(seed).permutation(groups)[:share]
+    note = f"labels: {len(chosen)} of {len(groups)} unique training samples"
+    return np.isin(train.group, chosen), note
+
+
+def keep_whole_poses(train, used, root):
+    """For --head knn, which has no model to choose: only a whole pose can be aligned and scaled.
+    -> the samples to compare with, none for validation, and a note."""
+    whole = used & has_wrist_and_bone(train.valid)
+    require(whole.any(), f"{root}: no training sample with a valid wrist and joint 9")
+    note = f"; compared with the {whole.sum()} of {used.sum()} that have wrist and joint 9"
+    return train[whole], train[:0], note
+
+
+def hold_out(labels, used, args):
+    """-> training and validation samples, and a note. Where the data set has no validation split,
+    every tenth scene of the labels used is held out, so that no pose is on both sides."""
+    train = labels.train
+    validation = labels.validation
+    note = ""
+    if validation is None:
+        kind = {"assemblyhands": "sequences", "own": "scenes"}.get(args.dataset, "samples")
+        scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
+        scenes = scenes[np.isin(scenes, train.scene[used])]
+        require(len(scenes) > 1, f"{args.root}: labels of {len(scenes)} training {kind}, expected "
+                "at least 2: one is for validation")
+        tenth = scenes[::10]
+        note = f"; every tenth of their {kind}, {len(tenth)} of {len(scenes)}, is for validation"
+        held_out = np.isin(train.scene, tenth)
+        validation = train[used & held_out]
+        used = used & ~held_out
+    require(has_wrist_and_bone(validation.valid).any(),
+            f"{args.root}: no validation sample with a valid wrist and joint 9")
+    return train[used], validation, note
 
 
 def make_samples(crop=None, **fields):
     """Columns of SAMPLE -> array of SAMPLE. The index counts unless it is given. With `crop`, the
     test crop is a square that many times as long as the joints."""
-    count = len(fields["path"])
-    samples = np.zeros(count, SAMPLE).view(np.recarray)
     paths = [os.fsencode(path) for path in fields.pop("path")]
     longest = max(map(len, paths), default=0)
     require(longest <= SAMPLE["path"].itemsize, "a path below the root has more than 255 bytes")
+    samples = np.zeros(len(paths), SAMPLE).view(np.recarray)
     samples["path"] = paths
-    samples["index"] = np.arange(count)
+    samples["index"] = np.arange(len(paths))
     for name, column in fields.items():
         samples[name] = column
     if crop:
@@ -1061,73 +1092,44 @@ def make_samples(crop=None, **fields):
 
 # ------------------------------------------------------------------- labels: kept with --labels
 
-# To be raised when a reader changes what it returns: then older folders are refused.
-READERS_VERSION = 1
-
-
 def kept_labels(args):
-    """The labels of the folder --labels, which is filled first where it is empty -> Labels.
-
-    origin.json says what they were read from; a folder with other labels is refused. Of several
-    processes the first reads, and the others wait for it.
-    """
+    """The labels of the folder --labels, which is filled where it is empty -> Labels. The first
+    line of its labels.txt says what they are; the reader's notes follow."""
     folder = Path(args.labels)
     if args.dataset == "own":
-        notes = [f"own labels: those in {folder}"]
-        return load_labels(folder, notes, "expected records of SAMPLE, see finetune.py")
-    files = READERS[args.dataset].files(args)
-    origin = describe_origin(args, files)
-    folder.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(folder / ".lock", f"waiting for the process that reads {args.root}"):
-        kept = load_origin(folder)
-        same = kept is None or kept[0] == origin
-        require(same, f"{folder}: its labels are of another data set, division or root, or of "
-                "label files that were changed since; delete it, or choose another --labels")
-        if not (folder / "test.npy").exists():
-            labels = READERS[args.dataset].read(args)
-            save_labels(folder, origin, labels)
-            return labels
-    text = f"labels: those that an earlier run left in {folder}"
-    if args.dataset == "dexycb":
-        text += "; only meta.yml was compared: delete it where labels_*.npz were changed"
-    print(text)
-    return load_labels(folder, kept[1], "delete this folder, it will be made again")
+        return load_labels(folder, [f"own labels: those in {folder}"],
+                           "expected records of SAMPLE, see finetune.py")
+    division = args.setup or args.modality or ""
+    filtered = " --paper-filter" if args.paper_filter else ""
+    wanted = f"{args.dataset} {division}{filtered} of {os.path.realpath(args.root)}"
+    there = [name for name in ("train", "val", "test") if (folder / f"{name}.npy").exists()]
+    if there:
+        found, *notes = read_labels_txt(folder)
+        require(found == wanted, f"{folder}: holds {found}, not {wanted}; delete it, or choose "
+                "another --labels")
+    if "test" in there:
+        print(f"labels: those that an earlier run left in {folder}; delete it where the data set "
+              "was changed since")
+        return load_labels(folder, notes, "delete this folder, it will be made again")
+    labels = READERS[args.dataset](args)
+    save_labels(folder, wanted, labels)
+    return labels
 
 
-def describe_origin(args, files):
-    """What labels follow from. Of DexYCB's 580,000 label files only the meta.yml are looked at."""
-    digest = 0
-    for file in files:
-        status = file.stat()
-        name = os.path.relpath(file, args.root)
-        digest = zlib.crc32(repr((name, status.st_size, status.st_mtime_ns)).encode(), digest)
-    return {"dataset": args.dataset, "setup": args.setup, "paper_filter": args.paper_filter,
-            "modality": args.modality, "root": os.path.realpath(args.root), "files": len(files),
-            "names_sizes_and_times": digest, "version": READERS_VERSION}
+def read_labels_txt(folder):
+    """-> the lines of labels.txt, one at least."""
+    file = folder / "labels.txt"
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return lines or ["labels of your own, for --dataset own"]
 
 
-def load_origin(folder):
-    """-> what the labels in the folder were read from, and notes; None where it holds none."""
-    if not (folder / "origin.json").exists():
-        own = any((folder / f"{name}.npy").exists() for name in ("train", "val", "test"))
-        require(not own, f"{folder}: holds labels of your own, use them with --dataset own, or "
-                "choose another --labels")
-        return None
-    try:
-        content = read_json(folder / "origin.json")
-        return content["origin"], list(content["notes"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}: delete this folder, it will be made again ({error!r})")
-
-
-def save_labels(folder, origin, labels):
-    """origin.json first: it says that the other files are not the user's; test.npy last: where it
+def save_labels(folder, of, labels):
+    """labels.txt first: it says that the other files are not the user's; test.npy last: where it
     is, all is."""
-    with atomic(folder / "origin.json") as file:
-        content = {"origin": origin, "notes": labels.notes}
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / "labels.txt") as file:
+        file.write("".join(f"{line}\n" for line in (of, *labels.notes)).encode(errors="replace"))
     save_array(folder / "train.npy", labels.train.view(SAMPLE))
-    (folder / "val.npy").unlink(missing_ok=True)
     if labels.validation is not None:
         save_array(folder / "val.npy", labels.validation.view(SAMPLE))
     save_array(folder / "test.npy", labels.test.view(SAMPLE))
@@ -1149,17 +1151,11 @@ def load_labels(folder, notes, hint):
     return Labels(*arrays, notes)
 
 
-@contextlib.contextmanager
-def waiting_lock(path, message):
-    """Hold the lock file; where another process has it, say so and wait."""
-    with open(path, "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(message, flush=True)
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
-
+# --------------------------------------------- readers: what the labels of three data sets mean
+#
+# read_freihand, read_dexycb and read_assemblyhands turn a data set in its own layout into Labels:
+# hands as the pictures show them, FreiHAND's order of joints, and only samples that have a label.
+# Nothing after this line belongs to the method.
 
 def read_json(file):
     try:
@@ -1168,61 +1164,35 @@ def read_json(file):
         raise InputError(f"{file}: truncated or not json ({error})")
 
 
-# --------------------------------------------- readers: what the labels of three data sets mean
-#
-# read_freihand, read_dexycb and read_assemblyhands turn a data set in its own layout into Labels:
-# arrays of SAMPLE with hands as the pictures show them, FreiHAND's order of joints, and only
-# samples that have a label. Nothing after this line belongs to the method.
-
-@dataclasses.dataclass
-class Reader:
-    files: collections.abc.Callable  # args -> the label files that tell whether labels changed
-    read: collections.abc.Callable  # args -> Labels
-
-
 # --------------------------------------------------------------------------------------- FreiHAND
 
-def freihand_files(args):
-    """-> training_K.json, training_xyz.json, and the same two of evaluation."""
-    root = Path(args.root)
-    evaluation = [root, Path(os.path.abspath(root) + "_eval")]
-    files = []
-    for name, places in (("training", [root]), ("evaluation", evaluation)):
-        for key in ("K", "xyz"):
-            there = [place / f"{name}_{key}.json" for place in places]
-            found = [file for file in there if file.is_file()]
-            more = f", there or in {root}" if len(places) > 1 else ""
-            require(found, f"{there[-1]}: missing, expected FreiHAND's list{more}")
-            files.append(found[0])
-    return files
-
-
 def read_freihand(args):
-    """FreiHAND v2 -> Labels."""
+    """FreiHAND v2, whose evaluation lists lie in the root or in the folder ROOT_eval -> Labels."""
     root = Path(args.root)
-    training_k, training_xyz, evaluation_k, evaluation_xyz = freihand_files(args)
-    train = read_freihand_split(root, "training", 4, training_k, training_xyz)
-    test = read_freihand_split(root, "evaluation", 1, evaluation_k, evaluation_xyz)
+    beside = Path(os.path.abspath(root) + "_eval")
+    train = read_freihand_split(root, "training", 4, [root])
+    test = read_freihand_split(root, "evaluation", 1, [root, beside])
     notes = ["FreiHAND: tested on the evaluation split",
              f"{len(train)} training pictures of {len(train) // 4} samples, {len(test)} evaluation "
              "pictures, all used"]
     return Labels(train, None, test, notes)
 
 
-def read_freihand_split(root, name, versions, k_file, xyz_file):
-    """The camera matrices and the joints in metres of one split -> array of SAMPLE."""
-    matrix = read_array(k_file, 3)
-    xyz = read_array(xyz_file, 21)
-    require(len(matrix) == len(xyz), f"{root / name}_K.json: has {len(matrix)} entries, "
-            f"{xyz_file.name} has {len(xyz)}")
+def read_freihand_split(root, split, versions, places):
+    """The lists of camera matrices and of joints in metres, each in the first of these places that
+    has it -> array of SAMPLE."""
+    matrix = read_array(split, "K", 3, places)
+    xyz = read_array(split, "xyz", 21, places)
+    require(len(matrix) == len(xyz), f"{root / split}_K.json: has {len(matrix)} entries, "
+            f"{split}_xyz.json has {len(xyz)}")
     lengths = bone_length(xyz)
     bad = np.flatnonzero((xyz[..., 2] <= 0).any(1) | (lengths <= 0))
-    require(not len(bad),
-            f"{xyz_file}: sample {bad[:1]} lies behind the camera or has no bone 0-9")
+    require(not len(bad), f"{split}_xyz.json: sample {bad[:1]} lies behind the camera or has no "
+            "bone 0-9")
     require(np.median(lengths) < 1,
-            f"{xyz_file}: the bone 0-9 has a median above 1, expected metres")
+            f"{split}_xyz.json: the bone 0-9 has a median above 1, expected metres")
     pictures = [f"{i:08d}.jpg" for i in range(versions * len(xyz))]
-    folder = root / name / "rgb"
+    folder = root / split / "rgb"
     there = set(os.listdir(folder))
     lacking = [picture for picture in pictures if picture not in there]
     require(not lacking, f"{folder}: {len(lacking)} pictures are missing, the first {lacking[:1]}; "
@@ -1230,19 +1200,22 @@ def read_freihand_split(root, name, versions, k_file, xyz_file):
     uvw = xyz @ matrix.transpose(0, 2, 1)
     uv = uvw[..., :2] / uvw[..., 2:]
     sample = np.tile(np.arange(len(xyz)), versions)  # picture i shows sample i % their number
-    return make_samples(CROP["freihand"], path=[f"{name}/rgb/{picture}" for picture in pictures],
+    return make_samples(CROP["freihand"], path=[f"{split}/rgb/{picture}" for picture in pictures],
                         group=sample, scene=sample, uv=uv[sample], xyz=xyz[sample] * 1000,
                         valid=True)
 
 
-def read_array(file, rows):
-    """A json list -> float64 (N, rows, 3)."""
+def read_array(split, key, rows, places):
+    """A list of FreiHAND's, as json -> float64 (N, rows, 3)."""
+    files = [place / f"{split}_{key}.json" for place in places]
+    there = [file for file in files if file.is_file()]
+    require(there, f"{' or '.join(map(str, files))}: missing, expected FreiHAND's list")
     try:
-        array = np.array(read_json(file), np.float64)
+        array = np.array(read_json(there[0]), np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{file}: truncated or not a list of arrays of one shape ({error})")
+        raise InputError(f"{there[0]}: truncated or not a list of arrays of one shape ({error})")
     require(array.shape[1:] == (rows, 3) and np.isfinite(array).all(),
-            f"{file}: has shape {array.shape}, expected (N, {rows}, 3), finite")
+            f"{there[0]}: has shape {array.shape}, expected (N, {rows}, 3), finite")
     return array
 
 
@@ -1255,17 +1228,17 @@ WIDTH, HEIGHT = 640, 480
 
 @dataclasses.dataclass
 class Camera:
-    """A folder of frames that one camera saw of one sequence. All numbers count from 0."""
+    """A folder of frames that one camera saw of one sequence. All counts start at 0."""
     folder: Path
     frames: int
     left: bool  # the sequence shows a left hand
     subject: int
     sequence: int  # within the subject's
-    number: int  # of the camera, in SERIALS
+    position: int  # of the camera, in SERIALS
 
 
 def dexycb_part(setup, subject, sequence, camera):
-    """"train", "val" or "test", as dex-ycb-toolkit divides; all numbers count from 0."""
+    """"train", "val" or "test", as dex-ycb-toolkit divides; all counts start at 0."""
     if setup == "s0":
         if sequence % 5 != 4:
             return "train"
@@ -1278,32 +1251,11 @@ def dexycb_part(setup, subject, sequence, camera):
     return {3: "val", 19: "val", 7: "test", 11: "test", 15: "test"}.get(grasped, "train")
 
 
-def dexycb_files(args):
-    """-> the meta.yml of all sequences."""
-    files = []
-    for found in find_sequences(args):
-        files += found
-    return files
-
-
-def find_sequences(args):
-    """-> for each of the ten subjects a list of meta.yml, in the official order."""
-    files = []
-    for subject in range(1, 11):
-        pattern = f"*-subject-{subject:02d}"
-        found = sorted(Path(args.root).glob(f"{pattern}/*/meta.yml"))
-        require(len(found) == 100 or found and args.setup in ("s1", "s2"),
-                f"{args.root}/{pattern}: holds {len(found)} sequences with a meta.yml, expected "
-                "100 (or some for s1 and s2, whatever their order)")
-        files.append(found)
-    return files
-
-
 def read_dexycb(args):
     """DexYCB -> Labels. valid: visible as SiMHand's reader defines it; xyz keeps all 21 joints."""
-    files = find_sequences(args)
-    cameras = find_cameras(files)
-    note = f"{sum(map(len, files))} of 1000 sequences and {len(cameras)} of 8000 cameras are there"
+    cameras = find_cameras(args)
+    sequences = {(camera.subject, camera.sequence) for camera in cameras}
+    note = f"{len(sequences)} of 1000 sequences and {len(cameras)} of 8000 cameras are there"
     complete = len(cameras) == 8000  # what is missing would shift the official indices
     if not complete:
         note += ": names.txt has no official indices but -1"
@@ -1312,42 +1264,45 @@ def read_dexycb(args):
     for name in ("train", "val", "test"):
         part = []
         for camera in cameras:
-            if dexycb_part(args.setup, camera.subject, camera.sequence, camera.number) == name:
+            if dexycb_part(args.setup, camera.subject, camera.sequence, camera.position) == name:
                 part.append(camera)
         frames = read_frames(part, args)
         if not complete:
             frames.index = -1
-        samples, note = keep_labelled(frames, args)
+        samples, note = keep_labelled(frames, args.paper_filter)
         splits.append(samples)
         notes.append(f"{name}: {note}")
     return Labels(*splits, notes)
 
 
-def find_cameras(files):
-    """The meta.yml of each subject's sequences -> a Camera for each folder of frames, in the
-    official order."""
-    import yaml  # here: the other data sets do without it
-
-    # Its tuples are read as lists; any other tag of Python's is refused.
-    yaml.SafeLoader.add_constructor("tag:yaml.org,2002:python/tuple",
-                                    yaml.SafeLoader.construct_yaml_seq)
+def find_cameras(args):
+    """-> a Camera for each folder of frames, in the official order."""
     cameras = []
-    for subject, found in enumerate(files):
+    for subject in range(10):
+        pattern = f"*-subject-{subject + 1:02d}"
+        found = sorted(Path(args.root).glob(f"{pattern}/*/meta.yml"))
+        require(len(found) == 100 or found and args.setup in ("s1", "s2"),
+                f"{args.root}/{pattern}: holds {len(found)} sequences with a meta.yml, expected "
+                "100 (or some for s1 and s2, whatever their order)")
         for sequence, file in enumerate(found):
             serials, frames, side = read_meta(file)
-            for number, serial in enumerate(SERIALS):
+            for position, serial in enumerate(SERIALS):
                 if serial in serials:
                     cameras.append(Camera(file.parent / serial, frames, side == "left", subject,
-                                          sequence, number))
+                                          sequence, position))
     return cameras
 
 
 def read_meta(file):
     """meta.yml -> serial numbers of the cameras, number of frames, side of the hand."""
-    import yaml
+    import yaml  # here: the other data sets do without it
 
+    class Loader(yaml.SafeLoader):
+        """Reads Python's tuples as lists; any other tag of Python's is refused."""
+
+    Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_yaml_seq)
     try:
-        meta = yaml.safe_load(file.read_bytes())
+        meta = yaml.load(file.read_bytes(), Loader)
         serials = {str(serial) for serial in meta["serials"]}
         frames = int(meta["num_frames"])
         side = meta["mano_sides"][0]
@@ -1411,16 +1366,16 @@ def read_label(file):
     return xyz, uv
 
 
-def keep_labelled(frames, args):
+def keep_labelled(frames, paper_filter):
     """-> the frames that have a label (and that --paper-filter keeps), and a note that counts."""
-    labelled = known(frames.xyz).any(1)
+    labelled = has_place(frames.xyz).any(1)
     kept = labelled
-    if args.paper_filter:
+    if paper_filter:
         kept = labelled & (frames.valid.sum(1) >= 10) & has_wrist_and_bone(frames.valid)
     outside = kept & ~frames.valid.all(1)
     note = (f"{kept.sum()} of {len(frames)} frames kept, {outside.sum()} of them with joints "
             f"outside the picture; dropped {(~labelled).sum()} without a label")
-    if args.paper_filter:
+    if paper_filter:
         note += f" and {(labelled & ~kept).sum()} by --paper-filter"
     return frames[kept], note
 
@@ -1431,35 +1386,28 @@ def keep_labelled(frames, args):
 TIPS_FIRST = np.array([20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16])
 
 
-def assemblyhands_files(args):
-    """-> data, calibration and poses of train, and the same of val."""
-    files = []
-    for part in ("train", "val"):
-        for name in (f"{args.modality}_data", f"{args.modality}_calib", "joint_3d"):
-            folder = Path(args.root, "annotations", part)
-            files.append(folder / f"assemblyhands_{part}_{name}_v1-1.json")
-    return files
-
-
 def read_assemblyhands(args):
     """AssemblyHands v1-1 -> Labels."""
-    files = assemblyhands_files(args)
-    train, train_note = read_annotations(*files[:3])
-    test, test_note = read_annotations(*files[3:])
+    train, train_note = read_assemblyhands_split(args.root, "train", args.modality)
+    test, test_note = read_assemblyhands_split(args.root, "val", args.modality)
     notes = [f"AssemblyHands {args.modality}: tested on val, as the public test split has no "
              "labels",
              f"train: {train_note}", f"val: {test_note}"]
     return Labels(train, None, test, notes)
 
 
-def read_annotations(data_file, calib_file, pose_file):
-    """One split -> array of SAMPLE, and a note that counts what was dropped."""
+def read_assemblyhands_split(root, split, modality):
+    """-> array of SAMPLE, and a note that counts what was dropped."""
+    start = f"{root}/annotations/{split}/assemblyhands_{split}"
+    data_file = Path(f"{start}_{modality}_data_v1-1.json")
+    calib_file = Path(f"{start}_{modality}_calib_v1-1.json")
+    pose_file = Path(f"{start}_joint_3d_v1-1.json")
     data = read_json(data_file)
     calibration = read_json(calib_file)
     poses = read_json(pose_file)
     columns = collections.defaultdict(list)
     dropped = collections.Counter()
-    scenes = {}  # sequence -> its number
+    scenes = {}  # sequence -> its place among them
     at = ""
     try:
         images = {image["id"]: image for image in data["images"]}
@@ -1467,12 +1415,13 @@ def read_annotations(data_file, calib_file, pose_file):
             at = f"annotation {annotation['id']}: "
             image = images[annotation["image_id"]]
             for side in ("right", "left"):
-                hand, reason = read_hand(annotation, image, side, calibration, poses)
+                fields, reason = read_assemblyhands_hand(annotation, image, side, calibration,
+                                                         poses)
                 if reason:
                     dropped[reason] += 1
                     continue
-                hand["scene"] = scenes.setdefault(image["seq_name"], len(scenes))
-                for name, value in hand.items():
+                fields["scene"] = scenes.setdefault(image["seq_name"], len(scenes))
+                for name, value in fields.items():
                     columns[name].append(value)
         count = len(columns["path"])
         samples = make_samples(group=np.arange(count), **columns)
@@ -1484,7 +1433,7 @@ def read_annotations(data_file, calib_file, pose_file):
                      f"{', '.join(reasons) or 'none'}")
 
 
-def read_hand(annotation, image, side, calibration, poses):
+def read_assemblyhands_hand(annotation, image, side, calibration, poses):
     """One hand of a picture -> its fields of SAMPLE, and why it is dropped: one of both is None."""
     sequence = image["seq_name"]
     frame = f"{image['frame_idx']:06d}"
@@ -1525,9 +1474,7 @@ def read_camera_of(image, frame, cameras):
     return matrix, turn
 
 
-READERS = {"freihand": Reader(freihand_files, read_freihand),
-           "dexycb": Reader(dexycb_files, read_dexycb),
-           "assemblyhands": Reader(assemblyhands_files, read_assemblyhands)}
+READERS = {"freihand": read_freihand, "dexycb": read_dexycb, "assemblyhands": read_assemblyhands}
 
 
 if __name__ == "__main__":

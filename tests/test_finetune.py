@@ -22,18 +22,19 @@ from datasets import TINY, parse, split, test_crops
 from test_pretrain import same
 
 
-PLAN = finetune.Plan(rank=0, ranks=1, device=torch.device("cpu"), precision="fp32")
+PLAN = finetune.Plan(rank=0, ranks=1, device=torch.device("cpu"), precision="fp32", batch_size=10,
+                     workers=0)
 
 
 def predict(net, samples, args):
     """-> uv and pose of the test crops of some samples."""
-    return finetune.predict(net, finetune.Pictures(samples, finetune.make_crops(args)), PLAN, args)
+    return finetune.predict(net, finetune.Pictures(samples, finetune.make_crops(args)), PLAN)
 
 
 def first_batch(train, args):
     """The first batch of a training -> its (epoch, row) and its tensors."""
     plan = finetune.make_plan(args, len(train))
-    rows = next(finetune.rows_of_steps(0, len(train), plan, args))
+    rows = next(finetune.rows_of_steps(0, len(train), plan, args.seed))
     pictures = finetune.Pictures(train, finetune.make_crops(args))
     return rows, finetune.collate([pictures[row] for row in rows])
 
@@ -299,8 +300,7 @@ def test_the_overlay_shows_the_best_the_median_and_the_worst(tmp_path):
     error = np.random.default_rng(0).permutation(30).astype(float)
     error[4] = np.nan  # cannot be scored: not shown
     crops = finetune.Crops(str(tmp_path), 32, "black")
-    finetune.draw_overlay(tmp_path / "overlay.png", samples, uv / 2, uv / 2, error, crops,
-                          columns=4)
+    finetune.draw_overlay(tmp_path / "overlay.png", samples, uv / 2, error, crops, columns=4)
     sheet = cv2.imread(str(tmp_path / "overlay.png"))
     corners = sheet[250::256, 250::256, 0][:3, :4].ravel() / 8
     order = np.argsort(error)[:29]
@@ -393,10 +393,10 @@ train.valid[::3, 0] = False  # no pose, so that shares differ in how many have o
 plan = finetune.make_plan(args, len(train))
 torch.manual_seed(0)
 pictures = finetune.Pictures(train, finetune.make_crops(args))
-rows = next(finetune.rows_of_steps(0, len(train), plan, args))
+rows = next(finetune.rows_of_steps(0, len(train), plan, args.seed))
 batch = finetune.collate([pictures[row] for row in rows])
 with_bone = finetune.has_wrist_and_bone(batch["valid"]).sum()
-share = finetune.over_ranks(with_bone.double()) / plan.ranks
+share = finetune.over_ranks(with_bone.float()) / plan.ranks
 found = []
 for head in ("detnet", "linear"):
     model = finetune.NETWORKS[head]("resnet18", "none").eval()
@@ -524,7 +524,7 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     sheet = cv2.imread(str(out / "overlay.jpg"))
     assert sheet.shape == (3 * 256, 256, 3)
     (folder / "cut.jpg").write_bytes(pictures[0].read_bytes()[:3000])
-    assert "cut.jpg: truncated, or not a picture" in refused(*command)
+    assert "cut.jpg: cut short, or not a picture" in refused(*command)
     for file in folder.iterdir():
         file.unlink()
     assert "holds neither keypoints.npy nor a picture" in refused(*command)
@@ -535,9 +535,10 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "other.pt: not the model.pt" in refused(
         *command[:3], "--weights", tmp_path / "other.pt", "--out", out)
-    for arguments in ((*command, "--dataset", "freihand", "--root", "x"),
-                      ("finetune.py", "--root", "x", "--out", out)):
-        assert "expected --dataset and --root, or --predict" in refused(*arguments)
+    assert "expected --dataset and --root, or --predict" in refused(
+        "finetune.py", "--root", "x", "--out", out)
+    assert "--dataset, --root has no effect with --predict" in refused(
+        *command, "--dataset", "freihand", "--root", "x")
     assert "--epochs, --border has no effect with --predict" in refused(
         *command, "--epochs", 3, "--border", "mirror")
     assert "--freeze, --lr has no effect with --head knn" in refused(

@@ -80,7 +80,7 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     (tmp_path / "kept.jpg").rename(picture.with_name("00000064.jpg"))
     assert "1 pictures are missing, the first ['00000005.jpg']" in line()
     picture.write_text("not a picture")
-    assert "00000005.jpg: truncated, or not a picture" in line()
+    assert "00000005.jpg: cut short, or not a picture" in line()
     picture.unlink()
     picture.symlink_to("/proc/self/mem")
     assert "00000005.jpg: could not be read: Input/output error" in line()
@@ -222,7 +222,7 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
             and "expected 100" in line("--setup", "s3"))
     found = refused("finetune.py", "--dataset", "freihand", "--root", root,
                     "--out", tmp_path / "run", "--setup", "s1")
-    assert "--setup, --paper-filter: DexYCB only" in found
+    assert "--setup has no effect with --dataset freihand" in found
     folder = root / SUBJECTS[3] / "20200709_140000"
     labels, meta = folder / SERIALS[2] / "labels_000000.npz", folder / "meta.yml"
     content, text = labels.read_bytes(), meta.read_text()
@@ -253,63 +253,73 @@ def equal(one, other):
             and one[3] == other[3])
 
 
-def test_labels_are_kept_visibly_and_belong_to_data_set_root_and_division(tmp_path, capsys):
-    root, kept = tmp_path / "set", tmp_path / "labels"
-    truth = write_dexycb(root, sequences=1, frames=1)
-    shutil.copytree(root, tmp_path / "other")
+@pytest.fixture
+def kept(tmp_path):
+    """A data set, the folder of labels that a first run filled, what it read, and a function that
+    reads again."""
+    root = tmp_path / "set"
+    write_dexycb(root, sequences=1, frames=1)
 
-    def read(*arguments, root=root):
-        return split(parse("--root", root, "--out", tmp_path / "runs" / "one", "--workers", 0,
-                           *arguments, dataset="dexycb"))
+    def read(*arguments, root=root, labels=tmp_path / "labels"):
+        return split(parse("--root", root, "--out", tmp_path / "run", "--workers", 0,
+                           "--labels", labels, *arguments, dataset="dexycb"))
 
-    first = read("--labels", kept)
-    assert {p.name for p in kept.iterdir()} == {
-        ".lock", "origin.json", "train.npy", "val.npy", "test.npy"}
-    assert equal(read(), first)  # no other place is looked at
-    for path in truth:
-        (root / path).with_name("labels_000000.npz").unlink()
+    return root, tmp_path / "labels", read(), read
+
+
+def test_labels_are_read_once_and_used_afterwards(kept, capsys):
+    root, labels, first, read = kept
+    assert {p.name for p in labels.iterdir()} == {"labels.txt", "train.npy", "val.npy", "test.npy"}
+    lines = (labels / "labels.txt").read_text().splitlines()
+    assert lines == [f"dexycb s1 of {root}", *first[3][:-1]]
+    for file in root.rglob("*.npz"):
+        file.unlink()
     capsys.readouterr()
-    assert equal(read("--labels", kept), first)
-    assert f"an earlier run left in {kept}" in capsys.readouterr().out
+    assert equal(read(), first)
+    assert f"an earlier run left in {labels}" in capsys.readouterr().out
+    root.with_name("link").symlink_to(root)
+    assert equal(read(root=root.with_name("link")), first)  # the same folder by another name
+
+
+def test_labels_of_another_division_or_root_are_refused(kept):
+    root, labels, _, read = kept
+    other = shutil.copytree(root, root.with_name("other"))
+    for more, of in ((("--setup", "s2"), f"dexycb s2 of {root}"),
+                     (("--paper-filter",), f"dexycb s1 --paper-filter of {root}")):
+        with pytest.raises(finetune.InputError, match=f"holds dexycb s1 of {root}, not {of}"):
+            read(*more)
+    with pytest.raises(finetune.InputError, match=f"holds dexycb s1 of {root}, not dexycb s1 of"):
+        read(root=other)
+
+
+def test_labels_that_a_killed_run_left_in_part_are_read_again(kept):
+    root, labels, first, read = kept
+    (labels / "test.npy").unlink()
+    assert equal(read(), first) and (labels / "test.npy").exists()
+    (labels / "test.npy").unlink()
+    next(root.rglob("*.npz")).unlink()
     with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
         read()
-    (tmp_path / "link").symlink_to(root)
-    # The same folder by another name.
-    assert equal(read("--labels", kept, root=tmp_path / "link"), first)
-    for more in (("--setup", "s2"), ("--paper-filter",)):
-        with pytest.raises(finetune.InputError, match="another data set, division or root"):
-            read("--labels", kept, *more)
-    with pytest.raises(finetune.InputError, match="another data set, division or root"):
-        read("--labels", kept, root=tmp_path / "other")
-    (kept / "test.npy").unlink()  # as of a killed run: all is read again
-    assert equal(read("--labels", tmp_path / "labels 2", root=tmp_path / "other"), first)
-    with pytest.raises(finetune.InputError, match="labels_000000.npz: missing"):
-        read("--labels", kept)
-    shutil.copy(tmp_path / "labels 2" / "test.npy", kept)
-    assert equal(read("--labels", kept), first)
+
+
+def test_damaged_labels_are_refused(kept):
+    _, labels, _, read = kept
     for name in ("train.npy", "val.npy", "test.npy"):
-        content = (kept / name).read_bytes()
-        (kept / name).write_bytes(content[:1000])
+        content = (labels / name).read_bytes()
+        (labels / name).write_bytes(content[:1000])
         with pytest.raises(finetune.InputError, match=f"{name}: truncated.*delete this folder"):
-            read("--labels", kept)
-        (kept / name).write_bytes(content)
-    text = (kept / "origin.json").read_text()
-    for damage in ("", "{", "{}", "3"):
-        (kept / "origin.json").write_text(damage)
-        with pytest.raises(finetune.InputError):
-            read("--labels", kept)
-    (kept / "origin.json").write_text(text)
-    changed = root / SUBJECTS[0] / "20200709_140000" / "meta.yml"
-    changed.write_text(changed.read_text() + "\n")
-    with pytest.raises(finetune.InputError, match="label files that were changed since; delete it"):
-        read("--labels", kept)
-    (kept / "origin.json").unlink()  # then they may be the user's own: never overwritten
-    with pytest.raises(finetune.InputError,
-                       match="holds labels of your own, use them with --dataset own"):
-        read("--labels", kept)
-    (kept / "train.npy").unlink()
-    with pytest.raises(finetune.InputError, match="holds labels of your own"):
-        read("--labels", kept)
+            read()
+        (labels / name).write_bytes(content)
+
+
+def test_labels_of_the_users_own_are_never_overwritten(kept):
+    _, labels, _, read = kept
+    for damage in ("labels.txt", "test.npy"):
+        (labels / damage).unlink()
+        before = {p.name: p.read_bytes() for p in labels.iterdir()}
+        with pytest.raises(finetune.InputError, match="holds labels of your own"):
+            read()
+        assert {p.name: p.read_bytes() for p in labels.iterdir()} == before
 
 
 def test_an_own_data_set_of_the_same_records_trains_the_same_model(freihand, assembly, tmp_path):
@@ -319,7 +329,7 @@ def test_an_own_data_set_of_the_same_records_trains_the_same_model(freihand, ass
                                                  "--labels", kept / name, dataset=name))
         assert (train.left.any() == (name == "assemblyhands")
                 and not (kept / name / "val.npy").exists())
-        (kept / name / "origin.json").unlink()  # nothing but records is left
+        (kept / name / "labels.txt").unlink()  # nothing but records is left
         own = split(parse("--root", root, "--out", "x", "--labels", kept / name, dataset="own"))
         assert equal((train, validation, test, 0), (*own[:3], 0)) and str(kept / name) in own[3][0]
     arguments = ("--root", freihand, *TINY, "--epochs", 1)
@@ -515,7 +525,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
     assert "640 pixels wide, its labels are for 636" in line("--epochs", 1, "--batch-size", 10)
     content = picture.read_bytes()
     picture.write_bytes(content[:len(content) // 2])
-    assert f"{picture.name}: truncated, or not a picture" in line("--epochs", 1)
+    assert f"{picture.name}: cut short, or not a picture" in line("--epochs", 1)
 
 
 def test_assemblyhands_known_answer_comes_out_of_a_run(assembly, tmp_path):
