@@ -487,7 +487,7 @@ def read_picture(path):
     """A picture file -> RGB uint8 (H, W, 3), upright as its EXIF data say. An InputError names a
     file that is missing, cut short or no picture."""
     try:
-        content = np.fromfile(path, np.uint8)
+        content = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # Of a file that is cut short, cv2.imread would make a picture that ends in grey.
         image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
     except OSError as error:
