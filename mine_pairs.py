@@ -2,7 +2,8 @@
 
 Reads a hands folder, turns each hand upright and to one size (or takes it as it lies), embeds its
 21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, on a CPU or a GPU alike: a
-tree selects the blocks of hands that products of matrices compare. Writes into the same folder (or
+tree selects the blocks of hands that products of matrices compare. A neighbour is never the same
+picture once more, as where a video lies there twice: then the next nearest is taken. Writes into the same folder (or
 --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy (not of hands as they
 lie), and to look at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches
 for its share of the hands. A search that was stopped starts again: it takes minutes.
@@ -43,12 +44,14 @@ def make_parser():
     flag("--dims", type=int, default=14,
          help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
     # which pairs
+    flag("--paper", action="store_true", help="take the paper's values where ours differ: "
+         "--no-rotation-free. A flag that is given still counts")
     flag("--top-k", type=int, default=1,
          help="neighbours kept for each hand (paper: 1); the search takes longer with more")
     flag("--rotation-free", action=argparse.BooleanOptionalAction, help="compare hands turned "
          "upright (the mean of joints 5, 9, 13 and 17 above the wrist) and of one size; turns.npy "
-         "says how a neighbour must be turned to lie as the hand does (default; paper: "
-         "--no-rotation-free, hands as they lie in their crops)")
+         "says how a neighbour must be turned to lie as the hand does (default: "
+         "--rotation-free; paper: --no-rotation-free, hands as they lie in their crops)")
     flag("--same-video", action="store_true", help="let a neighbour come from the hand's own video "
          "(ablation: mostly near-duplicates)")
     flag("--temporal", action="store_true", help="instead of similar hands: the hand of the same "
@@ -74,7 +77,7 @@ def parse_args():
                 "--temporal pairs a hand with the next frame: it goes without --top-k, --limit, "
                 "--same-video and --rotation-free")
     if args.rotation_free is None:
-        args.rotation_free = not args.temporal
+        args.rotation_free = not (args.temporal or args.paper)
     return args
 
 
@@ -94,22 +97,19 @@ def main():
         print_settings(args, make_parser(), count=count, mined=len(mined), videos=videos,
                        ranks=ranks, device=device)
 
-    pca, explained, embeddings = embed(hands, mined, args)
+    pca, explained, embeddings = embed(hands, mined, args.dims, args.rotation_free)
     if ranks > 1:  # other processors may round otherwise
         shared = torch.from_numpy(embeddings).to(device)
         dist.broadcast(shared, 0)
         embeddings = shared.cpu().numpy()
-    neighbours = np.full((count, args.top_k), -1)
-    distances = np.full((count, args.top_k), np.inf, np.float32)
     if args.temporal:
-        neighbours[:, 0], distances[:, 0] = next_frames(hands, embeddings)
+        pairs = next_frames(hands, embeddings)
     else:
-        video = None if args.same_video else hands.rows["video"][mined]
-        found, distances[mined] = nearest(embeddings[mined], video, args.top_k, device,
-                                          slice(rank, None, ranks))
-        neighbours[mined] = np.where(found < 0, -1, mined[found])
+        pictures = thumbnails(hands, mined, rank, ranks)
+        pairs = similar_hands(hands, mined, embeddings, pictures, args.top_k, args.same_video,
+                              device)
     if rank == 0:
-        write(out, hands, pca, embeddings, neighbours, distances, explained, len(mined), args)
+        write(out, hands, pca, embeddings, pairs, explained, len(mined), args)
     end_ranks()
 
 
@@ -140,18 +140,27 @@ def choose_rows(hands, args):
 
 # ------------------------------------------------------------------ the method: what is compared
 
-def embed(hands, mined, args):
+@dataclasses.dataclass
+class Pairs:
+    """The neighbours of N hands, nearest first."""
+    neighbours: np.ndarray  # (N, K) int64, rows; -1 where there is none
+    distances: np.ndarray  # (N, K) float32, inf where there is none
+    # (N,), the nearest hand of another video that shows the same picture; -1 where there is none
+    copies: np.ndarray
+
+
+def embed(hands, mined, dims, rotation_free):
     """Fit the PCA on the mined rows and embed all hands -> pca (1 + D, 42), the mean and the
     components; share of the variance explained; embeddings (N, D) float32."""
-    poses = as_poses(hands.keypoints[mined], hands.side, args.rotation_free)
+    poses = as_poses(hands.keypoints[mined], hands.side, rotation_free)
     require(np.ptp(poses, axis=0).max() > 1e-9, f"{hands.folder / 'keypoints.npy'}: all hands are "
             "the same, a PCA needs them to vary")
-    mean, components, explained = fit_pca(poses, args.dims)
+    mean, components, explained = fit_pca(poses, dims)
     del poses
-    embeddings = np.empty((len(hands.keypoints), args.dims), np.float32)
+    embeddings = np.empty((len(hands.keypoints), dims), np.float32)
     for start in range(0, len(embeddings), 1 << 16):  # bounds the memory
         some = slice(start, start + (1 << 16))
-        poses = as_poses(hands.keypoints[some], hands.side, args.rotation_free)
+        poses = as_poses(hands.keypoints[some], hands.side, rotation_free)
         embeddings[some] = (poses - mean) @ components.T
     return np.concatenate([mean[None], components]).astype(np.float32), explained, embeddings
 
@@ -177,9 +186,81 @@ def fit_pca(poses, dims):
     return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
 
 
+def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device):
+    """The paper's pairs: of each mined hand the most similar hands of other videos that do not
+    show the same picture, as the hands of a video that lies there twice do -> Pairs.
+
+    pictures: thumbnails of the mined hands.
+    """
+    video = hands.rows["video"][mined]
+    group = np.arange(len(mined)) if same_video else video
+    count = len(embeddings)
+    pairs = Pairs(np.full((count, top_k), -1), np.full((count, top_k), np.inf, np.float32),
+                  np.full(count, -1))
+    rows = np.arange(len(mined))
+    wanted = top_k + 1
+    while len(rows):
+        found, distances = nearest(embeddings[mined], group, wanted, device, rows)
+        copy = same_picture(pictures, rows, found) & (video[found] != video[rows, None])
+        good = (found >= 0) & ~copy
+        chosen = np.argsort(~good, 1, kind="stable")[:, :top_k]
+        is_good = np.take_along_axis(good, chosen, 1)
+        chosen_rows = mined[np.take_along_axis(found, chosen, 1)]
+        pairs.neighbours[mined[rows]] = np.where(is_good, chosen_rows, -1)
+        chosen_distances = np.take_along_axis(distances, chosen, 1)
+        pairs.distances[mined[rows]] = np.where(is_good, chosen_distances, np.inf)
+        instead = copy & (good.cumsum(1) < top_k)
+        first = mined[found[np.arange(len(rows)), instead.argmax(1)]]
+        pairs.copies[mined[rows]] = np.where(instead.any(1), first, -1)
+        # Where nearly all that was found are copies, more must be searched for.
+        rows = rows[~is_good.all(1) & (found[:, -1] >= 0)]
+        wanted = min(4 * wanted, count)
+    return pairs
+
+
+def thumbnails(hands, rows, rank, ranks):
+    """Small grey pictures of these crops, (n, 144) uint8; each rank makes its share."""
+    pictures = np.zeros((len(rows), 144), np.uint8)
+
+    def make(part):
+        for k in part:
+            start, end = hands.offsets[rows[k]:rows[k] + 2]
+            image = cv2.imdecode(hands.crops[start:end], cv2.IMREAD_REDUCED_GRAYSCALE_8)
+            require(image is not None,
+                    f"{hands.folder}/crops.npy: crop {rows[k]}, at {start}, is not a JPEG")
+            pictures[k] = cv2.resize(image, (12, 12), interpolation=cv2.INTER_AREA).ravel()
+        return len(part)
+
+    share = np.arange(rank, len(rows), ranks)
+    parts = np.array_split(share, len(share) // 1000 + 1)
+    bar = progress(total=len(share), unit="hand", desc="pictures", disable=rank > 0)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool, bar:
+        for done in pool.map(make, parts):
+            bar.update(done)
+    if ranks > 1:
+        dist.all_reduce(torch.from_numpy(pictures))
+    return pictures
+
+
+def same_picture(pictures, rows, found):
+    """Whether the thumbnails of rows (n,) and of those found for each (n, W) differ by less than a
+    fifth of their contrast -> (n, W) bool.
+
+    Of a video that was encoded again at half the size that held for 98 % of the hands; of 4,768
+    hands of 783 videos of signers, for 2 and their neighbours.
+    """
+    same = np.empty(found.shape, bool)
+    for k, column in enumerate(found.T):
+        for some in np.array_split(np.arange(len(rows)), len(rows) // (1 << 16) + 1):
+            one = pictures[rows[some]].astype(np.float32)
+            apart = np.square(pictures[column[some]] - one).mean(1)
+            same[some, k] = apart <= one.var(1) / 25
+    return same
+
+
 def next_frames(hands, embeddings):
     """Temporal pairs: the hand of the same side with the nearest box in the next sampled frame of
-    the same video -> its row (N,), -1 where there is none; its distance (N,), inf there."""
+    the same video -> Pairs."""
     rows = hands.rows
     begin, end = rows_of_next_frame(hands)
     centre = (rows["box"][:, :2] + rows["box"][:, 2:]) / 2
@@ -196,7 +277,8 @@ def next_frames(hands, embeddings):
             "next sampled frame of its video")
     difference = embeddings[neighbour].astype(np.float64) - embeddings
     distance = np.sqrt((difference ** 2).sum(1))
-    return neighbour, np.where(neighbour < 0, np.inf, distance).astype(np.float32)
+    distance = np.where(neighbour < 0, np.inf, distance).astype(np.float32)
+    return Pairs(neighbour[:, None], distance[:, None], np.full(len(rows), -1))
 
 
 def rows_of_next_frame(hands):
@@ -230,44 +312,51 @@ def rows_of_next_frame(hands):
 NONE = torch.iinfo(torch.int64).max  # the key of no neighbour: it comes after all others
 LARGEST = torch.finfo(torch.float32).max  # anything but infinite
 AT_ONCE = 1 << 20  # pairs that wait to be measured, of many equal hands: bounds the memory
-TOGETHER = 16  # leaves whose rows are searched for together, a power of two
+# Rows in a leaf at most. Large leaves suit a GPU, where a product is cheaper than a decision.
+LEAF = {"cpu": 256, "cuda": 8192}
+# Leaves whose rows are searched for together. On a GPU 16,384 x 8,192 distances are 0.5 GB, and
+# with masks and copies below 2 GB.
+TOGETHER = {"cpu": 16, "cuda": 2}
 
 
-def nearest(embeddings, video, top_k, device, share=slice(None), leaf=None):
-    """Exact nearest neighbours of every row among the rows of other videos (video None: among all
-    other rows).
+def nearest(embeddings, group, top_k, device, rows=None, leaf=None):
+    """Exact nearest neighbours of these rows (None: all) among the rows of other groups.
 
-    embeddings (N, D) float32, finite; video (N,) -> neighbours (N, K) int64, -1 where there are
-    fewer; distances (N, K) float32, inf there. A distance is the root of the float64 sum of squared
-    differences, rounded to float32; of equal ones the lower index comes first.
+    embeddings (N, D) float32, finite; group (N,), the video -> neighbours (n, K) int64, -1 where
+    there are fewer; distances (n, K) float32, inf there. A distance is the root of the float64 sum
+    of squared differences, rounded to float32; of equal ones the lower index comes first.
 
-    The rows are parted into leaves of a k-d tree, of at most `leaf` rows; large leaves suit a GPU,
-    where a product is cheaper than a decision. share: the parts of the rows that this rank
-    searches for.
+    The rows are parted into leaves of a k-d tree, of at most `leaf` rows. Each rank searches for
+    its share of them.
     """
-    group = np.arange(len(embeddings)) if video is None else video
-    tree = grow_tree(embeddings, group, leaf or (8192 if device.type == "cuda" else 256), device)
-    keys = torch.full((len(embeddings), top_k), NONE, device=device)
-    starts = tree.start[:-1:TOGETHER]
-    ends = starts[1:] + tree.start[-1:]
-    parts = list(zip(starts, ends))[share]
+    rows = np.arange(len(embeddings)) if rows is None else rows
+    tree = grow_tree(embeddings, group, leaf or LEAF[device.type], device)
+    place = tree.row.argsort()[torch.from_numpy(rows).to(device)]  # of each row in the tree
+    places, order = place.sort()
+    step = TOGETHER[device.type]
+    bounds = torch.tensor(tree.start[step:-1:step])
+    cuts = [0, *torch.searchsorted(places.cpu(), bounds).tolist(), len(rows)]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    parts = [slice(*ends) for ends in zip(cuts, cuts[1:])][rank::ranks]
+    keys = torch.full((len(rows), top_k), NONE, device=device)
 
     def work(part):
-        some = slice(*part)
-        keys[tree.row[some]] = search(tree, some, top_k)
-        return part[1] - part[0]
+        if part.start < part.stop:
+            keys[order[part]] = search(tree, places[part], top_k)
+        return part.stop - part.start
 
     threads = torch.get_num_threads()
-    workers = 1 if device.type == "cuda" else threads
     torch.set_num_threads(1)  # a part to a thread: its steps are too small to be shared
-    pool = ThreadPoolExecutor(workers, "search", torch.set_num_threads, (1,))
-    total = sum(end - start for start, end in parts)
-    silent = len(parts) < 2 or parts[0][0] > 0  # one rank shows its bar
+    pool = ThreadPoolExecutor(threads, "search", torch.set_num_threads, (1,))
+    run = map if device.type == "cuda" else pool.map
+    total = sum(part.stop - part.start for part in parts)
+    silent = len(cuts) < 3 or rank > 0  # one rank shows its bar
     with pool, progress(total=total, unit="hand", desc="neighbours", disable=silent) as bar:
-        for done in pool.map(work, parts):
+        for done in run(work, parts):
             bar.update(done)
     torch.set_num_threads(threads)
-    if dist.is_initialized():
+    if ranks > 1:
         dist.all_reduce(keys, dist.ReduceOp.MIN)
         require((keys[:, 0] != NONE).all(),
                 "the ranks parted the hands differently; start them on machines of one kind")
@@ -313,7 +402,7 @@ def grow_tree(embeddings, group, leaf, device):
 
 
 def search(tree, some, top_k):
-    """Neighbours of the rows at these places, a slice -> keys (n, K), ascending: the bits of the
+    """Neighbours of the rows at these places (n,) -> keys (n, K), ascending: the bits of the
     float32 distance, which order like the number, above the row's index; NONE where there is no
     neighbour.
 
@@ -401,7 +490,7 @@ def measure(tree, point, found, limit, keys):
 
 # -------------------------------------------------------------------------- files and pictures
 
-def write(out, hands, pca, embeddings, neighbours, distances, explained, mined, args):
+def write(out, hands, pca, embeddings, pairs, explained, mined, args):
     """All files; neighbours.npy after the other arrays: where it is, they are of one mining."""
     if (out / "neighbours.npy").exists():
         print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
@@ -409,45 +498,70 @@ def write(out, hands, pca, embeddings, neighbours, distances, explained, mined, 
     (out / "turns.npy").unlink(missing_ok=True)
     save_array(out / "pca.npy", pca)
     save_array(out / "embeddings.npy", embeddings)
-    save_array(out / "distances.npy", distances)
+    save_array(out / "distances.npy", pairs.distances)
     turns = None
     if args.rotation_free:
-        turns = pair_turns(hands.keypoints, neighbours)
+        turns = pair_turns(hands.keypoints, pairs.neighbours)
         save_array(out / "turns.npy", turns)
-    save_array(out / "neighbours.npy", neighbours)
+    save_array(out / "neighbours.npy", pairs.neighbours)
 
-    paired = neighbours[:, 0] >= 0
-    chosen = np.bincount(neighbours[paired, 0])
-    videos = np.unique(hands.rows["video"][neighbours[paired, 0]])
-    summary = {"hands": len(neighbours), "explained_variance": round(float(explained), 4),
+    paired = pairs.neighbours[:, 0] >= 0
+    first = pairs.neighbours[paired, 0]
+    distances = pairs.distances[paired, 0]
+    chosen = np.bincount(first)
+    summary = {"hands": len(paired), "explained_variance": round(float(explained), 4),
                "mined": mined, "without_neighbour": mined - int(paired.sum()),
-               "neighbours_from_videos": len(videos), "hubs_over_100": int((chosen > 100).sum()),
-               "most_often_chosen": int(chosen.max()),
-               "median_distance": round(float(np.median(distances[paired, 0])), 4)}
+               "same_picture": int((pairs.copies >= 0).sum()),
+               "neighbours_from_videos": len(np.unique(hands.rows["video"][first])),
+               "hubs_over_100": int((chosen > 100).sum()), "most_often_chosen": int(chosen.max()),
+               "median_distance": round(float(np.median(distances)), 4)}
     with atomic(out / "mining.jsonl") as file:
-        first = {"command": shlex.join(sys.argv), "args": plain(args), "facts": run_facts()}
-        for row in (first, summary):
+        header = {"command": shlex.join(sys.argv), "args": plain(args), "facts": run_facts()}
+        for row in (header, summary):
             file.write((json.dumps(row) + "\n").encode())
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
-    draw_pairs(out / "pairs.jpg", hands, neighbours, distances, turns)
+    say_what_is_there_twice(hands, pairs.copies)
+    draw_pairs(out / "pairs.jpg", hands, pairs, turns)
     unit = "hand's size" if args.rotation_free else "crop's side"
-    plot_distances(out / "distances.png", embeddings, distances[paired, 0], unit)
+    plot_distances(out / "distances.png", embeddings, distances, unit)
     print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:")
-    pairs = f" --pairs {out}" if args.out else ""
-    print(f"python pretrain.py {args.hands} --out RUN{pairs}")
+    print(shlex.join(next_command(hands.folder, out, int(paired.sum()))))
 
 
-def draw_pairs(path, hands, neighbours, distances, turns=None, seed=0):
+def say_what_is_there_twice(hands, copies):
+    """Name the two videos that show most hands twice, if any do."""
+    rows = np.flatnonzero(copies >= 0)
+    if not len(rows):
+        return
+    videos = np.stack([hands.rows["video"][rows], hands.rows["video"][copies[rows]]], 1)
+    every, counts = np.unique(np.sort(videos, 1), axis=0, return_counts=True)
+    one, other = every[counts.argmax()]
+    print(f"{len(rows)} hands have the same picture in another video, most of them in "
+          f"{hands.videos[one]} and {hands.videos[other]}; their next nearest hand was taken. "
+          "If these are one video, leave one out")
+
+
+def next_command(hands, out, pool):
+    """The words of the command that pre-trains on these pairs."""
+    words = ["python", str(Path(sys.argv[0]).with_name("pretrain.py")), str(hands)]
+    if out.resolve() != hands.resolve():
+        words += ["--pairs", str(out)]
+    if pool < 8192:  # pairs of a step by default; each hand is met once an epoch
+        words += ["--batch-size", str(2 ** max(int(np.log2(pool / 4)), 1))]
+    return [*words, "--out", f"runs/{out.resolve().name}"]
+
+
+def draw_pairs(path, hands, pairs, turns=None, seed=0):
     """Queries beside their nearest neighbours, turned as pre-training will see them, skeletons
     drawn, the distance under each; two rows each of the best, the median and the worst tenth."""
     rng = np.random.default_rng(seed)
-    order = np.argsort(distances[:, 0], kind="stable")
-    order = order[neighbours[order, 0] >= 0]
+    order = np.argsort(pairs.distances[:, 0], kind="stable")
+    order = order[pairs.neighbours[order, 0] >= 0]
     tenth = max(len(order) // 10, 1)
     middle = (len(order) - tenth) // 2
     parts = {"best": order[:tenth], "median": order[middle:middle + tenth],
              "worst": order[-tenth:]}
-    shown = min(neighbours.shape[1], 5)
+    shown = min(pairs.neighbours.shape[1], 5)
     across = 12 // (1 + shown)
     tiles = []
     for name, part in parts.items():
@@ -455,7 +569,8 @@ def draw_pairs(path, hands, neighbours, distances, turns=None, seed=0):
             group = [caption(draw_crop(hands, i, 160), f"{name}: hand {i}")]
             for k in range(shown):
                 turn = 0.0 if turns is None else turns[i, k]
-                group.append(draw_neighbour(hands, neighbours[i, k], distances[i, k], turn))
+                distance = pairs.distances[i, k]
+                group.append(draw_neighbour(hands, pairs.neighbours[i, k], distance, turn))
             gap = np.zeros((180, 8, 3), np.uint8)
             tiles.append(np.hstack([*group, gap]))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)

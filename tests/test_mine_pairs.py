@@ -2,16 +2,19 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 import mine_pairs
 from common import HANDS_DTYPE, Hands
-from conftest import TINY, refused, run, run_here, torchrun
+from conftest import ENVIRONMENT, TINY, refused, run, run_here, torchrun
 
 
 def brute_force(embeddings, video, k):
@@ -34,7 +37,8 @@ LEAVES = [5, 16, None]  # rows in a leaf; None: all of these
 
 def check(embeddings, video, k, device="cpu", leaf=None):
     expected = brute_force(embeddings, video, k)
-    found = mine_pairs.nearest(embeddings, video, k, torch.device(device), leaf=leaf)
+    group = np.arange(len(embeddings)) if video is None else video
+    found = mine_pairs.nearest(embeddings, group, k, torch.device(device), leaf=leaf)
     assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
 
 
@@ -100,6 +104,205 @@ def test_the_result_does_not_depend_on_the_number_of_threads_nor_changes_it(thre
         torch.set_num_threads(before)
 
 
+def rounded_as_tf32(x):
+    """float32 with the 10 bits of mantissa that a tensor core keeps of an input."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_products_in_tf32_would_be_found_out(monkeypatch):
+    """Which is what TORCH_ALLOW_TF32_CUBLAS_OVERRIDE makes of them on a GPU."""
+    rng = np.random.default_rng(0)
+    centres = 2 * rng.normal(size=(100, 14))
+    embeddings = centres[rng.integers(0, 100, 1000)] + 0.01 * rng.normal(size=(1000, 14))
+    video = rng.integers(0, 40, 1000)
+    check(embeddings.astype(np.float32), video, 1)
+    exact = torch.addmm
+
+    def rounded(added, a, b, **more):
+        return exact(added, rounded_as_tf32(a), rounded_as_tf32(b), **more)
+
+    monkeypatch.setattr(torch, "addmm", rounded)
+    with pytest.raises(AssertionError):
+        check(embeddings.astype(np.float32), video, 1)
+
+
+class Tagged(TorchFunctionMode):
+    """Runs on the CPU what names a GPU, and notes for each tensor where it would lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixed = []  # calls whose tensors lie on two devices
+        self.largest = 0  # of a tensor that would lie on the GPU, bytes
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        if name == "__get__" and getattr(function.__self__, "__name__", "") == "device":
+            return torch.device(place_of(args[0]))
+        target = kwargs.pop("device", None)
+        if name == "to" and isinstance(args[1], torch.device):
+            target = args[1]
+            args = (args[0].clone(), "cpu")
+        if name == "cpu":
+            target = "cpu"
+            args = (args[0].clone(),)
+        places = {place_of(t) for t in tensors if t.dim()}
+        if name in ("__getitem__", "__setitem__"):
+            places = {place_of(args[0])} | {place for place in places if place != "cpu"}
+        if len(places) > 1 or name == "numpy" and places != {"cpu"}:
+            self.mixed.append(name)
+        out = function(*args, **kwargs)
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                tensor.place = str(target or max(places, default="cpu"))  # "cuda:0" > "cpu"
+                if tensor.place != "cpu":
+                    self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+        return out
+
+
+def place_of(tensor):
+    return getattr(tensor, "place", "cpu")
+
+
+def search_as_on_a_gpu(top_k, rows=None):
+    """3,000 rows searched on the CPU and as on a GPU -> both results, and the Tagged."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(3000, 14)).astype(np.float32)
+    video = rng.integers(0, 40, 3000)
+    expected = mine_pairs.nearest(embeddings, video, top_k, torch.device("cpu"), rows)
+    with Tagged() as tagged:
+        found = mine_pairs.nearest(embeddings, video, top_k, torch.device("cuda:0"), rows, 256)
+    return expected, found, tagged
+
+
+@pytest.mark.parametrize("rows", [None, np.arange(2000, 20, -7)])
+def test_the_gpus_branch_never_mixes_devices_and_gives_the_cpus_answer(rows):
+    expected, found, tagged = search_as_on_a_gpu(3, rows)
+    assert tagged.largest > 0 and not tagged.mixed
+    assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+
+
+def test_a_gpu_holds_no_block_above_half_a_gigabyte():
+    """So that with its masks and copies a search needs less than 2 GB."""
+    tagged = search_as_on_a_gpu(1)[2]
+    assert tagged.largest * (mine_pairs.LEAF["cuda"] / 256) ** 2 <= 2 ** 29
+
+
+def test_some_rows_are_searched_for_alone():
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(500, 5)).astype(np.float32)
+    video = rng.integers(0, 9, 500)
+    rows = rng.permutation(500)[:33]
+    expected = brute_force(embeddings, video, 4)
+    found = mine_pairs.nearest(embeddings, video, 4, torch.device("cpu"), rows, leaf=8)
+    assert all(np.array_equal(found[k], expected[k][rows]) for k in (0, 1))
+
+
+def write_hands(folder, keypoints, video, jpegs):
+    folder.mkdir()
+    rows = np.zeros(len(video), HANDS_DTYPE)
+    rows["video"] = video
+    np.save(folder / "hands.npy", rows)
+    np.save(folder / "keypoints.npy", keypoints.astype(np.float32))
+    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, jpegs)]))
+    np.save(folder / "crops.npy", np.concatenate(jpegs))
+    names = "".join(f"clip{k}.mp4\n" for k in range(max(video) + 1))
+    (folder / "videos.txt").write_text(names)
+
+
+@pytest.fixture
+def twice(tmp_path):
+    """-> a hands folder in which video 6 is video 0 once more, encoded again in the dark, and
+    video 5, of 30 hands, one picture throughout, which video 7 shows too; for each hand the number
+    of its picture."""
+    rng = np.random.default_rng(0)
+    video = np.repeat([0, 1, 2, 3, 4, 5, 6, 7], [12, 12, 12, 12, 12, 30, 12, 5])
+    picture = np.concatenate([np.arange(60), np.full(30, 60), np.arange(12), np.full(5, 60)])
+    noise = rng.integers(0, 256, (61, 64, 64, 3), dtype=np.uint8)
+    images = np.stack([cv2.GaussianBlur(image, (0, 0), 4) for image in noise])
+    images = (images.astype(float) - 128) * 5 + 128
+    quality = np.where(video == 6, 60, 95)
+    jpegs = [cv2.imencode(".jpg", images[p].clip(0, 255), [cv2.IMWRITE_JPEG_QUALITY, int(q)])[1]
+             for p, q in zip(picture, quality)]
+    hands = rng.uniform(10, 54, (61, 21, 2))
+    hands[60] = hands[:60].mean(0)
+    keypoints = hands[picture] + 0.1 * rng.normal(size=(len(video), 21, 2))
+    write_hands(tmp_path / "hands", keypoints, video, jpegs)
+    return tmp_path / "hands", picture
+
+
+def nearest_other_pictures(folder, picture, k):
+    """Brute force over those of other videos that do not show the same picture."""
+    embeddings = np.load(folder / "embeddings.npy").astype(np.float64)
+    video = np.load(folder / "hands.npy")["video"]
+    apart = np.linalg.norm(embeddings[:, None] - embeddings, axis=2)
+    apart[(video[:, None] == video) | (picture[:, None] == picture)] = np.inf
+    return apart.argsort(1)[:, :k], np.sort(apart, 1)[:, :k]
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_a_video_that_lies_there_twice_pairs_no_hand_with_itself(twice, top_k):
+    folder, picture = twice
+    printed = run_here("mine_pairs.py", folder, "--top-k", top_k)
+    expected = nearest_other_pictures(folder, picture, top_k)
+    assert np.array_equal(np.load(folder / "neighbours.npy"), expected[0])
+    assert np.allclose(np.load(folder / "distances.npy"), expected[1], rtol=1e-5)
+    summary = json.loads((folder / "mining.jsonl").read_text().splitlines()[1])
+    assert summary["same_picture"] == 12 + 30 + 12 + 5
+    assert "59 hands have the same picture in another video, most of them in clip5" in printed
+
+
+def test_a_hand_of_which_all_others_are_copies_has_no_neighbour(twice, tmp_path):
+    folder, picture = twice
+    hands = mine_pairs.load_hands(folder)
+    rows = np.flatnonzero(np.isin(hands.rows["video"], (5, 7)))
+    pictures = mine_pairs.thumbnails(hands, rows, 0, 1)
+    embeddings = np.random.default_rng(0).normal(size=(len(picture), 3)).astype(np.float32)
+    pairs = mine_pairs.similar_hands(hands, rows, embeddings, pictures, 1, False,
+                                     torch.device("cpu"))
+    assert (pairs.neighbours == -1).all() and np.isinf(pairs.distances).all()
+    assert set(hands.rows["video"][pairs.copies[rows[:30]]]) == {7}
+
+
+def test_the_own_video_may_show_the_same_picture_again(twice):
+    """The ablation is about near-duplicates; those of other videos are left out there too."""
+    folder, picture = twice
+    run_here("mine_pairs.py", folder, "--same-video")
+    video = np.load(folder / "hands.npy")["video"]
+    neighbours = np.load(folder / "neighbours.npy")[:, 0]
+    same = picture[neighbours] == picture
+    assert same[video == 5].all() and not (same & (video[neighbours] != video)).any()
+
+
+def test_the_next_command_runs_as_it_is_printed(twice, tmp_path):
+    folder, _ = twice
+    printed = run_here("mine_pairs.py", folder, "--out", tmp_path / "some pairs")
+    words = shlex.split(printed.strip().splitlines()[-1])
+    assert words == ["python", "pretrain.py", str(folder), "--pairs", str(tmp_path / "some pairs"),
+                     "--batch-size", "16", "--out", "runs/some pairs"]
+
+
+@pytest.mark.parametrize("flags, upright", [
+    ([], True), (["--paper"], False), (["--paper", "--rotation-free"], True),
+    (["--no-rotation-free"], False), (["--temporal"], False)])
+def test_the_papers_hands_lie_as_they_do_unless_a_flag_says_otherwise(monkeypatch, flags, upright):
+    monkeypatch.setattr("sys.argv", ["mine_pairs.py", "hands", *flags])
+    assert mine_pairs.parse_args().rotation_free == upright
+
+
+@pytest.mark.parametrize("backend, settings", [
+    ("module://matplotlib_inline.backend_inline", ""), ("", "text.usetex: True\n")])
+def test_mining_in_a_notebook_draws_its_plot(twice, tmp_path, monkeypatch, backend, settings):
+    (tmp_path / "matplotlibrc").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ENVIRONMENT, "MPLBACKEND", backend)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", "/nowhere")
+    run("mine_pairs.py", twice[0])
+    assert cv2.imread(str(twice[0] / "distances.png")) is not None
+
+
 def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
     result = torchrun("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out",
                       tmp_path / "elsewhere")
@@ -138,7 +341,8 @@ def next_frames(rows, embeddings, folder, fps=None):
     if fps:
         (folder / "log.jsonl").write_text(json.dumps({"args": {"fps": fps}}) + "\n")
     hands = Hands(folder, crops=None, offsets=None, keypoints=None, rows=rows, videos=[])
-    return mine_pairs.next_frames(hands, embeddings)
+    pairs = mine_pairs.next_frames(hands, embeddings)
+    return pairs.neighbours[:, 0], pairs.distances[:, 0]
 
 
 @pytest.fixture
@@ -252,13 +456,12 @@ def test_files_as_the_contract_says(mined):
     assert all(cv2.imread(str(mined / name)) is not None for name in ("pairs.jpg", "distances.png"))
 
 
-def test_a_crop_that_cannot_be_drawn_does_not_cost_the_search(hands):
+def test_a_crop_that_is_no_picture_is_named_before_the_search(hands):
     crops, offsets = np.load(hands / "crops.npy"), np.load(hands / "offsets.npy")
-    for start in offsets[1:-1]:  # all but the first
-        crops[start:start + 4] = 0
+    crops[offsets[7]:offsets[7] + 4] = 0
     np.save(hands / "crops.npy", crops)
-    assert "is not a JPEG" in refused("mine_pairs.py", hands)
-    assert (np.load(hands / "neighbours.npy") >= 0).all()
+    assert f"crop 7, at {offsets[7]}, is not a JPEG" in refused("mine_pairs.py", hands)
+    assert not (hands / "neighbours.npy").exists()
 
 
 def test_a_second_mining_gives_the_same_bytes_and_out_leaves_the_folder_alone(
