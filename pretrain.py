@@ -16,6 +16,7 @@ Whoever wants the method may stop at the banner "files"; the loss itself stands 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import resource
@@ -231,46 +232,42 @@ class Plan:
 
 def main():
     args = parse_args()
-    stop = [] if args.steps else catch_sigterm()
     rank, ranks, device = start_ranks(args.device)
     data = load_data(args)
     plan = make_plan(args, len(data.pool), rank, ranks, device)
-    out = Path(args.out)
-    writes = rank == 0 and not args.steps
-    claim_folder(out, writes)
-
     torch.manual_seed(args.seed)
+    if args.steps:
+        return dry_run(data, plan, device, args)
+
+    stop = catch_sigterm()
+    out = Path(args.out)
+    writes = rank == 0
+    claim_folder(out, writes)
     settings = plain(args, micro_batch=plan.micro_batch, precision=plan.precision)
-    kept = None if args.steps else resume(out, settings, MAY_CHANGE_ON_RESUME)
+    kept = resume(out, settings, MAY_CHANGE_ON_RESUME)
     model = make_model("none" if kept else args.weights, device, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr)
     step = restore(kept, model, optimizer, data, args) if kept else 0
-    net = spread(model, device)
-    if rank == 0:
+    net = spread(model, device).train()
+    if writes:
         introduce(args, plan, data, model, step, device)
-    end = args.steps or plan.steps
-    loader = load_items(Pairs(data, args), hands_of_steps(step, end, len(data.pool), plan, args),
-                        args.workers, collate, pin_memory=device.type == "cuda")
-    net.train()
-    if args.steps:
-        return dry_run(net, optimizer, loader, data.pca, plan, device, args)
     rows = start_run(settings, data, step, args) if writes else []
     board = open_tensorboard(out, step) if args.tensorboard and writes else None
-    probe = load_probe(data, args) if writes and len(data.probe) else None
+    probe = load_probe(data, args) if len(data.probe) and writes else None
+    loader = load_batches(data, step, plan.steps, plan, device, args)
 
     recent = []  # values of the steps since the last report
     saved = since = time.time()
-    bar = progress(total=end, initial=step, unit="step", disable=rank != 0)
-    while step < end:
+    bar = progress(total=plan.steps, initial=step, unit="step", disable=not writes)
+    for batch in loader:
         set_learning_rate(optimizer, step, plan, args.lr)
-        batch = [to_device(next(loader), device) for _ in range(plan.pieces)]
         recent.append(train_step(net, optimizer, batch, data.pca, plan, args))
         step += 1
         bar.update()
 
         end_of_epoch = step % plan.steps_per_epoch == 0
         overdue = time.time() - saved >= 60 * args.save_minutes
-        stopping, due = any_rank(bool(stop), step == end or overdue)
+        stopping, due = any_rank(bool(stop), step == plan.steps or overdue)
         if step % plan.report_every == 0 or end_of_epoch or due or stopping:
             row = report(step, recent, since, optimizer, plan, args)
             if end_of_epoch and probe:
@@ -285,7 +282,7 @@ def main():
         if stopping:
             break
     bar.close()
-    if rank == 0:
+    if writes:
         finish(step, rows, model, plan, device, args)
     end_ranks()
 
@@ -868,6 +865,16 @@ def start_run(settings, data, step, args):
     return rows
 
 
+def load_batches(data, first, end, plan, device, args):
+    """Yields this rank's pieces of each step from `first` on, on the device."""
+    hands = hands_of_steps(first, end, len(data.pool), plan, args)
+    loader = load_items(Pairs(data, args), hands, args.workers, collate,
+                        pin_memory=device.type == "cuda")
+    for _ in range(first, end):
+        pieces = itertools.islice(loader, plan.pieces)
+        yield [to_device(piece, device) for piece in pieces]
+
+
 def to_device(batch, device):
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
@@ -957,17 +964,24 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def dry_run(net, optimizer, loader, pca, plan, device, args):
-    """Take --steps steps, print rate, memory and how long the whole run would take."""
+def dry_run(data, plan, device, args):
+    """Take --steps steps; print rate, memory, and how long the whole run would take. Writes
+    nothing."""
+    model = make_model(args.weights, device, args)
+    optimizer = make_optimizer(model, args.optimizer, args.lr)
+    net = spread(model, device).train()
+    if plan.rank == 0:
+        introduce(args, plan, data, model, 0, device)
     half = args.steps // 2
-    for step in progress(range(args.steps), unit="step", disable=plan.rank != 0):
+    batches = load_batches(data, 0, args.steps, plan, device, args)
+    bar = progress(batches, total=args.steps, unit="step", disable=plan.rank != 0)
+    for step, batch in enumerate(bar, 1):
+        set_learning_rate(optimizer, step - 1, plan, args.lr)
+        values = train_step(net, optimizer, batch, data.pca, plan, args)
+        if step in (half, args.steps):
+            values["loss"].item()  # waits for the device
         if step == half:  # by now the kernels are chosen and the loader runs
             start = time.time()
-        set_learning_rate(optimizer, step, plan, args.lr)
-        batch = [to_device(next(loader), device) for _ in range(plan.pieces)]
-        values = train_step(net, optimizer, batch, pca, plan, args)
-        if step in (half - 1, args.steps - 1):
-            values["loss"].item()  # waits for the device
     seconds = (time.time() - start) / (args.steps - half)
     if plan.rank == 0:
         print(f"dry run: {2 * args.batch_size / seconds:.0f} views/s, {seconds:.3f} s a step, "
