@@ -277,8 +277,9 @@ def test_the_keypoints_are_regressed_in_halves_of_the_views_side(mined):
         contrast["loss"].item() + 3 * together["keypoint_error"].item(), rel=1e-5)
 
 
-def test_soft_targets_compare_the_hands_as_their_pair_turns_them(mined):
-    args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--weighting", "soft",
+def test_soft_targets_compare_the_hands_as_their_pair_turns_them(twins):
+    folder, _ = twins
+    args = parse(folder, "--out", "unused", *TINY, "--batch-size", 12, "--weighting", "soft",
                  "--target-temperature", 0.2, "--temperature", 0.3)
     data = pretrain.load_data(args)
     plan, (batch,) = first_step(args, data)
@@ -287,8 +288,8 @@ def test_soft_targets_compare_the_hands_as_their_pair_turns_them(mined):
     with torch.no_grad():
         z = pretrain.embed(net, batch, "both", "fp32").double().numpy()
     (items,) = pretrain.hands_of_steps(0, 1, len(data.pool), plan, args)
-    keypoints = np.load(mined / "keypoints.npy").astype(float)
-    neighbours, turns = (np.load(mined / f"{name}.npy")[:, 0] for name in ("neighbours", "turns"))
+    keypoints = np.load(folder / "keypoints.npy").astype(float)
+    neighbours, turns = (np.load(folder / f"{name}.npy")[:, 0] for name in ("neighbours", "turns"))
     rows = [data.pool[hand, 1] for _, hand in items]
     hands = [keypoints[row] for row in rows]
     for row in rows:
