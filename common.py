@@ -865,7 +865,8 @@ def run_facts(*packages):
              "torchvision": importlib.metadata.version("torchvision"), "numpy": np.__version__,
              "opencv": cv2.__version__}
     for package in packages:
-        facts[package] = importlib.metadata.version(package)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[package] = importlib.metadata.version(package)
     if torch.cuda.is_initialized():
         facts["machine"] = torch.cuda.get_device_name()
     else:
@@ -900,10 +901,13 @@ def start_log(folder, settings, step=0, packages=()):
     """Start log.jsonl with the command, all settings, and what runs them (see `run_facts`, to
     which `packages` go). -> the rows kept: those up to the checkpoint's step."""
     path = Path(folder) / "log.jsonl"
+    first = {"command": shlex.join(sys.argv), "args": settings, "facts": run_facts(*packages)}
     rows = []
     if step and path.exists():
-        rows = [row for row in read_log(path)[1:] if row.get("step", 0) <= step]
-    first = {"command": shlex.join(sys.argv), "args": settings, "facts": run_facts(*packages)}
+        old, *rows = read_log(path)
+        rows = [row for row in rows if row.get("step", 0) <= step]
+        if old.get("facts") != first["facts"]:  # what the steps so far were computed by
+            first["earlier_facts"] = [*old.get("earlier_facts", []), old.get("facts")]
     with atomic(path) as file:
         for row in [first, *rows]:
             file.write((json.dumps(row) + "\n").encode())

@@ -511,7 +511,7 @@ def start_or_go_on(out, settings):
     first = logged_settings(out)
     begun = (out / "videos.txt").exists() or any(out.glob("parts/*.npz"))
     if not first or not begun:
-        start_log(out, settings)
+        start_log(out, settings, packages=("mediapipe", "av"))
         return settings["root"]
     # Names stay relative to the first root, also those of an input that came later.
     refuse_other_arguments(out, first, settings | {"root": first["root"]}, MAY_CHANGE_ON_RESUME)

@@ -1478,4 +1478,4 @@ READERS = {"freihand": read_freihand, "dexycb": read_dexycb, "assemblyhands": re
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "; lower --batch-size")

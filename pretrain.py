@@ -1023,4 +1023,4 @@ def draw_views(path, data, args, pairs=6, others=250):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "; lower --micro-batch")

@@ -792,8 +792,19 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
         file.write('{"step": 4, "lo')  # killed while writing
     assert [row["step"] for row in common.start_log(tmp_path, settings, step=2)] == [1, 2]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "earlier_facts" not in lines[0]
     assert lines[0]["args"] == {"lr": 1.0, "micro_batch": 8}
     assert [line.get("step") for line in lines] == [None, 1, 2]
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_what_began_it(tmp_path, monkeypatch):
+    for step, commit in enumerate(("a", "a", "b", "c")):
+        monkeypatch.setattr(common, "commit_of", lambda folder: commit)
+        common.start_log(tmp_path, {}, step)
+        common.write_log(tmp_path, dict(step=step))
+    first, *rows = common.read_log(tmp_path / "log.jsonl")
+    assert first["facts"]["commit"] == "c" and [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [facts["commit"] for facts in first["earlier_facts"]] == ["a", "b"]
 
 
 def test_settings_are_printed_aligned_beside_the_defaults_that_they_leave(capsys):
