@@ -140,6 +140,8 @@ def parse_args():
             refuse_idle_flags(args, parser, names, f"with --{other} {value}")
     require(args.predict or args.dataset and args.root,
             "expected --dataset and --root, or --predict and --weights RUN/model.pt")
+    require(not args.predict or args.weights not in ("imagenet", "none"),
+            "--predict: expected --weights RUN/model.pt")
     require(args.dataset != "own" or args.labels,
             "--dataset own: expected --labels FOLDER with train.npy and test.npy")
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
