@@ -93,12 +93,12 @@ def main():
     names = sorted({name for _, name in groups})
     require(args.baseline in (None, *names),
             f"--baseline {args.baseline}: no such run, expected one of {', '.join(names)}")
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, OUTPUTS)
     for run in runs:
         claim(run.folder, ["metrics.json"])
         if args.submission:
             claim(run.folder, [SUBMISSIONS[args.submission]])
-    out.mkdir(parents=True, exist_ok=True)
-    claim(out, OUTPUTS)
 
     for run in runs:
         score_run(run, args)
@@ -122,8 +122,8 @@ def score_run(run, args):
     without = run.metrics["samples_without_wrist"]
     if without:
         print(f"{run.folder}: {without} of {len(poses.valid)} samples have no wrist to align by")
-    content = run.metrics | {"facts": run_facts("scipy")}
-    write_text(run.folder / "metrics.json", json.dumps(content, indent=1) + "\n")
+    content = json.dumps(run.metrics | {"facts": run_facts("scipy")}, indent=1)
+    write_text(run.folder / "metrics.json", f"{content}\n")
 
 
 # ------------------------------------------------------------------------------------- the metrics
@@ -403,13 +403,11 @@ LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 def write_tables(out, groups, args):
     rows = make_rows(groups, args)
-    baseline = args.baseline or "the first"
     legend = LEGEND
     if len(groups) > 1:
-        legend += f" Gain: in MPJPE, over {baseline}."
+        legend += f" Gain: in MPJPE, over {args.baseline or 'the first'}."
     if args.seeds:
-        legend += (" n: runs; ±: their standard deviation; p: Welch's two-sided t-test of the "
-                   f"MPJPE against {baseline}.")
+        legend += " n: runs; ±: their standard deviation; p: Welch's two-sided t-test of the gain."
     print(markdown_table(rows, legend))
     write_text(out / "table.md", markdown_table(rows, legend))
     write_text(out / "table.csv", csv_table(rows))
@@ -561,7 +559,8 @@ def draw(out, name, panels, **axes):
             for axis, (data, lines) in zip(parts, panels.items()):
                 for k, (label, (x, y)) in enumerate(lines.items()):
                     label = label.replace("$", "\\$")  # a dollar would start a formula
-                    axis.plot(x, y, ("-", "--", ":", "-.")[k // 10 % 4], label=label)
+                    dots = "." if len(x) < 50 else ""
+                    axis.plot(x, y, dots + ("-", "--", ":", "-.")[k // 10 % 4], label=label)
                 axis.set(title=data, **axes)
                 axis.grid(alpha=0.3)
                 # Below: there may be many names, and long ones.
