@@ -59,7 +59,7 @@ def make_parser():
     flag("--limit", type=int, help="mine within so many hands, drawn at random, as if there were "
          "no others (paper: 50k to 2M); of one seed the smaller set lies in the larger (default: "
          "all)")
-    flag("--seed", type=int, default=0, help="of --limit")
+    flag("--seed", type=int, default=0, help="seed of the random choice of --limit")
     # the machine
     flag("--device",
          help="cpu or cuda (default: the GPU when there is one); the result is the same")
@@ -187,10 +187,10 @@ def fit_pca(poses, dims):
 
 
 def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device):
-    """The paper's pairs: of each mined hand the most similar hands of other videos that do not
-    show the same picture, as the hands of a video that lies there twice do -> Pairs.
+    """The paper's pairs: for each mined hand the most similar hands of other videos, but none that
+    shows the same picture, as where a video lies there twice -> Pairs.
 
-    pictures: thumbnails of the mined hands.
+    pictures: the thumbnails of the mined hands.
     """
     video = hands.rows["video"][mined]
     group = np.arange(len(mined)) if same_video else video
@@ -203,17 +203,16 @@ def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device)
         found, distances = nearest(embeddings[mined], group, wanted, device, rows)
         copy = same_picture(pictures, rows, found) & (video[found] != video[rows, None])
         good = (found >= 0) & ~copy
-        chosen = np.argsort(~good, 1, kind="stable")[:, :top_k]
-        is_good = np.take_along_axis(good, chosen, 1)
-        chosen_rows = mined[np.take_along_axis(found, chosen, 1)]
-        pairs.neighbours[mined[rows]] = np.where(is_good, chosen_rows, -1)
-        chosen_distances = np.take_along_axis(distances, chosen, 1)
-        pairs.distances[mined[rows]] = np.where(is_good, chosen_distances, np.inf)
-        instead = copy & (good.cumsum(1) < top_k)
-        first = mined[found[np.arange(len(rows)), instead.argmax(1)]]
-        pairs.copies[mined[rows]] = np.where(instead.any(1), first, -1)
-        # Where nearly all that was found are copies, more must be searched for.
-        rows = rows[~is_good.all(1) & (found[:, -1] >= 0)]
+        chosen = np.argsort(~good, 1, kind="stable")[:, :top_k]  # the first of the good ones
+        neighbours = np.where(good, mined[found], -1)
+        pairs.neighbours[mined[rows]] = np.take_along_axis(neighbours, chosen, 1)
+        distances = np.where(good, distances, np.inf)
+        pairs.distances[mined[rows]] = np.take_along_axis(distances, chosen, 1)
+        passed_over = copy & (good.cumsum(1) < top_k)
+        first = found[np.arange(len(rows)), passed_over.argmax(1)]
+        pairs.copies[mined[rows]] = np.where(passed_over.any(1), mined[first], -1)
+        # Where too many of those found are copies, look further.
+        rows = rows[(good.sum(1) < top_k) & (found[:, -1] >= 0)]
         wanted = min(4 * wanted, count)
     return pairs
 
@@ -243,11 +242,11 @@ def thumbnails(hands, rows, rank, ranks):
 
 
 def same_picture(pictures, rows, found):
-    """Whether the thumbnails of rows (n,) and of those found for each (n, W) differ by less than a
-    fifth of their contrast -> (n, W) bool.
+    """Whether the thumbnails of rows (n,) and of the hands found for each (n, W) differ by at most
+    a fifth of their contrast (root mean square over standard deviation) -> (n, W) bool.
 
-    Of a video that was encoded again at half the size that held for 98 % of the hands; of 4,768
-    hands of 783 videos of signers, for 2 and their neighbours.
+    That held for 98 % of the hands of a video that was encoded again at half its size, and for 2
+    of 4,768 hands of 783 clips of signers and their nearest neighbours.
     """
     same = np.empty(found.shape, bool)
     for k, column in enumerate(found.T):
@@ -445,8 +444,8 @@ def search(tree, some, top_k):
 
 
 def gaps(tree, low, high, leaf=slice(None)):
-    """Squared distances of leaves' boxes from the boxes (..., D) between low and high: rather too
-    small than too large, by some ten times what rounding does."""
+    """Squared distances of leaves' boxes from the boxes (..., D) between low and high, made smaller
+    by some ten times what rounding does, so that none is too large."""
     below = (tree.low[leaf] - high).clamp_(min=0)
     above = (low - tree.high[leaf]).clamp_(min=0)
     return (below + above).square_().sum(-1).mul_(1 - 1e-5)
@@ -509,9 +508,10 @@ def write(out, hands, pca, embeddings, pairs, explained, mined, args):
     first = pairs.neighbours[paired, 0]
     distances = pairs.distances[paired, 0]
     chosen = np.bincount(first)
+    twice = np.flatnonzero(pairs.copies >= 0)
     summary = {"hands": len(paired), "explained_variance": round(float(explained), 4),
                "mined": mined, "without_neighbour": mined - int(paired.sum()),
-               "same_picture": int((pairs.copies >= 0).sum()),
+               "same_picture": len(twice),
                "neighbours_from_videos": len(np.unique(hands.rows["video"][first])),
                "hubs_over_100": int((chosen > 100).sum()), "most_often_chosen": int(chosen.max()),
                "median_distance": round(float(np.median(distances)), 4)}
@@ -520,25 +520,15 @@ def write(out, hands, pca, embeddings, pairs, explained, mined, args):
         for row in (header, summary):
             file.write((json.dumps(row) + "\n").encode())
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
-    say_what_is_there_twice(hands, pairs.copies)
+    if len(twice):
+        one, other = hands.rows["video"][[twice[0], pairs.copies[twice[0]]]]
+        print(f"{len(twice)} hands have the same picture in another video, as in "
+              f"{hands.videos[one]} and {hands.videos[other]}: the next nearest hand was taken")
     draw_pairs(out / "pairs.jpg", hands, pairs, turns)
     unit = "hand's size" if args.rotation_free else "crop's side"
     plot_distances(out / "distances.png", embeddings, distances, unit)
     print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:")
     print(shlex.join(next_command(hands.folder, out, int(paired.sum()))))
-
-
-def say_what_is_there_twice(hands, copies):
-    """Name the two videos that show most hands twice, if any do."""
-    rows = np.flatnonzero(copies >= 0)
-    if not len(rows):
-        return
-    videos = np.stack([hands.rows["video"][rows], hands.rows["video"][copies[rows]]], 1)
-    every, counts = np.unique(np.sort(videos, 1), axis=0, return_counts=True)
-    one, other = every[counts.argmax()]
-    print(f"{len(rows)} hands have the same picture in another video, most of them in "
-          f"{hands.videos[one]} and {hands.videos[other]}; their next nearest hand was taken. "
-          "If these are one video, leave one out")
 
 
 def next_command(hands, out, pool):

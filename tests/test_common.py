@@ -238,6 +238,20 @@ def test_a_view_depends_on_its_generator_alone():
     assert np.array_equal(a.matrix, b.matrix) and not np.array_equal(a.matrix, c.matrix)
 
 
+def test_a_view_is_drawn_in_this_order():
+    """As it always was: runs of earlier versions see the same views."""
+    keypoints = random_hand(np.random.default_rng(6))
+    u = np.random.default_rng(7).random(8)
+    view = sample_view(np.random.default_rng(7), keypoints, 224, 128)
+    low = np.array([-45, 0.9, -15 / 448, -15 / 448, 0.01, 0.01, 0.5, 5])
+    high = np.array([45, 1.5, 15 / 448, 15 / 448, 1, 1, 1, 20])
+    angle, half, x, y, *colour = (low + (high - low) * u).tolist()
+    assert view.angle == angle and list(view.colour) == colour
+    side = 2 * half * np.linalg.norm(keypoints - keypoints.mean(0), axis=1).max()
+    assert np.allclose(view.shift, [-x * 224 / side, -y * 224 / side])
+    assert np.linalg.norm(view.matrix[0, :2]) == pytest.approx(128 / side)
+
+
 def test_views_cover_their_ranges():
     rng, keypoints = np.random.default_rng(5), random_hand(np.random.default_rng(6))
     views = [sample_view(rng, keypoints, 224, 128) for _ in range(2000)]

@@ -251,7 +251,7 @@ def test_a_video_that_lies_there_twice_pairs_no_hand_with_itself(twice, top_k):
     assert np.allclose(np.load(folder / "distances.npy"), expected[1], rtol=1e-5)
     summary = json.loads((folder / "mining.jsonl").read_text().splitlines()[1])
     assert summary["same_picture"] == 12 + 30 + 12 + 5
-    assert "59 hands have the same picture in another video, most of them in clip5" in printed
+    assert "59 hands have the same picture in another video, as in clip0.mp4 and clip6" in printed
 
 
 def test_a_hand_of_which_all_others_are_copies_has_no_neighbour(twice, tmp_path):
