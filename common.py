@@ -567,7 +567,7 @@ def load_hands(folder):
     rows = load_array(folder / "hands.npy", HANDS_DTYPE, (len(keypoints),), hint=hint)
     crops = load_array(folder / "crops.npy", np.uint8, (int(offsets[-1]),), hint=hint, mmap=True)
     require(listed.is_file(), f"{listed}: missing, expected one source a line ({hint})")
-    videos = listed.read_text(errors="replace").splitlines()
+    videos = read_lines(listed)
     needed = rows["video"].max() + 1
     require(rows["video"].min() >= 0 and needed <= len(videos),
             f"{listed}: has {len(videos)} lines, expected {needed}")
@@ -688,7 +688,8 @@ def print_settings(args, parser, **effective):
         default = parser.get_default(name)
         note = "" if default in (None, value) else f"  (default: {default})"
         print(f"  {name:{width}}  {value}{note}")
-    print("effective:")
+    if effective:
+        print("effective:")
     for name, value in effective.items():
         print(f"  {name:{width}}  {value}")
     sys.stdout.flush()
