@@ -18,10 +18,6 @@ every hand has similar ones of other persons.
     python tests/synthetic.py freihand data/freihand --train 300 --evaluation 100
     # the small world
     python tests/synthetic.py videos data/small --videos 48 --world small
-    # some hands, to look at
-    python tests/synthetic.py sheet sheet.jpg
-    # what MediaPipe finds in them
-    python tests/synthetic.py report data/videos
 """
 
 import argparse
@@ -31,7 +27,6 @@ import functools
 import json
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import cv2
@@ -47,7 +42,6 @@ RADII = np.array([(11, 9.2, 8.0, 6.6), (11, 9.5, 8.2, 6.8), (10.5, 9.0, 7.8, 6.4
                   (9.5, 7.8, 6.8, 5.6)])
 ROLL = (-4, 0, 6, 14)  # turns the flexion planes of the fingers towards the middle of the palm
 THUMB_BASE, THUMB_BONES, THUMB_RADII = np.array((20, 18, 6), float), (45, 33, 22), (13, 11.5, 10, 8)
-PARENTS = (0, 0, 1, 2, 3, 0, 5, 6, 7, 0, 9, 10, 11, 0, 13, 14, 15, 0, 17, 18, 19)
 
 # Index to little finger: (knuckle, middle joint) flexion; spread 0..1; thumb: to the side,
 # out of the palm, roll, its two joints. The outermost joint bends by 0.72 of the middle one.
@@ -971,97 +965,6 @@ def write_versions(names, hand, picture, cover, seed):
         os.replace(partial, name)
 
 
-def palm_side(xyz, left):
-    """xyz (21, 3), camera frame -> cosine between the palm's normal and the way to the
-    camera: 1 palm, -1 back."""
-    normal = np.cross(xyz[5] - xyz[0], xyz[17] - xyz[0]) * (-1 if left else 1)
-    eye = -xyz[[0, 5, 17]].mean(0)
-    return float(normal @ eye / np.linalg.norm(normal) / np.linalg.norm(eye))
-
-
-def report(folder):
-    """Runs MediaPipe on every frame -> dict of rates; prints them by view, by pose and by side."""
-    import mediapipe
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import extract_hands  # it knows where the model is
-    rows = []
-    settings = argparse.Namespace(max_hands=2, min_score=0.5)
-    with extract_hands.start_detector(extract_hands.find_model(None), settings) as detector:
-        for path in tqdm(sorted(Path(folder).glob("*.mp4")), desc="MediaPipe", unit="video"):
-            truth = np.load(path.with_suffix(".npy"))
-            video, frame = cv2.VideoCapture(str(path)), 0
-            while True:
-                ok, picture = video.read()
-                if not ok:
-                    break
-                picture = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-                answer = detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, picture))
-                rows += match(truth[truth["frame"] == frame], answer, picture.shape)
-                frame += 1
-    if not rows:
-        raise SystemExit(f"{folder}: no video with a hand")
-    found, right, error, view, pose, left = map(np.array, zip(*rows))
-    print(f"{'':12} {'hands':>6} {'found %':>8} {'side right %':>13} {'error % of size':>16}")
-
-    def show(name, mask):
-        if mask.any():
-            got = mask & found
-            side, size = (100 * right[got].mean(),
-                          100 * np.median(error[got])) if got.any() else (0, 0)
-            print(f"{name:12} {mask.sum():6d} {100 * found[mask].mean():8.1f} {side:13.1f} "
-                  f"{size:16.1f}")
-    show("all", np.ones_like(found))
-    for name, mask in (("palm", view > 0.35), ("edge", abs(view) <= 0.35), ("back", view < -0.35)):
-        show(name, mask)
-    show("left", left)
-    show("right", ~left)
-    for k, name in enumerate(NAMES):
-        show(name, pose == k)
-    return {"hands": len(found), "found": found.mean(), "right_side": right[found].mean(),
-            "error": np.median(error[found])}
-
-
-def match(truth, answer, shape):
-    """One-to-one, nearest first -> for each true hand: found, right side, error / box's
-    side, view, pose, left."""
-    guesses = []
-    for marks, sides in zip(answer.hand_landmarks, answer.handedness):
-        points = np.array([(mark.x * shape[1] - 0.5, mark.y * shape[0] - 0.5) for mark in marks])
-        guesses.append((points, sides[0].category_name == "Left"))
-    rows = [[False, False, np.nan, palm_side(t["xyz"], t["left"]), t["pose"], t["left"]]
-            for t in truth]
-    pairs = sorted((np.linalg.norm(g[0] - t["keypoints"], axis=1).mean()
-                    / np.ptp(t["keypoints"], axis=0).max(), i, j)
-                   for i, t in enumerate(truth) for j, g in enumerate(guesses))
-    used = set()
-    for error, i, j in pairs:
-        if error < 0.25 and not rows[i][0] and j not in used:
-            used.add(j)
-            rows[i][:3] = True, guesses[j][1] == truth[i]["left"], error
-    return rows
-
-
-def sheet(path, seed=0, columns=12, device=None):
-    """All poses from several sides with their true keypoints, one picture."""
-    tiles, rng = [], np.random.default_rng((seed, 6))
-    for k, name in enumerate(NAMES):
-        person, size, hands = make_person(seed, k), 192, []
-        camera = np.array([(230, 0, 95.5), (0, 230, 95.5), (0, 0, 1)])
-        for column in range(columns // 2):
-            view = draw_view(rng, ("palm", "back")[column % 2])
-            hands.append(place_hand(person, pose_angles(name, rng), view, np.array((0.5, 0.5)), 150,
-                                    camera, (size, size), make_light(rng)))
-        for hand, picture, cover, keypoints in zip(hands, *render(hands, (size, size), device)):
-            drawn = blend(backdrop(rng, size, size), [hand], [picture], [cover], rng, 0.5, 2)
-            marked = drawn.copy()
-            for a, b in zip(PARENTS, range(21)):
-                ends = [tuple(np.round(keypoints[j] * 8).astype(int).tolist()) for j in (a, b)]
-                cv2.line(marked, *ends, (0, 255, 255), 1, cv2.LINE_AA, 3)
-            tiles += [drawn, marked]
-    rows = [np.hstack(tiles[i:i + columns]) for i in range(0, len(tiles), columns)]
-    cv2.imwrite(str(path), np.vstack(rows))
-
-
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1080,15 +983,10 @@ def parse_args():
     freihand.add_argument("--train", type=int, default=300,
                           help="training hands, four pictures each")
     freihand.add_argument("--evaluation", type=int, default=100, help="evaluation hands")
-    pictures = tasks.add_parser("sheet", help="a picture of many hands")
-    pictures.add_argument("out")
-    check = tasks.add_parser("report", help="what MediaPipe finds")
-    check.add_argument("out", metavar="FOLDER")
     for task in (videos, freihand):
         task.add_argument("--world", choices=sorted(WORLDS), default="full",
                           help="full: 16 poses from all sides; small: eight, the palm towards the "
                           "camera, so that hands of different persons look alike (default: full)")
-    for task in (videos, freihand, pictures):
         task.add_argument("--seed", type=int, default=0)
         task.add_argument("--device", help="cuda or cpu; default: cuda when there is one")
     return parser.parse_args()
@@ -1100,13 +998,9 @@ def main():
         write_videos(args.out, args.videos, args.seconds, args.fps, seed=args.seed,
                      device=args.device, objects=args.objects, world=args.world,
                      workers=args.workers)
-    elif args.task == "freihand":
+    else:
         write_freihand(args.out, args.train, args.evaluation, seed=args.seed, device=args.device,
                        world=args.world)
-    elif args.task == "sheet":
-        sheet(args.out, args.seed, device=args.device)
-    else:
-        report(args.out)
 
 
 if __name__ == "__main__":
