@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -768,8 +769,12 @@ def spread(model, device):
     if not dist.is_initialized():
         return model
     devices = [device] if device.type == "cuda" else None
+    parallel = nn.parallel.DistributedDataParallel
     # By default each forward pass would replace all running statistics by those of rank 0.
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    name = "broadcast_buffers"
+    if "forward_sync_buffers" in inspect.signature(parallel).parameters:
+        name = "forward_sync_buffers"  # since torch 2.14, which warns of the older name
+    return parallel(model, device_ids=devices, **{name: False})
 
 
 def average_statistics(model):

@@ -28,7 +28,7 @@ TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--
 
 
 OURS = ("common", "extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate", "conftest",
-        "test_[a-z_]+", "synthetic", "bench", "study", "demo", "datasets")
+        "test_[a-z_]+", "synthetic", "bench", "bench_gpu", "made_up", "study", "demo", "datasets")
 
 
 def pytest_configure(config):

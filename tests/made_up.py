@@ -81,7 +81,7 @@ def made_up_picture(seed, side, keypoints):
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 255, (12, 12, 3), np.uint8)
     image = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
-    image = cv2.add(image, rng.integers(0, 9, image.shape, np.uint8))
+    image = cv2.add(image, rng.integers(0, 6, image.shape, np.uint8))
     image = draw_hand(image, keypoints, (210, 160, 130))
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].ravel()
 

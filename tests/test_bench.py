@@ -1,6 +1,11 @@
 """The benchmarks: what they write, and that they run."""
 
+import re
+import subprocess
+import sys
+
 import bench
+from conftest import ENVIRONMENT, ROOT
 
 
 def test_a_stage_replaces_its_own_block_alone(tmp_path):
@@ -39,3 +44,21 @@ def test_what_data_sets_take_follows_from_the_measured_rows(tmp_path):
     views = next(row for name, row in rows.items() if name.startswith("views for ResNet-50"))
     assert views[0] == "1"  # 7.2M views at 2,000 a second
     assert all(len(row) == len(bench.PLANS) + 1 for row in rows.values())
+
+
+def test_the_gpus_benchmark_runs_on_a_cpu_without_what_a_gpu_machine_lacks(tmp_path):
+    """The whole of it, tiny, in a process that has neither mediapipe nor av nor yaml."""
+    code = ("import runpy, sys; sys.modules |= dict.fromkeys(('mediapipe', 'av', 'yaml')); "
+            "sys.argv = ['bench.py', 'gpu', '--device', 'cpu', '--size', 'tiny', '--out', "
+            f"{str(tmp_path / 'gpu.md')!r}]; "
+            f"runpy.run_path({str(ROOT / 'tests' / 'bench.py')!r}, run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    blocks = bench.read_blocks(tmp_path / "gpu.md")
+    assert list(blocks) == ["correctness", "resuming", "speed of pre-training", "loss", "mining",
+                            "fine-tuning", "one rank of nccl", "compiled"]
+    assert blocks["correctness"].count("| right |") == 12
+    off = re.findall(r"resumed \| (\S+) \|", blocks["resuming"])
+    assert off == ["0.0e+00", "0.0e+00"]  # bit for bit
+    assert len(re.findall(r"pairs, 4 at a time, fp32 \| \d+ views/s", str(blocks))) == 2
