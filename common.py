@@ -157,7 +157,8 @@ def normalise(images):
 
 # What is seen outside a picture. A straight black edge tells which way is up, and with that the
 # angle of a view: the network then need not look at the hand.
-BORDERS = {"mirror": cv2.BORDER_REFLECT_101, "black": cv2.BORDER_CONSTANT}
+BORDERS = {"mirror": cv2.BORDER_REFLECT_101, "black": cv2.BORDER_CONSTANT,
+           "stretch": cv2.BORDER_REPLICATE}
 
 
 def crop_matrix(centre, side, output_side, angle=0.0, shift=(0.0, 0.0)):

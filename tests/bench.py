@@ -34,6 +34,7 @@ import time
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -179,9 +180,10 @@ def call_apart(function, *arguments):
 
 # -------------------------------------------------------------------------------------- extraction
 
-def extract(folder, videos=8, seconds=8, copies=4, rounds=2, merged=(30_000, 2_000_000)):
+def extract(folder, videos=8, seconds=8, copies=4, rounds=2, merged=(30_000, 2_000_000),
+            hd_seconds=30):
     """Rendered videos of 640 x 480 at 30 frames a second that change 5 times a second, looked at
-    5 times a second."""
+    5 times a second; the same as cameras write them, 1920 x 1080, looked at once a second."""
     import synthetic
 
     synthetic.write_videos(folder / "rendered", videos=videos, seconds=seconds, fps=5,
@@ -194,6 +196,12 @@ def extract(folder, videos=8, seconds=8, copies=4, rounds=2, merged=(30_000, 2_0
             shutil.copy(first, folder / "videos" / f"{path.stem}-{copy}.mp4")
     for workers in (1, 2):
         yield compare(folder, folder / "videos", 5, "640 x 480, --fps 5", workers, rounds)
+    (folder / "hd").mkdir()
+    write_hd(folder / "hd" / "0.mp4", folder / "videos" / "0000-0.mp4", hd_seconds)
+    for copy in range(1, 8):
+        shutil.copy(folder / "hd" / "0.mp4", folder / "hd" / f"{copy}.mp4")
+    for opencv in (False, True):
+        yield compare(folder, folder / "hd", 1, "1080p, H.264, --fps 1", 1, rounds, opencv)
     yield merge(folder, *merged)
 
 
@@ -210,9 +218,37 @@ def repeat_frames(path, target, times):
     writer.release()
 
 
-def compare(folder, videos, fps, what, workers, rounds):
+def write_hd(path, source, seconds):
+    """Write a video of 1920 x 1080 at 30 frames a second, H.264 with three B-frames: the pictures
+    of another one, enlarged, wandering and with grain."""
+    import av
+
+    rng = np.random.default_rng(0)
+    grain = rng.normal(0, 3, (1080, 1920, 3))
+    with av.open(str(source)) as file:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={"preset": "veryfast", "bf": "3"})
+        stream.width = 1920
+        stream.height = 1080
+        stream.pix_fmt = "yuv420p"
+        for k in range(30 * seconds):
+            large = cv2.resize(pictures[k % len(pictures)], (2000, 1160))
+            x = int(40 + 40 * np.sin(k / 20))
+            y = int(40 + 40 * np.cos(k / 31))
+            picture = large[y:y + 1080, x:x + 1920] + np.roll(grain, 97 * k, 1)
+            picture = np.clip(picture, 0, 255).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = k
+            frame.time_base = Fraction(1, 30)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+def compare(folder, videos, fps, what, workers, rounds, opencv=False):
     """Frames a second of extraction, and of processes that only decode the same videos and call
-    MediaPipe. Starting does not count: a quarter of the videos is taken off."""
+    MediaPipe: by PyAV, which skips as extraction does, or by OpenCV, as extraction once did.
+    Starting does not count: a quarter of the videos is taken off."""
     import extract_hands
 
     model = extract_hands.find_model(None)  # before the clock runs: it may have to be made
@@ -222,14 +258,14 @@ def compare(folder, videos, fps, what, workers, rounds):
     for _ in range(rounds):
         for part, chosen in enumerate((paths[::4], paths)):
             for who, took in enumerate((run_extraction(folder, chosen, fps, workers),
-                                        run_bare_mediapipe(model, chosen, fps, workers))):
+                                        run_bare_mediapipe(model, chosen, fps, workers, opencv))):
                 seconds[who, part] += took[0]
                 frames[who, part] += took[1]
     assert (frames[0] == frames[1]).all(), f"looked at other frames: {frames}"
     ours, bare = (frames[:, 1] - frames[:, 0]) / (seconds[:, 1] - seconds[:, 0])
     return Row(f"{what}, {workers} workers, {frames[0].sum()} frames, start-up apart",
                f"{ours:.1f} frames/s", f"{bare:.1f} frames/s", f"{ours / bare:.2f}",
-               "decoding and bare MediaPipe, as many processes")
+               f"decoding by {'OpenCV' if opencv else 'PyAV'} and bare MediaPipe, as many processes")
 
 
 def run_extraction(folder, videos, fps, workers):
@@ -244,20 +280,21 @@ def run_extraction(folder, videos, fps, workers):
     return usage.seconds, json.loads(last)["frames"]
 
 
-def run_bare_mediapipe(model, videos, fps, workers):
+def run_bare_mediapipe(model, videos, fps, workers, opencv):
     """-> seconds, frames looked at."""
     start = time.time()
     cores = sorted(os.sched_getaffinity(0))
 
     def work(k):
-        return call_apart(bare_mediapipe, model, cores[k % len(cores)], videos[k::workers], fps)[0]
+        core = cores[k % len(cores)]
+        return call_apart(bare_mediapipe, model, core, videos[k::workers], fps, opencv)[0]
 
     with ThreadPoolExecutor(workers) as pool:
         frames = sum(pool.map(work, range(workers)))
     return time.time() - start, frames
 
 
-def bare_mediapipe(model, core, videos, fps):
+def bare_mediapipe(model, core, videos, fps, opencv):
     """Print the frames looked at."""
     os.sched_setaffinity(0, {core})
     import mediapipe
@@ -265,16 +302,38 @@ def bare_mediapipe(model, core, videos, fps):
     options = mediapipe.tasks.vision.HandLandmarkerOptions(
         base_options=mediapipe.tasks.BaseOptions(model_asset_path=model), num_hands=2)
     detector = mediapipe.tasks.vision.HandLandmarker.create_from_options(options)
-    due = 0
+    count = 0
     for path in videos:
-        video = cv2.VideoCapture(path)
-        first = due
-        while video.grab():
-            if video.get(cv2.CAP_PROP_POS_MSEC) / 1000 >= (due - first) / fps - 1e-4:
-                picture = cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
-                detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, picture))
+        for picture in (by_opencv if opencv else by_pyav)(path, fps):
+            detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, picture))
+            count += 1
+    print(count)
+
+
+def by_opencv(path, fps):
+    """Yields the pictures of a video at or after each k / fps seconds."""
+    video = cv2.VideoCapture(path)
+    due = 0
+    while video.grab():
+        if video.get(cv2.CAP_PROP_POS_MSEC) / 1000 >= due / fps - 1e-4:
+            yield cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
+            due += 1
+
+
+def by_pyav(path, fps):
+    """The same; at long intervals frames that no other needs are skipped."""
+    import av
+
+    due = 0
+    with av.open(path) as file:
+        codec = file.streams.video[0].codec_context
+        codec.thread_count = 1
+        if fps <= 2:
+            codec.skip_frame = "BIDIR" if codec.name == "h264" else "NONREF"
+        for frame in file.decode(video=0):
+            if frame.time >= due / fps - 1e-4:
+                yield frame.to_ndarray(format="rgb24")
                 due += 1
-    print(due)
 
 
 def merge(folder, videos, hands):
@@ -648,7 +707,7 @@ def measured(path, stage, what):
 
 STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step,
           "finetune": tune, "evaluate": score}
-TINY = {"extract": dict(videos=4, seconds=1, copies=1, rounds=1, merged=(8, 100)),
+TINY = {"extract": dict(videos=4, seconds=1, copies=1, rounds=1, merged=(8, 100), hd_seconds=1),
         "mine": dict(counts=(500, 1000), queries=100),
         "loader": dict(micro=4), "loss": dict(few=32, many=64),
         "step": dict(runs=((4, 4), (4, 2)), steps=2), "finetune": dict(count=40, batch=4),

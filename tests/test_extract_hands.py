@@ -12,8 +12,10 @@ import sys
 import time
 import zlib
 from argparse import Namespace
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ import extract_hands
 from common import HANDS_DTYPE, InputError, load_hands, open_folder, read_crop
 from conftest import (ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run, run_here,
                       torchrun)
-from extract_hands import Hand, Square, cut_out, square_around
+from extract_hands import Hand, Square, crop_hand, square_around
 
 
 def write_video(path, frames, fps=10):
@@ -32,6 +34,180 @@ def write_video(path, frames, fps=10):
     for frame in frames:
         writer.write(frame)
     writer.release()
+
+
+def write_clip(path, pictures, codec="libx264", rate=10, pix_fmt="yuv420p", options=None,
+               ratio=None, first=0, **container):
+    """Write pictures as a video by PyAV. ratio: of its pixels, width over height. first: time of
+    its first frame in frames."""
+    with av.open(str(path), "w", **container) as file:
+        stream = file.add_stream(codec, rate=rate, options=options or {})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if ratio:
+            stream.codec_context.sample_aspect_ratio = ratio
+        for number, picture in enumerate(pictures, first):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = number
+            frame.time_base = Fraction(1, rate)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return str(path)
+
+
+def greys(count, height=48, width=64, step=5):
+    """Pictures whose grey tells their number."""
+    return [np.full((height, width, 3), step * k, np.uint8) for k in range(count)]
+
+
+def numbers(frames, step=5):
+    """What the pictures say of their numbers."""
+    return [round(float(frame.image.mean()) / step) for frame in frames]
+
+
+@pytest.fixture(scope="module")
+def detector():
+    with extract_hands.start_detector(extract_hands.find_model(None)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hand_picture(rendered, detector):
+    """A picture with a hand, and what is found in it."""
+    for path in sorted((rendered / "videos").glob("*.mp4")):
+        for frame in extract_hands.sample_frames(str(path), 1):
+            hands = extract_hands.find_hands(detector, frame.image, 32, False, 2.6)
+            if len(hands) == 1 and hands[0].score > 0.9:
+                return frame.image, hands[0]
+
+
+def hands_of(path, detector, fps=1.0):
+    """All that extraction finds in a video: [(frame's number, Hand)]."""
+    args = Namespace(fps=fps, all_frames=False, min_size=32, mirrored=False, margin=2.6)
+    found = []
+    for frame, hands in extract_hands.read_video(str(path), None, detector, args):
+        found += [(frame.index, hand) for hand in hands]
+    return found
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("interlaced.mkv", {"options": {"x264-params": "tff=1"}}),
+    ("interlaced.mpg", {"codec": "mpeg2video", "rate": 25, "options": {"flags": "+ilme+ildct"}}),
+    ("av1.mp4", {"codec": "libsvtav1", "options": {"preset": "12"}}),
+    ("vp9.webm", {"codec": "libvpx-vp9", "options": {"deadline": "realtime"}}),
+    ("hevc.mp4", {"codec": "libx265", "options": {"preset": "ultrafast", "x265-params":
+                                                  "log-level=none"}}),
+    ("ten_bit.mp4", {"pix_fmt": "yuv420p10le"}),
+    ("open_gop.mp4", {"options": {"x264-params": "open-gop=1:bframes=3:keyint=8:scenecut=0"}}),
+    ("late.mkv", {"first": 36_000}),
+    ("late.ts", {"first": 36_000}),
+    ("wide_pixels.mp4", {"ratio": Fraction(4, 3)})])
+def test_the_right_hand_in_every_kind_of_video(tmp_path, detector, hand_picture, name, settings):
+    """A second of black, a second with the hand, a second of black."""
+    image, hand = hand_picture
+    height, width = image.shape[:2]
+    rate = settings.get("rate", 10)
+    if "ratio" in settings:  # as a camera writes 1440 x 1080 for 1920 x 1080
+        image = cv2.resize(image, (width * 3 // 4, height), interpolation=cv2.INTER_AREA)
+    black = np.zeros_like(image)
+    path = write_clip(tmp_path / name, [black] * rate + [image] * rate + [black] * rate, **settings)
+    black_alone = write_clip(tmp_path / f"black_{name}", [black] * rate, **settings)
+    if "interlaced" in name:
+        with av.open(path) as file:
+            assert next(file.decode(video=0)).interlaced_frame
+    ((index, found),) = hands_of(path, detector)
+    assert rate <= index <= rate + 3
+    assert np.abs(found.points - hand.points).max() < 0.02 * width
+    assert found.is_left == hand.is_left
+    assert not hands_of(black_alone, detector)  # nothing is left of the video before it
+
+
+def test_the_hands_are_those_of_another_decoder(extracted, rendered, detector):
+    """OpenCV decodes these videos right."""
+    hands = load_hands(extracted)
+    for video, name in enumerate(hands.videos[:3]):
+        reader = cv2.VideoCapture(str(rendered / "videos" / name))
+        rows = np.flatnonzero(hands.rows["video"] == video)
+        for index in range(20):
+            image = cv2.cvtColor(reader.read()[1], cv2.COLOR_BGR2RGB)
+            wanted = extract_hands.find_hands(detector, image, 32, False, 2.6)
+            here = rows[hands.rows["frame"][rows] == index]
+            assert len(here) == len(wanted)
+            for row, hand in zip(hands.rows[here], wanted):
+                square = hand.square
+                box = (square.left, square.top, square.left + square.side,
+                       square.top + square.side)
+                assert np.abs(row["box"] - box).max() <= 4 and row["left"] == hand.is_left
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("h264.mp4", {"options": {"x264-params": "bframes=3:b-adapt=0:scenecut=0"}}),
+    ("few_key_frames.mkv", {"options": {"x264-params": "bframes=3:keyint=400"}}),
+    ("phone.mp4", {"options": {"x264-params": "bframes=0:keyint=15:scenecut=0"}}),
+    ("motion.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
+    ("mpeg4.avi", {"codec": "mpeg4"}),
+    ("hevc.mp4", {"codec": "libx265", "options": {"x265-params": "log-level=none"}})])
+def test_what_skipping_looks_at_comes_three_frames_later_at_most(tmp_path, name, settings):
+    path = write_clip(tmp_path / name, greys(125, step=2), rate=30, **settings)
+    quick = list(extract_hands.sample_frames(path, 1))
+    every = list(extract_hands.sample_frames(path, 1, all_frames=True))
+    assert [frame.index for frame in every] == [0, 30, 60, 90, 120]
+    assert len(quick) == 5
+    for late, frame in zip(quick, every):
+        assert 0 <= late.index - frame.index <= 3
+        assert late.time == pytest.approx(late.index / 30, abs=2e-3)
+        assert numbers([late], 2)[0] == pytest.approx(late.index, abs=1)
+
+
+def test_where_skipping_comes_too_late_the_video_is_decoded_whole(tmp_path):
+    """With sixteen frames in a row that no other needs, at ten a second."""
+    path = write_clip(tmp_path / "a.mp4", greys(45),
+                      options={"x264-params": "bframes=16:b-adapt=0:b-pyramid=0:scenecut=0"})
+    assert numbers(extract_hands.sample_frames(path, 1)) == [0, 10, 20, 30, 40]
+
+
+def test_a_clock_that_restarts_counts_on_and_each_frame_has_its_size(tmp_path):
+    """Two streams one after another, as dashcams and downloads write them."""
+    first = write_clip(tmp_path / "a.ts", greys(20))
+    second = write_clip(tmp_path / "b.ts", greys(20, 96, 128))
+    joined = tmp_path / "c.ts"
+    joined.write_bytes(Path(first).read_bytes() + Path(second).read_bytes())
+    frames = list(extract_hands.sample_frames(str(joined), 5))
+    assert [frame.index for frame in frames] == list(range(0, 40, 2))
+    assert numbers(frames) == [*range(0, 20, 2)] * 2
+    assert [frame.image.shape for frame in frames] == [(48, 64, 3)] * 10 + [(96, 128, 3)] * 10
+
+
+def test_a_cut_file_a_short_one_and_one_without_pictures(tmp_path):
+    grain = np.random.default_rng(0).integers(-2, 3, (50, 48, 64, 3))
+    pictures = [(grey + some).clip(0, 255).astype(np.uint8) for grey, some in zip(greys(50), grain)]
+    path = write_clip(tmp_path / "a.mp4", pictures, options={"g": "5", "crf": "2"},
+                      container_options={"movflags": "faststart"})
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:len(content) * 6 // 10])
+    frames = []
+    with pytest.raises(extract_hands.BrokenVideo, match=r"breaks off at \d\.\d s of 5\.0 s"):
+        for frame in extract_hands.sample_frames(path, 10):
+            frames.append(frame)
+    assert 5 < len(frames) < 45 and numbers(frames) == [frame.index for frame in frames]
+
+    short = write_clip(tmp_path / "short.mp4", greys(2))
+    assert numbers(extract_hands.sample_frames(short, 1)) == [0]
+    assert numbers(extract_hands.sample_frames(short, 10)) == [0, 1]
+
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=44_100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 44_100), np.float32), "fltp", "stereo")
+        frame.sample_rate = 44_100
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    unknown = tmp_path / "unknown.mp4"
+    unknown.write_bytes(Path(short).read_bytes().replace(b"avc1", b"xyz1"))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    for name, message in (("sound", "holds no video track"), ("unknown", "codec is unknown"),
+                          ("empty", "cannot be opened as a video")):
+        with pytest.raises(extract_hands.BrokenVideo, match=message):
+            list(extract_hands.sample_frames(str(tmp_path / f"{name}.mp4"), 1))
 
 
 def test_files_as_the_contract_says(extracted):
@@ -107,13 +283,13 @@ def test_crops_are_square_padded_and_carry_their_keypoints(left):
         inside = [k for k in range(21) if 3 < points[k, 0] < 276 and 3 < points[k, 1] < 156]
         square = square_around(points, 1.3)
         hand = Hand(points, left, 1.0, square)
-        crop, keypoints = cut_out(image, hand, 224, "black")
+        crop, keypoints = crop_hand(image, hand, 224, "black")
         assert crop.shape == (224, 224, 3) and square.side == 156
         k = inside[len(inside) // 2]
         dotted = image.copy()
         x, y = np.round(points[k]).astype(int)
         dotted[y, x] = 255
-        seen, _ = cut_out(dotted, hand, 224, "black")
+        seen, _ = crop_hand(dotted, hand, 224, "black")
         mass = seen[..., 0].astype(float) - crop[..., 0]
         found = np.array([(mass.sum(a) * np.arange(224)).sum() / mass.sum() for a in (0, 1)])
         assert np.abs(found - keypoints[k]).max() < 224 / 156
@@ -121,7 +297,7 @@ def test_crops_are_square_padded_and_carry_their_keypoints(left):
         outside = max(-square.left, 0) + max(square.left + 156 - width, 0)
         assert abs((crop[112, :, 0] == 0).sum() - outside * 224 / 156) <= 2
     hand = Hand(points, left, 1.0, Square(1000, 1000, 156))
-    away, _ = cut_out(image, hand, 224, "black")
+    away, _ = crop_hand(image, hand, 224, "black")
     assert away.shape == (224, 224, 3) and not away.any()  # wholly outside the picture
 
 
@@ -135,7 +311,7 @@ def test_no_view_of_a_hand_at_a_corner_shows_black_that_the_picture_did_not_have
         for corner in ((2, 2), (238, 2), (2, 158), (238, 158)):
             points = corner + rng.uniform(0, 1, (21, 2)) * 80
             hand = Hand(points, False, 1.0, square_around(points, margin))
-            crop, seen = cut_out(image, hand, 112, border)
+            crop, seen = crop_hand(image, hand, 112, border)
             for _ in range(50):
                 view = common.sample_view(rng, seen, 112, 64, colour=False)
                 values.append(common.apply_view(view, crop, seen, 64, border)[0].min())
@@ -147,7 +323,7 @@ def test_no_view_of_a_hand_at_a_corner_shows_black_that_the_picture_did_not_have
 def test_beyond_the_frame_a_crop_shows_the_mirrored_frame():
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     square = Square(-20, -5, 50)  # beyond it on three sides
-    crop, _ = cut_out(image, Hand(np.zeros((21, 2)), False, 1.0, square), 50)
+    crop, _ = crop_hand(image, Hand(np.zeros((21, 2)), False, 1.0, square), 50)
     rows = np.abs((np.arange(50) - 5 + 29) % 58 - 29)
     columns = np.abs((np.arange(50) - 20 + 39) % 78 - 39)
     assert np.array_equal(crop, image[rows][:, columns])
@@ -168,8 +344,7 @@ def test_the_same_hand_twice_gives_one_row():
     image = np.zeros((200, 200, 3), np.uint8)
 
     def find(mirrored=False, min_size=32):
-        args = Namespace(mirrored=mirrored, min_size=min_size, margin=2.6)
-        return extract_hands.find_hands(detector, image, args)
+        return extract_hands.find_hands(detector, image, min_size, mirrored, 2.6)
 
     found = find()
     assert [(hand.is_left, hand.score) for hand in found] == [(False, 0.9), (True, 0.7)]
@@ -392,7 +567,7 @@ def test_a_video_whose_worker_dies_is_tried_again_by_the_next_call(rendered, ext
     assert process.returncode == 0 and "1 videos could not be read" in printed
     (failed,) = (out / "failed.txt").read_text().splitlines()
     name, reason = failed.split("\t")
-    assert reason == "the worker ended with status -9, see worker.log"
+    assert reason == "its worker process died, see worker.log"
     others = (out / "videos.txt").read_text().split()
     assert len(others) == 7 and name not in others
     run("extract_hands.py", *arguments)
@@ -474,8 +649,9 @@ def test_several_inputs_lists_and_folders_of_stills(tmp_path, monkeypatch):
                                    "--out", tmp_path / "o")
     everything = ["doh/3.webm", "doh/frames", "ego/2.mkv", "ego/x/1.mp4"]
     assert found(tmp_path) == found(tmp_path / "ego", tmp_path / "doh") == everything
-    # The cover and what we drew.
-    assert extract_hands.list_sources([str(tmp_path)])[2][0].startswith("2 pictures")
+    # The cover, the notes, and what we wrote and drew.
+    note = extract_hands.list_sources([str(tmp_path)])[2]
+    assert note.startswith("4 files and folders are passed over") and "doh/frames/notes.md" in note
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.txt").write_bytes(
         "\ufeffego/2.mkv\r\n\r\n  doh/frames \r\nego/gone.mp4".encode())
@@ -542,15 +718,23 @@ def test_frames_of_a_video_with_variable_frame_rate(tmp_path):
         first = sorted({int(np.argmax(times >= k / fps - 1e-4))
                         for k in range(int(times[-1] * fps + 1e-4) + 1)})
         sampled = list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), fps))
-        assert [frame.index for frame in sampled] == first
         assert np.allclose([frame.time for frame in sampled], times[first], atol=1e-3)
-        assert all(abs(frame.image.mean() - 20 * frame.index) < 5 for frame in sampled)
+        assert all(abs(frame.image.mean() - 20 * k) < 5 for k, frame in zip(first, sampled))
+        # Numbers are times by the mean rate, 9 frames in 5.3 s, but never the same twice.
+        numbers = np.array([frame.index for frame in sampled])
+        assert (np.diff(numbers) > 0).all()
+        assert np.abs(numbers - times[first] * 9 / 5.3).max() <= 3
 
 
-@pytest.mark.parametrize("matrix, turns", [((0, 1, -1, 0, 48, 0), 3), ((-1, 0, 0, -1, 64, 48), 2),
-                                           ((0, -1, 1, 0, 0, 64), 1)])
-def test_phone_videos_come_out_upright(tmp_path, matrix, turns):
-    """The camera was held turned; the file's display matrix
+@pytest.mark.parametrize("matrix, show", [
+    ((0, 1, -1, 0, 48, 0), lambda held: np.rot90(held, 3)),
+    ((-1, 0, 0, -1, 64, 48), lambda held: np.rot90(held, 2)),
+    ((0, -1, 1, 0, 0, 64), np.rot90),
+    ((-1, 0, 0, 1, 64, 0), lambda held: held[:, ::-1]),
+    ((1, 0, 0, -1, 0, 48), lambda held: held[::-1]),
+    ((0, 1, 1, 0, 0, 0), lambda held: held.transpose(1, 0, 2))])
+def test_phone_videos_come_out_upright(tmp_path, matrix, show):
+    """The camera was held turned, or the selfie is to be mirrored; the file's display matrix
     (x' = a x + c y + tx, y' = b x + d y + ty) says so."""
     held = np.zeros((48, 64, 3), np.uint8)
     held[:24, :32] = 255
@@ -562,7 +746,7 @@ def test_phone_videos_come_out_upright(tmp_path, matrix, turns):
     (tmp_path / "a.mp4").write_bytes(data)
     frames = list(extract_hands.sample_frames(str(tmp_path / "a.mp4"), 10))
     assert len(frames) == 3
-    wanted = np.rot90(held, turns)
+    wanted = show(held)
     for frame in frames:
         assert frame.image.shape == wanted.shape
         assert np.abs(frame.image.astype(int) - wanted).mean() < 8
@@ -607,7 +791,7 @@ def test_two_ranks_give_the_bytes_of_one_process(rendered, extracted, tmp_path):
 
 def test_one_rank_waits_for_the_other_and_a_killed_one_is_made_good(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
-    slurm = (("SLURM_PROCID", "SLURM_NTASKS"),) * 2
+    slurm = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),) * 2
     first, second = ranks(*arguments, variables=slurm)
     while not list((tmp_path / "hands").glob("parts/*.npz")) and first.poll() is None:
         time.sleep(0.005)
@@ -813,32 +997,139 @@ def test_the_authors_annotations_become_a_hands_folder(annotated, margin):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda a: a.pop("hand_id"), "expected SiMHand's annotations"),
-    (lambda a: a.update(keypoint_25d=[0.5] * 62), "expected SiMHand's annotations"),
+    (lambda a: a.pop("hand_id"), "KeyError('hand_id')"),
+    (lambda a: a.update(keypoint_25d=[0.5] * 62), "cannot reshape"),
     (lambda a: a.update(keypoint_25d=[float("nan")] * 63), "hand 100: expected keypoints"),
     (lambda a: a.update(boxes="[5, 5, 5, 9]"), "hand 100: expected keypoints"),
-    (lambda a: a.update(boxes=[5, 5, 9, 9]), "expected SiMHand's annotations"),
-    (lambda a: a.update(image_id="70"), "expected SiMHand's annotations"),
+    (lambda a: a.update(boxes=[5, 5, 9, 9]), "JSON object must be"),
+    (lambda a: a.update(image_id="70"), "no image has the id"),
     (lambda a: a.update(distance=[]), "hand 100: expected keypoints"),
     (lambda a: a.update(distance=[float("nan")] * 2), "hand 100: expected keypoints"),
     (lambda a: a.update(left_right="left"), "hand 100: expected keypoints"),
-    (lambda a: a.update(boxes="[1, 2, 30]"), "expected SiMHand's annotations"),
+    (lambda a: a.update(boxes="[1, 2, 30]"), "cannot reshape"),
     (lambda a: a.update(boxes="[NaN, 2, 30, 40]"), "hand 100: expected keypoints"),
     (lambda a: a.update(keypoint_25d=[12.0] * 63), "hand 100: expected keypoints"),
-    (lambda a: a.update(hand_id="401"), "two of its 8 annotations have the same hand_id")])
-def test_bad_annotations_are_refused(annotated, change, message):
+    (lambda a: a.update(hand_id="401"), "hand 401 is there twice")])
+def test_an_odd_annotation_is_left_out_and_a_file_of_them_refused(annotated, change, message,
+                                                                  capsys):
     folder = annotated[0]
     content = json.loads((folder / "hands.json").read_text())
     change(content["annotations"][0])
     (folder / "hands.json").write_text(json.dumps(content))
+    read = extract_hands.load_annotations(str(folder / "hands.json"), str(folder / "frames"))
+    printed = capsys.readouterr().out
+    assert len(read.rows) == 7 and "1 of its annotations cannot be used" in printed
+    assert message in printed
+    for annotation in content["annotations"]:
+        annotation.pop("boxes", None)
+    (folder / "hands.json").write_text(json.dumps(content))
     arguments = ("--annotations", folder / "hands.json", "--out", folder / "hands")
-    assert message in refused("extract_hands.py", *arguments, "--frames", folder / "frames")
-    (folder / "hands.json").write_text("{")
-    assert "expected SiMHand's" in refused("extract_hands.py", *arguments,
-                                           "--frames", folder / "frames")
+    for text in (json.dumps(content), "{"):
+        (folder / "hands.json").write_text(text)
+        assert "expected SiMHand's" in refused("extract_hands.py", *arguments,
+                                               "--frames", folder / "frames")
     assert "no such folder" in refused("extract_hands.py", *arguments,
                                        "--frames", folder / "nowhere")
     assert "with --frames" in refused("extract_hands.py", *arguments)
     assert "--fps has no effect" in refused("extract_hands.py", *arguments, "--frames", folder,
                                             "--fps", 2)
     assert not (folder / "hands").exists()
+
+
+def test_published_hands_out_of_a_video_and_of_another_size(tmp_path):
+    """VIDEO.mp4 in place of VIDEO/: the named frames, counted as they come. The file was annotated
+    at twice the size."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    write_clip(frames / "v.mp4", greys(40, 120, 160), options={"x264-params": "bframes=3"})
+    images = []
+    annotations = []
+    keypoints = np.c_[np.random.default_rng(0).uniform(0.1, 0.9, (21, 2)), np.zeros(21)]
+    for k, number in enumerate((33, 3, 99)):
+        images.append({"id": k, "file_name": f"v/frame_{number:06d}.jpg", "width": 320,
+                       "height": 240})
+        annotations.append({"hand_id": str(k), "image_id": k, "boxes": "[100, 80, 200, 180]",
+                            "left_right": "Right", "keypoint_25d": keypoints.ravel().tolist(),
+                            "positive_sample": [1 - k], "distance": [0.5]})
+    (tmp_path / "hands.json").write_text(json.dumps({"images": images,
+                                                     "annotations": annotations}))
+    printed = run("extract_hands.py", "--annotations", tmp_path / "hands.json", "--frames", frames,
+                  "--out", tmp_path / "hands", "--margin", 1.3).stdout
+    hands = load_hands(tmp_path / "hands")
+    assert hands.videos == ["v.mp4"] and hands.rows["frame"].tolist() == [0, 1]
+    assert hands.rows["time"].tolist() == pytest.approx([0.3, 3.3], abs=1e-6)
+    greys_of_crops = [round(float(read_crop(hands, k).mean()) / 5) for k in (0, 1)]
+    assert greys_of_crops == [3, 33]
+    # Half of the published square of 130 about (150, 130).
+    assert np.abs(hands.rows["box"] - (42.5, 32.5, 107.5, 97.5)).max() <= 1
+    assert np.abs(hands.keypoints / 224 - keypoints[:, :2]).max() < 0.02
+    assert np.load(tmp_path / "hands" / "neighbours.npy").tolist() == [[1], [0]]
+    assert "1 of 3 pictures are missing" in (tmp_path / "hands" / "failed.txt").read_text()
+    following = shlex.split(printed.splitlines()[-1])
+    assert Path(following[1]).is_file() and following[1].endswith("pretrain.py")
+
+
+def test_ranks_are_those_of_a_step_and_share_cores(monkeypatch):
+    """A batch script runs once, with SLURM_PROCID 0 and the job's SLURM_NTASKS; srun alone sets
+    SLURM_STEP_*."""
+    cores = list(range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
+    for name, value in (("SLURM_JOB_ID", 7), ("SLURM_PROCID", 0), ("SLURM_LOCALID", 0),
+                        ("SLURM_NTASKS", 4)):
+        monkeypatch.setenv(name, str(value))
+    assert extract_hands.find_ranks() == (0, 1, cores)
+    for name, value in (("SLURM_PROCID", 3), ("SLURM_LOCALID", 1), ("SLURM_STEP_NUM_TASKS", 4),
+                        ("SLURM_STEP_NUM_NODES", 2), ("SLURM_CPUS_ON_NODE", 8)):
+        monkeypatch.setenv(name, str(value))
+    assert extract_hands.find_ranks() == (3, 4, [1, 3, 5, 7])
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "16")  # each task has cores of its own
+    assert extract_hands.find_ranks() == (3, 4, cores)
+    for name, value in (("RANK", 2), ("WORLD_SIZE", 3), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    assert extract_hands.find_ranks() == (2, 3, [0, 2, 4, 6])
+
+
+def test_without_a_home_the_model_needs_a_place(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user has no name
+    with pytest.raises(InputError, match="--model, or set XDG_CACHE_HOME"):
+        extract_hands.find_model(None)
+
+
+def test_paper_sets_defaults_that_flags_override(monkeypatch):
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["extract_hands.py", "a", "--out", "b", *flags])
+        args = extract_hands.parse_args()
+        return args.margin, args.border
+
+    assert parse() == (2.6, "mirror")
+    assert parse("--paper") == (1.3, "black")
+    assert parse("--margin", "2", "--paper") == (2.0, "black")
+    assert parse("--paper", "--border", "mirror") == (1.3, "mirror")
+
+
+def test_a_list_as_windows_writes_it_and_one_with_nul_bytes(tmp_path):
+    (tmp_path / "é.mp4").write_text("")
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'é.mp4'}\r\n", "utf-16")
+    assert found(tmp_path / "list.txt") == ["é.mp4"]
+    (tmp_path / "nul.txt").write_text(f"{tmp_path / 'é.mp4'}\0")
+    assert "nul.txt: holds NUL bytes" in refused("extract_hands.py", tmp_path / "nul.txt",
+                                                 "--out", tmp_path / "o")
+
+
+def test_no_worker_outlives_its_parent(rendered, tmp_path):
+    out = tmp_path / "hands"
+    command = [sys.executable, ROOT / "extract_hands.py", rendered / "videos", "--out", out,
+               "--fps", "5", "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_a_part(out, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    children = [int(child) for child in children.stdout.split()]
+    assert len(children) >= 2
+    process.kill()  # the parent alone
+    process.wait()
+    end = time.time() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.time() < end:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
