@@ -2,8 +2,8 @@
 
 Reads a hands folder, turns each hand upright and to one size (or takes it as it lies), embeds its
 21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, on a CPU or a GPU alike: a
-tree selects the blocks of hands that products of matrices compare. A neighbour is never the same
-picture once more, as where a video lies there twice: then the next nearest is taken. Writes into the same folder (or
+tree selects the blocks of hands that products of matrices compare. Where a video is there twice,
+the same picture is passed over and the next nearest hand taken. Writes into the same folder (or
 --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy (not of hands as they
 lie), and to look at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches
 for its share of the hands. A search that was stopped starts again: it takes minutes.
@@ -12,8 +12,8 @@ for its share of the hands. A search that was stopped starts again: it takes min
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
     python mine_pairs.py demo/hands --top-k 5
 
-To read: arguments, main, then what is compared (poses, temporal pairs). The exact search is
-engineering, not method; whoever trusts brute force may stop at its banner.
+To read: arguments, main, then what is compared (poses, pictures, temporal pairs). The exact search
+is engineering, not method; whoever trusts brute force may stop at its banner.
 """
 
 import argparse
@@ -201,8 +201,9 @@ def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device)
     wanted = top_k + 1
     while len(rows):
         found, distances = nearest(embeddings[mined], group, wanted, device, rows)
-        copy = same_picture(pictures, rows, found) & (video[found] != video[rows, None])
-        good = (found >= 0) & ~copy
+        there = found >= 0
+        copy = there & (video[found] != video[rows, None]) & same_picture(pictures, rows, found)
+        good = there & ~copy
         chosen = np.argsort(~good, 1, kind="stable")[:, :top_k]  # the first of the good ones
         neighbours = np.where(good, mined[found], -1)
         pairs.neighbours[mined[rows]] = np.take_along_axis(neighbours, chosen, 1)
@@ -212,7 +213,7 @@ def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device)
         first = found[np.arange(len(rows)), passed_over.argmax(1)]
         pairs.copies[mined[rows]] = np.where(passed_over.any(1), mined[first], -1)
         # Where too many of those found are copies, look further.
-        rows = rows[(good.sum(1) < top_k) & (found[:, -1] >= 0)]
+        rows = rows[(good.sum(1) < top_k) & there[:, -1]]
         wanted = min(4 * wanted, count)
     return pairs
 

@@ -603,27 +603,37 @@ def test_pickled_objects_are_never_run(reference, tmp_path):
 
 # -------------------------------------------------------------------------------------------- files
 
-def test_arrays_are_checked(tmp_path):
-    good = np.zeros((3, 2), np.float32)
+def test_an_array_comes_back_as_it_was_saved(tmp_path):
+    good = np.arange(6, dtype=np.float32).reshape(3, 2)
     common.save_array(tmp_path / "good.npy", good)
     assert np.array_equal(common.load_array(tmp_path / "good.npy", np.float32, (None, 2)), good)
-    broken = {"missing.npy": None, "short.npy": (tmp_path / "good.npy").read_bytes()[:-4],
-              "text.npy": b"hello", "empty.npy": b""}
-    for name, content in broken.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        for mmap in (False, True):
-            with pytest.raises(InputError, match=rf"{name}.*expected float32 \(N, 2\)"):
-                common.load_array(tmp_path / name, np.float32, (None, 2), mmap=mmap)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("content", [None, b"", b"hello", "cut"])
+def test_a_damaged_array_is_named_with_what_was_expected(tmp_path, content, mmap):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((3, 2), np.float32))
+    if content == "cut":
+        content = path.read_bytes()[:-4]
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a.npy: .*expected float32 \(N, 2\)"):
+        common.load_array(path, np.float32, (None, 2), mmap=mmap)
+
+
+def test_an_array_that_could_run_code_is_never_loaded(tmp_path):
     np.save(tmp_path / "object.npy", np.array([{"run": "me"}], object), allow_pickle=True)
     with pytest.raises(InputError, match="not a .npy file of numbers"):
         common.load_array(tmp_path / "object.npy", np.float32, (None,))
-    for array, message in ((good.astype(float), "is float64"),
-                           (good[:, :1], r"is float32 \(3, 1\)"),
-                           (np.full((3, 2), np.nan, np.float32), "finite, row 0")):
-        np.save(tmp_path / "wrong.npy", array)
-        with pytest.raises(InputError, match=message):
-            common.load_array(tmp_path / "wrong.npy", np.float32, (3, 2))
+
+
+@pytest.mark.parametrize("array, words", [
+    (np.zeros((3, 2)), "is float64"), (np.zeros((3, 1), np.float32), r"is float32 \(3, 1\)"),
+    (np.full((3, 2), np.nan, np.float32), "finite, row 0")])
+def test_an_array_of_another_kind_is_named(tmp_path, array, words):
+    np.save(tmp_path / "wrong.npy", array)
+    with pytest.raises(InputError, match=words):
+        common.load_array(tmp_path / "wrong.npy", np.float32, (3, 2))
 
 
 @pytest.mark.parametrize("write", [lambda file: np.save(file, np.zeros(1 << 20)),
@@ -855,119 +865,28 @@ def test_progress_of_quick_items_is_a_few_lines_in_a_log_file(tmp_path):
     assert len(lines) <= 3 and "200/200" in lines[-1]
 
 
+def lock_elsewhere(folder):
+    """Another process opens the folder."""
+    code = "import sys, common; common.open_folder(sys.argv[1])"
+    return subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True,
+                          env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+
+
 def test_a_second_live_run_is_refused(tmp_path):
-    code = (f"import sys; sys.path.insert(0, r'{ROOT}'); import common; "
-            f"common.open_folder(r'{tmp_path / 'run'}')")
     lock = common.open_folder(tmp_path / "run")
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "another run is writing" in second.stderr
-    # a loader process that outlives its parent must not hold the lock
+    assert "another run is writing" in lock_elsewhere(tmp_path / "run").stderr
+    lock.close()
+    assert lock_elsewhere(tmp_path / "run").returncode == 0
+
+
+def test_a_loader_process_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
+    lock = common.open_folder(tmp_path / "run")
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
     lock.close()
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert child.is_alive()
+    assert lock_elsewhere(tmp_path / "run").returncode == 0 and child.is_alive()
     child.kill()
     child.join()
-
-
-WAYS_TO_END = """
-import sys
-sys.path.insert(0, {root!r})
-import common
-
-def main():
-    for k in common.progress(range(9)):
-        {act}
-
-common.run_script(main)
-"""
-
-
-def end_by(act, folder, **environment):
-    """What a script prints on stderr that ends by `act` in the midst of a bar, and its status."""
-    (folder / "ends.py").write_text(WAYS_TO_END.format(root=str(ROOT), act=act))
-    result = subprocess.run([sys.executable, folder / "ends.py"], capture_output=True, text=True,
-                            timeout=100, env={**ENVIRONMENT, **environment}, cwd=folder)
-    return result.stderr, result.returncode
-
-
-def test_the_message_of_a_script_has_a_line_of_its_own_under_the_bar(tmp_path):
-    errors, status = end_by("raise common.InputError('a.npy: missing')", tmp_path)
-    lines = re.split("[\r\n]+", errors.strip())
-    assert lines[-1] == "ends.py: a.npy: missing" and "0/9" in lines[-2] and status == 2
-
-
-def test_an_error_without_a_file_name_says_where_it_was_met(tmp_path):
-    (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    errors, status = end_by("common.write_log('.', dict(step=1))", tmp_path)
-    assert errors.splitlines()[-1] == "ends.py: write_log in common.py: No space left on device"
-    assert status == 2
-
-
-def test_a_folder_named_in_another_encoding_can_be_printed(tmp_path):
-    folder = os.fsdecode(b"caf\xe9")
-    errors, status = end_by(f"print({folder!r})", tmp_path, PYTHONIOENCODING="utf-8:strict")
-    assert status == 0, errors
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(common.fcntl, "lockf", refuse)
-    with pytest.raises(InputError, match=f"^{tmp_path}: its file system cannot lock files .*"
-                       f"{os.strerror(number)}.*choose a folder on another disk"):
-        common.open_folder(tmp_path)
-
-
-@pytest.mark.parametrize("variables, share", [
-    ({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "10000"}, 10 ** 6),
-    ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 2),
-    ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "1000"}, 1)])  # bound by srun
-def test_processes_of_one_machine_share_its_cores(monkeypatch, variables, share):
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_ON_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert common.cores_of_a_process() == max(len(os.sched_getaffinity(0)) // share, 1)
-
-
-def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="--device cuda:0 would put all 2 ranks on one GPU"):
-        common.start_ranks("cuda:0")
-
-
-def test_products_stay_exact_where_the_environment_asks_for_tf32():
-    code = ("import torch, common; common.start_ranks('cpu'); "
-            "print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT),
-                                 "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"})
-    assert result.stdout == "highest False\n", result.stderr
-
-
-RANKS_THAT_RESUME = """
-import common
-rank, _, _ = common.start_ranks("cpu")
-try:
-    common.resume(f"node{rank}", {}, ())
-except common.InputError as error:
-    print(error)
-common.end_ranks()
-"""
-
-
-def test_a_folder_that_nodes_do_not_share_is_found_out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "node0").mkdir()
-    common.save_checkpoint("node0", dict(args={}, step=7))
-    (tmp_path / "resumes.py").write_text(RANKS_THAT_RESUME)
-    printed = torchrun(tmp_path / "resumes.py").stdout.splitlines()
-    assert sorted(printed) == [f"node{rank}: one rank finds step 0, another 7; expected a folder "
-                               "that all nodes share" for rank in (0, 1)]
 
 
 # ---------------------------------------------------------------------------------------- processes

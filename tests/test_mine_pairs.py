@@ -311,29 +311,43 @@ def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
 
 
-def test_limit_mines_within_a_nested_random_subset(mined, hands, tmp_path):
-    rows = {}
-    for limit in (60, 100):
-        out = tmp_path / str(limit)
-        run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--no-rotation-free",
-                 "--out", out)
-        neighbours, distances = np.load(out / "neighbours.npy"), np.load(out / "distances.npy")
-        assert neighbours.shape == (len(np.load(hands / "keypoints.npy")), 1)
-        rows[limit] = chosen = np.flatnonzero(neighbours[:, 0] >= 0)
-        assert len(chosen) == limit and np.isin(neighbours[chosen], chosen).all()
-        assert (np.isfinite(distances) == (neighbours >= 0)).all()
-        video = np.load(hands / "hands.npy")["video"]
-        expected = brute_force(np.load(out / "embeddings.npy")[chosen], video[chosen], 1)
-        assert np.array_equal(neighbours[chosen], chosen[expected[0]])
-        poses = np.load(hands / "keypoints.npy")[chosen].reshape(-1, 42) / 224
-        # As if there were no others.
-        assert np.allclose(np.load(out / "pca.npy")[0], poses.mean(0), atol=1e-6)
-    assert set(rows[60]) < set(rows[100]) and np.diff(rows[60]).max() > 1
-    assert "fewer than --limit" in refused("mine_pairs.py", hands, "--limit", 10**6)
-    assert "--limit 10: 10 hands" in refused("mine_pairs.py", hands, "--limit", 10)
+def mine_some(hands, out, limit):
+    """-> the rows that were mined, and their neighbours."""
+    run_here("mine_pairs.py", hands, "--limit", limit, "--seed", 3, "--no-rotation-free", "--out",
+             out)
+    neighbours = np.load(out / "neighbours.npy")[:, 0]
+    assert len(neighbours) == len(np.load(hands / "keypoints.npy"))
+    return np.flatnonzero(neighbours >= 0), neighbours
+
+
+def test_limit_mines_as_if_there_were_no_other_hands(hands, tmp_path):
+    rows, neighbours = mine_some(hands, tmp_path / "out", 60)
+    assert len(rows) == 60 and np.diff(rows).max() > 1
+    embeddings = np.load(tmp_path / "out" / "embeddings.npy")[rows]
+    video = np.load(hands / "hands.npy")["video"][rows]
+    assert np.array_equal(neighbours[rows], rows[brute_force(embeddings, video, 1)[0]][:, 0])
+    poses = np.load(hands / "keypoints.npy")[rows].reshape(-1, 42) / 224
+    assert np.allclose(np.load(tmp_path / "out" / "pca.npy")[0], poses.mean(0), atol=1e-6)
+    distances = np.load(tmp_path / "out" / "distances.npy")[:, 0]
+    assert np.array_equal(np.isfinite(distances), neighbours >= 0)
+
+
+def test_of_one_seed_the_smaller_limit_lies_in_the_larger(hands, tmp_path):
+    few, many = (set(mine_some(hands, tmp_path / str(limit), limit)[0]) for limit in (60, 100))
+    assert few < many
+
+
+def test_pre_training_uses_the_hands_that_have_a_neighbour(hands, tmp_path):
+    mine_some(hands, tmp_path / "60", 60)
     printed = run_here("pretrain.py", hands, "--pairs", tmp_path / "60", "--out", tmp_path / "run",
-                       "--batch-size", 20, "--epochs", 1, "--warmup-epochs", 0, *TINY)
-    assert re.search(r"^ +pool +60$", printed, re.M)  # exactly the rows that have a neighbour
+                       "--batch-size", 20, "--epochs", 1, "--warmup-epochs", 0, "--probe", 0, *TINY)
+    assert re.search(r"^ +pool +60$", printed, re.M)
+
+
+@pytest.mark.parametrize("limit, words", [
+    (10**6, "fewer than --limit"), (10, "--limit 10: 10 hands, a PCA of --dims 14 needs 15")])
+def test_limits_that_cannot_be_are_refused(hands, limit, words):
+    assert words in refused("mine_pairs.py", hands, "--limit", limit)
 
 
 def next_frames(rows, embeddings, folder, fps=None):
@@ -394,26 +408,40 @@ def test_distances_of_temporal_pairs_are_those_of_their_embeddings(seen_again, t
         assert distances[i] == (np.inf if j < 0 else np.float32(apart))
 
 
-def test_temporal_pairs_of_a_folder(hands, tmp_path):
+def test_temporal_pairs_of_a_folder(hands):
     run_here("mine_pairs.py", hands, "--temporal")
     rows, neighbours = np.load(hands / "hands.npy"), np.load(hands / "neighbours.npy")[:, 0]
     paired = neighbours >= 0
     assert 0.5 < paired.mean() < 1
     for key, difference in (("video", 0), ("left", 0), ("frame", 1)):
         assert (rows[key][neighbours[paired]].astype(int) - rows[key][paired] == difference).all()
-    for log in ("", '{"another": "program"}\n'):  # the rate is the usual gap then, 5 a second here
-        (hands / "log.jsonl").write_text(log)
-        run_here("mine_pairs.py", hands, "--temporal")
-        assert (np.load(hands / "neighbours.npy")[:, 0] == neighbours).all()
-    assert "is another hands folder" in refused("mine_pairs.py", hands, "--out",
-                                                shutil.copytree(hands, tmp_path / "c"))
-    assert "--temporal pairs a hand" in refused("mine_pairs.py", hands, "--temporal", "--top-k", 2)
-    np.save(hands / "hands.npy", rows[::-1])
+
+
+@pytest.mark.parametrize("log", ["", '{"another": "program"}\n'])
+def test_without_the_extractions_log_the_rate_is_the_usual_gap(hands, log):
+    run_here("mine_pairs.py", hands, "--temporal")
+    expected = np.load(hands / "neighbours.npy")
+    (hands / "log.jsonl").write_text(log)
+    run_here("mine_pairs.py", hands, "--temporal")
+    assert np.array_equal(np.load(hands / "neighbours.npy"), expected)
+
+
+def test_temporal_pairs_need_sorted_rows(hands):
+    np.save(hands / "hands.npy", np.load(hands / "hands.npy")[::-1])
     assert "rows must be sorted" in refused("mine_pairs.py", hands, "--temporal")
-    rows["frame"], rows["video"] = 0, np.arange(len(rows))  # a frame each
+
+
+def test_temporal_pairs_of_single_frames_are_refused(hands):
+    rows = np.load(hands / "hands.npy")
+    rows["frame"], rows["video"] = 0, np.arange(len(rows))
     np.save(hands / "hands.npy", rows)
     (hands / "videos.txt").write_text("a.mp4\n" * len(rows))
     assert "no hand is seen again" in refused("mine_pairs.py", hands, "--temporal")
+
+
+def test_pairs_are_not_written_into_another_hands_folder(hands, tmp_path):
+    other = shutil.copytree(hands, tmp_path / "other")
+    assert "is another hands folder" in refused("mine_pairs.py", hands, "--out", other)
 
 
 def test_a_hand_without_candidates_gets_minus_one_and_infinity():
@@ -501,30 +529,47 @@ def test_damaged_hands_folders_are_named(hands, name):
     assert not (hands / "neighbours.npy").exists()
 
 
-def test_other_bad_input_is_refused_in_one_line(hands, tmp_path):
-    run("mine_pairs.py", tmp_path / "nowhere", status=2)  # the status of a real process, once
-    rows, keypoints = np.load(hands / "hands.npy"), np.load(hands / "keypoints.npy")
-    assert "no such folder" in refused("mine_pairs.py", tmp_path / "nowhere")
+def test_bad_input_ends_a_real_process_with_status_2(tmp_path):
+    result = run("mine_pairs.py", tmp_path / "nowhere", status=2)
+    assert result.stderr.startswith(f"mine_pairs.py: {tmp_path / 'nowhere'}: no such folder")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dims", 43], "--dims must lie in 1..42"), (["--top-k", 0], "--top-k must be at least 1"),
+    (["--temporal", "--top-k", 2], "--temporal pairs a hand"),
+    (["--temporal", "--rotation-free"], "--same-video and --rotation-free")])
+def test_flags_that_cannot_be_are_refused(tmp_path, flags, words):
+    assert words in refused("mine_pairs.py", tmp_path, *flags)
+
+
+def test_more_neighbours_than_there_are_hands_are_refused(hands):
+    rows = np.load(hands / "hands.npy")
     most = len(rows) - np.bincount(rows["video"]).min()
     assert f"more than {most} candidates" in refused("mine_pairs.py", hands, "--top-k", most + 1)
-    assert "--dims must lie in 1..42" in refused("mine_pairs.py", hands, "--dims", 43)
-    far = keypoints.copy()
+
+
+def test_keypoints_that_cannot_be_are_named(hands):
+    keypoints = np.load(hands / "keypoints.npy")
+    far, bad = keypoints.copy(), keypoints.copy()
     far[5] += 3000
-    np.save(hands / "keypoints.npy", far)
-    assert "keypoints.npy: some lie 10 crops away" in refused("mine_pairs.py", hands)
-    bad = keypoints.copy()
     bad[7, 3, 1] = np.nan
-    np.save(hands / "keypoints.npy", bad)
-    assert "keypoints.npy: values must be finite, row 7" in refused("mine_pairs.py", hands)
-    np.save(hands / "keypoints.npy", np.broadcast_to(keypoints[:1], keypoints.shape).copy())
-    assert "needs them to vary" in refused("mine_pairs.py", hands)
-    np.save(hands / "keypoints.npy", keypoints)
-    one = rows.copy()
-    one["video"] = 0
-    np.save(hands / "hands.npy", one)
-    assert "come from one video" in refused("mine_pairs.py", hands)
-    (hands / "videos.txt").write_text("only one\n")
+    same = np.broadcast_to(keypoints[:1], keypoints.shape)
+    for array, words in ((far, "keypoints.npy: some lie 10 crops away"),
+                         (bad, "keypoints.npy: values must be finite, row 7"),
+                         (same, "needs them to vary")):
+        np.save(hands / "keypoints.npy", array)
+        assert words in refused("mine_pairs.py", hands)
+
+
+def test_a_single_video_is_refused(hands):
+    rows = np.load(hands / "hands.npy")
+    rows["video"] = 0
     np.save(hands / "hands.npy", rows)
+    assert "come from one video" in refused("mine_pairs.py", hands)
+
+
+def test_a_list_of_too_few_videos_is_named(hands):
+    (hands / "videos.txt").write_text("only one\n")
     assert "videos.txt: has 1 lines" in refused("mine_pairs.py", hands)
 
 
@@ -571,4 +616,3 @@ def test_pairs_are_the_nearest_upright_poses(hands):
         assert np.allclose(np.sort(gaps)[:2], distances[i], atol=1e-5)
         assert np.allclose(gaps[neighbours[i]], distances[i], atol=1e-5)
     assert np.isfinite(np.load(hands / "turns.npy")).all()
-    assert "--rotation-free" in refused("mine_pairs.py", hands, "--temporal", "--rotation-free")
