@@ -334,7 +334,7 @@ def nearest(embeddings, group, top_k, device, rows=None, leaf=None):
     place = tree.row.argsort()[torch.from_numpy(rows).to(device)]  # of each row in the tree
     places, order = place.sort()
     step = TOGETHER[device.type]
-    bounds = torch.tensor(tree.start[step:-1:step])
+    bounds = torch.tensor(tree.start[step:-1:step], dtype=torch.int64)
     cuts = [0, *torch.searchsorted(places.cpu(), bounds).tolist(), len(rows)]
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
