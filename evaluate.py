@@ -383,8 +383,8 @@ def claim(folder, names):
     path = folder / ".evaluate"
     ours = path.read_text().splitlines() if path.exists() else []
     foreign = [name for name in names if name not in ours and (folder / name).exists()]
-    require(not foreign, f"{folder}: holds {', '.join(foreign)}, which evaluate.py did not write "
-            "and will not replace: move it away")
+    require(not foreign, f"{folder}: holds {', '.join(foreign)}, not noted there as written by "
+            "evaluate.py, which would replace it: move it away")
     write_text(path, "".join(f"{name}\n" for name in sorted({*ours, *names})))
 
 
@@ -404,10 +404,11 @@ LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 def write_tables(out, groups, args):
     rows = make_rows(groups, args)
     legend = LEGEND
-    if len(groups) > 1:
-        legend += f" Gain: in MPJPE, over {args.baseline or 'the first'}."
     if args.seeds:
-        legend += " n: runs; ±: their standard deviation; p: Welch's two-sided t-test of the gain."
+        legend += " n: runs; ±: their standard deviation."
+    if len(groups) > 1:
+        legend += f" Gain: in MPJPE, over {args.baseline or 'the first'}"
+        legend += "; p: Welch's two-sided t-test of it." if args.seeds else "."
     print(markdown_table(rows, legend))
     write_text(out / "table.md", markdown_table(rows, legend))
     write_text(out / "table.csv", csv_table(rows))

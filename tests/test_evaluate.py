@@ -524,7 +524,7 @@ def test_a_file_of_another_program_is_neither_replaced_nor_deleted(name, pair, t
     out = tmp_path / "paper"
     out.mkdir()
     (out / name).write_text("mine")
-    assert f"{out}: holds {name}, which evaluate.py did not write" in refused(
+    assert f"{out}: holds {name}, not noted there as written" in refused(
         "evaluate.py", *pair, "--out", out)
     assert (out / name).read_text() == "mine" and [p.name for p in out.iterdir()] == [name]
 
