@@ -108,6 +108,8 @@ def main():
         pictures = thumbnails(hands, mined, rank, ranks)
         pairs = similar_hands(hands, mined, embeddings, pictures, args.top_k, args.same_video,
                               device)
+    require((pairs.neighbours >= 0).any(), f"{hands.folder / 'crops.npy'}: all that could be pairs "
+            "show the same picture, expected hands of different videos")
     if rank == 0:
         write(out, hands, pca, embeddings, pairs, explained, len(mined), args)
     end_ranks()
@@ -215,6 +217,8 @@ def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device)
         # Where too many of those found are copies, look further.
         rows = rows[(good.sum(1) < top_k) & there[:, -1]]
         wanted = min(4 * wanted, count)
+        if len(rows) * wanted > 1 << 27:  # nearly all show one picture: bounds memory and time
+            break
     return pairs
 
 

@@ -266,6 +266,16 @@ def test_a_hand_of_which_all_others_are_copies_has_no_neighbour(twice, tmp_path)
     assert set(hands.rows["video"][pairs.copies[rows[:30]]]) == {7}
 
 
+def test_a_folder_of_one_picture_is_refused(twice):
+    folder, _ = twice
+    rows = np.load(folder / "hands.npy")
+    jpegs = np.load(folder / "crops.npy")
+    start, end = np.load(folder / "offsets.npy")[:2]
+    np.save(folder / "crops.npy", np.tile(jpegs[start:end], len(rows)))
+    np.save(folder / "offsets.npy", np.arange(len(rows) + 1) * (end - start))
+    assert "show the same picture" in refused("mine_pairs.py", folder)
+
+
 def test_the_own_video_may_show_the_same_picture_again(twice):
     """The ablation is about near-duplicates; those of other videos are left out there too."""
     folder, picture = twice
