@@ -1,11 +1,18 @@
 """The paths that only a GPU takes, on machines without one: FakeTensorMode follows devices, dtypes
 and shapes through the code with tensors on "cuda" that hold no data."""
 
+import functools
+import sys
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 import finetune
+import pretrain
+from common import nt_xent, pair_weights, soft_targets
 
 CUDA = torch.device("cuda", 0)
 
@@ -90,3 +97,105 @@ def test_autocast_reaches_the_gpu(fake_gpu):
         backbone = finetune.load_backbone("resnet18", "none").eval()
     features = finetune.forward(backbone, labelled_batch()["image"].to(CUDA), "bf16")
     assert (features.device, features.dtype, features.shape) == (CUDA, torch.bfloat16, (4, 512))
+
+
+# ------------------------------------------------------------------------------------ pre-training
+
+METHODS = {"simhand": [], "peclr": ["--method", "peclr"], "simclr": ["--method", "simclr"],
+           "keypoints": ["--method", "keypoints"], "both losses": ["--keypoint-loss", "3"],
+           "paper": ["--paper"], "pca": ["--weighting", "linear", "--weight-pca"],
+           **{kind: ["--weighting", kind] for kind in pretrain.WEIGHTINGS if kind != "none"}}
+
+
+def pretraining(monkeypatch, device, words, pieces=1, precision="bf16"):
+    """-> model, and a function that takes a step of so many pieces of 4 pairs."""
+    flags = ["--out", "unused", "--backbone", "resnet18", "--input-size", "64", *words]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "unused", *flags])
+    args = pretrain.parse_args()
+    plan = pretrain.Plan(rank=0, ranks=1, micro_batch=4, pieces=pieces, steps_per_epoch=10,
+                         steps=100, warmup_steps=10, report_every=1, precision=precision)
+    with device:  # as make_model has it: tensors that hold no data cannot be moved
+        model = pretrain.SimHandModel("resnet18", "none", contrast=args.method != "keypoints",
+                                      regress=args.keypoint_loss > 0)
+    optimizer = pretrain.make_optimizer(model, args.optimizer, args.lr)
+    piece = dict(image=torch.zeros(8, 64, 64, 3, dtype=torch.uint8), angle=torch.zeros(8),
+                 keypoints=torch.rand(8, 21, 2), shift=torch.zeros(8, 2),
+                 weight_keypoints=torch.rand(8, 21, 2))
+    pca = torch.zeros(14, 42) if args.weight_pca else None  # stays on the CPU, as load_data has it
+    batch = [pretrain.to_device(piece, device) for _ in range(pieces)]
+    return model, functools.partial(pretrain.train_step, model, optimizer, batch, pca, plan, args)
+
+
+def check_step(model, step, device):
+    """Values, gradients and parameters stay where and what they are."""
+    before = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+    values = step()
+    assert "loss" in values
+    for name, value in values.items():
+        assert (value.device, value.dtype, value.shape) == (device, torch.float32, ()), name
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert (gradient.device, gradient.dtype) == (device, torch.float32), name
+        assert gradient.shape == parameter.shape, name
+    for name, tensor in model.state_dict().items():
+        assert (tensor.shape, tensor.dtype) == before[name] and tensor.device == device, name
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pretraining_step_stays_on_the_gpu(fake_gpu, monkeypatch, method, pieces):
+    model, step = pretraining(monkeypatch, CUDA, METHODS[method], pieces)
+    check_step(model, step, CUDA)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lars"])
+def test_the_other_optimisers_stay_on_the_gpu(fake_gpu, monkeypatch, optimizer):
+    sgd = torch.optim.SGD  # whose fused kernel cannot be followed
+    monkeypatch.setattr(torch.optim, "SGD", lambda *a, fused, **more: sgd(*a, **more))
+    words = ["--optimizer", optimizer]
+    model, step = pretraining(monkeypatch, CUDA, words, precision="fp32")
+    check_step(model, step, CUDA)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("method", ["linear", "soft", "keypoints", "both losses"])
+def test_autograd_gives_each_parameter_a_gradient_of_its_shape(monkeypatch, method, pieces):
+    """By its own backward, which goes through bf16 and back; on a CPU that holds no data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        device = torch.device("cpu")
+        model, step = pretraining(monkeypatch, device, METHODS[method], pieces)
+        check_step(model, step, device)
+
+
+def test_a_large_batch_is_lost_and_weighed_on_the_gpu(fake_gpu):
+    """8,192 views, of which the loss takes some rows at a time."""
+    z1 = torch.zeros(4096, 16, device=CUDA, requires_grad=True)
+    z2 = torch.zeros(4096, 16, device=CUDA, requires_grad=True)
+    hands = torch.rand(2, 4096, 21, 2, device=CUDA)
+    for more in (dict(zip(("pos_weight", "neg_weight"), pair_weights(*hands))),
+                 {"target": soft_targets(*hands, 0.06)}):
+        for weight in more.values():
+            assert weight.device == CUDA and weight.dtype == torch.float32
+        loss = nt_xent(F.normalize(z1), F.normalize(z2), **more)
+        assert (loss.device, loss.dtype, loss.shape) == (CUDA, torch.float32, ())
+
+
+def test_the_network_is_compiled_to_two_graphs_once(monkeypatch):
+    """One with gradients and one without, whole, over four steps of micro-batches; a graph more
+    would mean minutes on a GPU."""
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    counters.clear()
+    words = METHODS["both losses"]
+    model, step = pretraining(monkeypatch, torch.device("cpu"), words, 2, "fp32")
+    model.compile(backend=count)
+    for _ in range(4):
+        values = step()
+    assert values["loss"].isfinite()
+    assert len(compiled) == 2 and not counters["graph_break"], counters["graph_break"]
+    torch._dynamo.reset()
