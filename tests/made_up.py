@@ -1,11 +1,53 @@
-"""Hands folders and labelled pictures that are made up, for the benchmarks: speed does not ask for
-rendered hands, nor for MediaPipe."""
+"""Clips, hands folders and labelled pictures that are made up, for the benchmarks: speed does not
+ask for a hand that MediaPipe would find, but in the clips."""
+
+from fractions import Fraction
 
 import cv2
 import numpy as np
 
 from common import HANDS_DTYPE, draw_hand
 from finetune import SAMPLE, make_samples
+
+
+def frames_of(path):
+    """Yields the pictures of a video, RGB."""
+    import av  # here: only clips need it
+
+    with av.open(str(path)) as file:
+        for frame in file.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
+
+
+def enlarged(path, count):
+    """Yields `count` pictures of 1920 x 1080 out of those of a video, wandering and with grain, as
+    cameras make them."""
+    rng = np.random.default_rng(0)
+    grain = rng.normal(0, 3, (1080, 1920, 3))
+    pictures = list(frames_of(path))
+    for k in range(count):
+        large = cv2.resize(pictures[k // 6 % len(pictures)], (2000, 1160))
+        x = int(40 + 40 * np.sin(k / 20))
+        y = int(40 + 40 * np.cos(k / 31))
+        picture = large[y:y + 1080, x:x + 1920] + np.roll(grain, 97 * k, 1)
+        yield np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def write_clip(path, pictures):
+    """A video of these pictures at 30 a second, H.264 with three B-frames."""
+    import av
+
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={"preset": "veryfast", "bf": "3"})
+        stream.pix_fmt = "yuv420p"
+        for k, picture in enumerate(pictures):
+            if k == 0:
+                stream.height, stream.width = picture.shape[:2]
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = k
+            frame.time_base = Fraction(1, 30)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
 
 
 def made_up_hands(count, length=100, seed=0):
