@@ -5,59 +5,86 @@ import contextlib
 import fcntl
 import importlib
 import io
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 
+# Whatever the user's shell says of ranks, threads and plots, the tests see a plain machine.
+for name in [*os.environ]:
+    if re.match("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|SLURM_|TORCH|MPL|OMP_|GOMP_", name):
+        del os.environ[name]
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-if WORKERS > 1:
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: a core for each process
-
-import common
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: a core for each process
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real" / "handpose3d_stereo"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--workers", "0")
-
-
-OURS = ("common", "extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate", "conftest",
-        "test_[a-z_]+", "synthetic", "bench", "bench_gpu", "made_up", "study", "demo", "datasets")
+OURS = "|".join(path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")))
+# Scripts are forked off a process that has the large packages loaded: that saves each two seconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "cv2", "torchvision", "scipy.stats",
+                               "sklearn.decomposition"])
 
 
 def pytest_configure(config):
     """A warning of our own code fails its test. Other packages' warnings are theirs to
     mend. What a warning becomes that is raised where an object is cleaned up, such as a
     file left open, fails too."""
-    config.addinivalue_line("filterwarnings", rf"error:::({'|'.join(OURS)})\Z")
+    config.addinivalue_line("filterwarnings", rf"error:::({OURS})\Z")
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnraisableExceptionWarning")
 
 
-def run(script, *arguments, status=0):
-    """Run a script as a user would, but that its own warnings are errors. ->
-    CompletedProcess; a wrong exit status shows all that it printed."""
-    strict = ["-W", "error:::__main__", "-W", "error:::common"]
-    command = [sys.executable, *strict, ROOT / script, *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True,
-                            env=ENVIRONMENT)
-    assert result.returncode == status, (f"{script} ended with {result.returncode}\n"
-                                         f"{result.stdout}\n{result.stderr}")
-    return result
+def run(script, *arguments, status=0, cwd="."):
+    """Run a script in a process of its own, as a user would, but that its own warnings are errors.
+    -> CompletedProcess; a wrong exit status shows all that it printed."""
+    command = [str(ROOT / script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        where = os.path.abspath(cwd)
+        process = SERVER.Process(target=become, args=(command, where, ENVIRONMENT, *logs))
+        process.start()
+        process.join()
+        printed, errors = (Path(log).read_text() for log in logs)
+    assert process.exitcode == status, (f"{script} ended with {process.exitcode}\n{printed}\n"
+                                        f"{errors}")
+    return subprocess.CompletedProcess(command, process.exitcode, printed, errors)
 
 
-def torchrun(script, *arguments, ranks=2):
+def become(command, cwd, environment, *logs):
+    """In a process of its own: run a script as `python` does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for stream, log in zip((1, 2), logs):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = command
+    sys.path.insert(0, os.path.dirname(command[0]))
+    for ours in ("__main__", "common"):
+        warnings.filterwarnings("error", module=rf"{ours}\Z")
+    main = types.ModuleType("__main__")
+    main.__file__ = command[0]
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # the latter of multiprocessing
+    exec(compile(Path(command[0]).read_bytes(), command[0], "exec"), main.__dict__)
+
+
+def torchrun(script, *arguments, ranks=2, cwd="."):
     """Run a script, ours or another that may import ours, under torchrun. ->
     CompletedProcess, as of `run`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={ranks}", ROOT / script, *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200,
-                            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+                            cwd=cwd, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     return result
 
@@ -65,6 +92,8 @@ def torchrun(script, *arguments, ranks=2):
 def run_main(script, *arguments):
     """Run a script's main() in this process: another would take seconds. -> exit status,
     stdout, stderr."""
+    import common  # not above: the processes of `run` load this file
+
     module = importlib.import_module(script.removesuffix(".py"))
     printed, errors = io.StringIO(), io.StringIO()
     argv, handler, status = sys.argv, signal.getsignal(signal.SIGTERM), 0

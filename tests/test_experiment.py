@@ -54,7 +54,7 @@ def test_what_is_done_is_not_run_again_and_lanes_run_side_by_side(scripts, capsy
 
 def test_a_failure_ends_all_and_says_why(scripts):
     bad = Command("bad", scripts / "bad", ("bad.py",))
-    with pytest.raises(common.InputError, match=r"bad ended with status 3 \(no luck\), see .*bad\."):
+    with pytest.raises(common.InputError, match=r"bad ended with status 3 \(no luck\), see .*bad"):
         experiment.run_lanes(scripts, [[bad, good(scripts, "after")], [good(scripts, "d")]], 1)
     assert not (scripts / "after").exists() and not (scripts / "d").exists()
     unwritten = Command("unwritten", scripts / "nothing", ("good.py", scripts / "other", 0))

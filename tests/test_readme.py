@@ -1,24 +1,67 @@
-"""The README cannot drift: its commands parse, its files exist, and the CI runs what it says."""
+"""The README cannot drift: its commands run, its files exist, and the CI runs what it says.
+
+bash reads the README's code blocks, with functions in place of the programs, which note how they
+are called. Then the commands that it notes run one after the other, in a folder with made-up data
+where the README's are, and with flags appended that make them small.
+"""
 
 import ast
 import json
 import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
+import time
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import ENVIRONMENT, ROOT
+import conftest
+import datasets
+from conftest import ENVIRONMENT, ROOT, TINY, made_once
 
 SCRIPTS = ("extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate")
 README = (ROOT / "README.md").read_text()
-BLOCKS = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", README, re.S))
-COMMANDS = [line for line in BLOCKS.splitlines() if re.match(r"(python|torchrun) .*\b\w+\.py", line)
-            and not re.search(r"\$|\\$", line)]  # those with variables are tested below
+HOME = "/home/somebody"
+# Not run, and why.
+NOT_RUN = {r"^(pip|git) ": "needs the network",
+           r"^python3 -m venv": "needs the network, for what is installed into it",
+           r"^python -m pytest": "is this very test",
+           r"^srun ": "needs Slurm; test_extract_hands.py has its variables"}
+# Flags that make a command small, and the file that it writes last.
+SMALL = {"extract_hands.py": ("--workers", 1),
+         "mine_pairs.py": (),
+         "pretrain.py": (*TINY, "--batch-size", 4, "--micro-batch", 2, "--epochs", 1),
+         "finetune.py": (*TINY, "--batch-size", 8, "--epochs", 1),
+         "evaluate.py": (),
+         "tests/demo.py": ("--persons", 6, "--seconds", 2, "--labelled", 12, "--tested", 8,
+                           "--input-size", 32, "--epochs", 1, "--batch-size", 4, "--tuning-epochs",
+                           1, "--seeds", 1, "--methods", "none", "--out", "demo"),
+         "tests/digits.py": ("--epochs", 1, "--batch-size", 4, "--seeds", 1, "--methods",
+                             "untrained", "poses"),
+         "tests/study.py": ("--size", "tiny", "--seeds", 1, "--methods", "none", "--out", "study")}
+WRITES = {"extract_hands.py": "hands.jpg", "mine_pairs.py": "pairs.jpg",
+          "pretrain.py": "backbone.pt", "finetune.py": "pred_xyz.npy", "evaluate.py": "table.md",
+          "tests/demo.py": "demo.md", "tests/digits.py": "digits.md", "tests/study.py": "study.md"}
+# Runs that the README takes for granted, and what stands for them.
+GRANTED = {"runs/freihand-imagenet": "runs/freihand-simhand"}
+# Files that the README names, and that none of its commands writes.
+OF_OTHERS = {"hand_landmarker.task": "MediaPipe's", "train.npy": "the user's own labels",
+             "test.npy": "the same", "val.npy": "the same", "videos.txt": "",
+             "dexycb.txt": "--submission dexycb, in test_evaluate.py",
+             "study.md": "written here", "bench.md": "written here"}
+
+
+class Call(typing.NamedTuple):
+    line: tuple  # numbers of the lines by which bash came there
+    program: str
+    words: list
+
+    def script(self):
+        return self.words[0] if self.words and self.words[0].endswith(".py") else None
 
 
 def parse(words, monkeypatch):
@@ -27,66 +70,173 @@ def parse(words, monkeypatch):
     return __import__(Path(sys.argv[0]).stem).parse_args()
 
 
-def test_every_stage_has_a_command():
-    found = {name for name in SCRIPTS for command in COMMANDS if f"{name}.py" in command}
-    assert found == set(SCRIPTS)
+def calls_of(text):
+    """The Calls of the code blocks in a text, in order."""
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, re.S)
+    script = "".join(f"{name}() {{ note {name} \"$@\"; }}\n" for name in (
+        "python", "python3", "torchrun", "srun", "git", "pip"))
+    script += ("note() { printf '%s\\0' \"${BASH_LINENO[*]:1}\" \"$@\"; printf '\\n'; }\n"
+               "cd() { :; }\n")
+    for block in blocks:  # its beginning and its comments are noted too
+        script += "note '#'\n" + re.sub(r"(?m)^#.*", "note '#'", block).replace(".venv/bin/", "")
+    result = subprocess.run(["bash", "-euc", script], capture_output=True, text=True,
+                            env={**ENVIRONMENT, "HOME": HOME})
+    assert result.returncode == 0, result.stderr
+    calls = []
+    for line in result.stdout.splitlines():
+        where, program, *words = line.split("\0")[:-1]
+        words = words[next((k for k, word in enumerate(words) if word.endswith(".py")), 0):]
+        calls.append(Call(tuple(where.split()), program, words))
+    return calls
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command, monkeypatch):
-    words = shlex.split(command)
-    script = next(k for k, word in enumerate(words) if word.endswith(".py"))
-    assert vars(parse(words[script:], monkeypatch))
+# The paper's experiments start in a folder of their own: their runs have the names of earlier ones.
+STAGES, PAPER = (calls_of(text) for text in README.partition("\n## The paper\n")[::2])
+TOOLS = [call for call in STAGES + PAPER if (call.script() or "").startswith("tests/")]
 
 
-def test_the_papers_commands_parse_and_build_on_each_other(tmp_path, monkeypatch):
-    """The blocks are run by bash with a `python` that only notes its arguments; the
-    scripts' own parsers read them. A comment begins a new experiment."""
-    section = README.split("\n## The paper\n")[1].split("\n## ")[0]
-    experiments, letter = re.findall(r"```bash\n(.*?)```", section, re.S)
-    blocks = re.sub(r"(?m)^# .*", "python next", experiments) + f"python next\n{letter}"
-    note = (f"#!{sys.executable}\nimport json, sys\n"
-            f"open({str(tmp_path / 'noted')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n")
-    for name in ("python", "torchrun"):
-        (tmp_path / name).write_text(note)
-        (tmp_path / name).chmod(0o755)
-    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/home/me"}
-    subprocess.run(["bash", "-euc", blocks], check=True, cwd=tmp_path, env=environment)
-    hands, mined, backbones, tuned, scored, counts = set(), {}, {}, set(), [], []
-    for words in [*map(json.loads, (tmp_path / "noted").read_text().splitlines()), ["next"]]:
-        if words == ["next"]:  # what each experiment needs stands in the table above them
-            before = np.sum(counts, 0) if counts else (0, 0)
-            counts.append((len(backbones) - before[0], len(tuned) - before[1]))
+def test_every_command_parses_and_every_stage_has_one(monkeypatch):
+    found = {call.script() for call in STAGES}
+    assert found >= {f"{name}.py" for name in SCRIPTS}
+    for call in STAGES + PAPER:
+        if call.script():
+            assert vars(parse(call.words, monkeypatch))
+
+
+@pytest.fixture(scope="session")
+def world(rendered, tmp_path_factory):
+    """A folder with what the README's user has: data sets below home/, and in here/ what lies in
+    the working folder."""
+    def make(folder):
+        home = folder / "home"
+        here = folder / "here"
+        here.mkdir(parents=True)
+        clips = sorted((rendered / "videos").glob("*.mp4"))
+        for name, some in (("videos", clips), ("ego4d/v1/full_scale", clips[:4]),
+                           ("100doh/videos", clips[4:])):
+            (home / name).mkdir(parents=True)
+            for clip in some:
+                shutil.copy(clip, home / name)
+        (home / "videos" / "broken.mp4").write_bytes(b"no video")
+        (here / "videos.txt").write_text(f"{clips[0]}\n")
+        for name in ("", "_eval"):
+            shutil.copytree(rendered / f"freihand{name}", home / f"FreiHAND_pub_v2{name}")
+        datasets.write_dexycb(home / "DexYCB", sequences=1)
+        datasets.write_assemblyhands(home / "AssemblyHands")
+        pictures = sorted((rendered / "freihand" / "training" / "rgb").glob("*.jpg"))
+        (home / "pictures").mkdir()
+        for picture in pictures[:5]:
+            shutil.copy(picture, home / "pictures")
+        for number, picture in enumerate(pictures[:40]):  # eight students of five digits
+            digit = here / "Sign-Language-Digits-Dataset" / "Dataset" / str(number % 5)
+            digit.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, digit / f"IMG_{1000 + number}.JPG")
+        write_hand100m(home / "Hand100M", here / "Hand100M_Ego4D_1m_v1-1.json", pictures)
+
+    return made_once(tmp_path_factory, "world", make)
+
+
+def write_hand100m(frames, path, pictures):
+    """SiMHand's published annotations in small: two videos of two frames, a hand in each."""
+    rng = np.random.default_rng(0)
+    images = []
+    annotations = []
+    for number in range(4):
+        name = f"video{number // 2}/frame_{30 * (number % 2):06d}.jpg"
+        (frames / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures[number], frames / name)
+        images.append({"id": number, "file_name": name, "width": 224, "height": 224})
+        annotations.append({"hand_id": str(number), "image_id": number,
+                            "boxes": "[50.0, 50.0, 170.0, 170.0]", "left_right": "Right",
+                            "positive_sample": [(number + 2) % 4], "distance": [0.1],
+                            "keypoint_25d": rng.uniform(0.2, 0.8, 63).tolist()})
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+
+
+def execute(call, home, folder):
+    """Run a command of the README in this folder, made small. -> its folder of results."""
+    text = " ".join([call.program, *call.words])
+    if any(re.match(pattern, text) for pattern in NOT_RUN):
+        return None
+    assert call.script() in SMALL, f"{text}: expected it in SMALL or NOT_RUN"
+    script, *words = [word.replace(HOME, str(home)) for word in call.words]
+    given = [word for word in words if word.startswith("--")]
+    more = list(SMALL[script])
+    if script == "finetune.py" and "--predict" in given:
+        more = ["--workers", 0]
+    elif "--weights" in given and words[words.index("--weights") + 1] != "imagenet":
+        del more[more.index("--weights"):][:2]
+    taken = "--out" in given and (folder / words[words.index("--out") + 1]).exists()
+    if taken:  # by another command: later ones want its results
+        more += ["--out", f"others/{time.time_ns()}"]
+    start = conftest.torchrun if call.program == "torchrun" else conftest.run
+    start(script, *words, *more, cwd=folder)
+    words += map(str, more)
+    out = words[len(words) - words[::-1].index("--out")] if "--out" in words else words[0]
+    if "--steps" not in given:
+        assert (folder / out / WRITES[script]).exists(), f"{text}: no {WRITES[script]} in {out}"
+    return out
+
+
+def execute_all(calls, world, folder):
+    """Run these commands in order. Of trainings that a loop starts by one line, the first with each
+    data set runs, and stands for the others."""
+    shutil.copytree(world / "here", folder, dirs_exist_ok=True)
+    done = {}
+    for call in calls:
+        if call in TOOLS or call.program == "#":
             continue
-        args = parse(words, monkeypatch)
-        if words[0] == "extract_hands.py":
-            hands.add(args.out)
-        elif words[0] == "mine_pairs.py":
-            assert args.hands in hands
-            mined[args.out or args.hands] = args.hands, args.top_k
-        elif words[0] == "pretrain.py":
-            assert [mined[folder][0] for folder in args.pairs or args.hands] == args.hands, words
-            assert args.top_k <= mined[args.hands[0]][1] and args.out not in backbones
-            backbones[args.out] = args.backbone
-        elif words[0] == "finetune.py":
-            if args.weights != "imagenet":
-                assert backbones[os.path.dirname(args.weights)] == args.backbone, words
-            assert args.out not in tuned
-            tuned.add(args.out)
+        words = call.words
+        dataset = words[words.index("--dataset") + 1] if "--dataset" in words else ""
+        key = (call.line, dataset) if call.script() in ("pretrain.py", "finetune.py") else call
+        for wanted, like in GRANTED.items():
+            if wanted in words and not (folder / wanted).exists():
+                shutil.copytree(folder / like, folder / wanted)
+        if str(key) in done:
+            (folder / words[words.index("--out") + 1]).symlink_to(folder / done[str(key)])
         else:
-            scored.append(args.out)
-            assert set(args.runs) <= tuned, set(args.runs) - tuned
-            assert not args.baseline or any(run.endswith(f"-{args.baseline}") for run in args.runs)
+            done[str(key)] = execute(call, world / "home", folder)
+
+
+def test_the_commands_of_the_stages_run(world, tmp_path):
+    execute_all(STAGES, world, tmp_path)
+    endings = "npy|pt|txt|jpg|png|jsonl|json|md|csv|tex|zip"
+    names = set(re.findall(rf"`([a-z_-]+\.(?:{endings}))`", README))
+    assert len(names) > 20
+    missing = [name for name in names - set(OF_OTHERS) if not [*tmp_path.rglob(name)]]
+    assert not missing
+
+
+def test_the_commands_of_the_paper_run(world, tmp_path):
+    execute_all(PAPER, world, tmp_path)
+
+
+@pytest.mark.parametrize("call", [*TOOLS, Call((), "python", ["tests/study.py"])],
+                         ids=lambda call: " ".join(call.words))
+def test_the_experiments_run(call, world, tmp_path):
+    shutil.copytree(world / "here", tmp_path, dirs_exist_ok=True)
+    execute(call, world / "home", tmp_path)
+
+
+def test_the_papers_runs_are_counted_in_its_table():
+    """A comment begins an experiment; how many runs it needs stands in the table above."""
+    counts = []
+    for call in PAPER:
+        if call.program == "#":
+            counts.append({"pretrain.py": 0, "finetune.py": 0})
+        elif call.script() in counts[-1]:
+            counts[-1][call.script()] += 1
+    needed = [tuple(count.values()) for count in counts if any(count.values())]
+    section = README.split("\n## The paper\n")[1].split("\n## ")[0]
     table = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", section, re.M)
-    assert counts == [(0, 0), (0, 0), *((int(a), int(b)) for a, b in table)] and len(counts) == 8
-    assert len(scored) == len(set(scored))
+    assert needed == [(int(pretrained), int(tuned)) for pretrained, tuned in table]
 
 
-def test_the_letter_of_the_paper_has_its_values(monkeypatch):
-    """Those that our defaults leave, said once more here by hand."""
-    section = README.split("\n### To the paper's letter\n")[1].split("\n#")[0]
-    lines = re.search(r"```bash\n(.*?)```", section, re.S)[1].replace("\\\n", " ").splitlines()
-    extract, mine, pretrain = (parse(shlex.split(line)[1:], monkeypatch) for line in lines)
+def test_the_papers_values(monkeypatch):
+    """What --paper sets, said once more here by hand."""
+    extract = parse(["extract_hands.py", "videos", "--out", "hands", "--paper"], monkeypatch)
+    mine = parse(["mine_pairs.py", "hands", "--paper"], monkeypatch)
+    pretrain = parse(["pretrain.py", "hands", "--out", "run", "--paper"], monkeypatch)
     assert (extract.margin, extract.border, extract.size, extract.fps) == (1.3, "black", 224, 1)
     assert not mine.rotation_free and (mine.dims, mine.top_k) == (14, 1)
     assert (pretrain.border, pretrain.weighting, pretrain.weight_on) == ("black", "linear", "both")
@@ -113,22 +263,9 @@ def test_only_extraction_imports_mediapipe():
 
 
 def test_ci_runs_the_second_command_exactly():
-    first, second = [line for line in BLOCKS.splitlines() if line.startswith("python3 -m venv")]
+    first, second = re.findall(r"^python3 -m venv.*", README, re.M)
     assert first.endswith("tests/demo.py") and second.endswith("-m pytest -n 2")
     assert second in (ROOT / ".ci" / "run").read_text().splitlines()
-
-
-def test_files_named_in_the_readme_are_named_in_a_script():
-    """As a string of its own, with or without its ending; not in a docstring or a help text."""
-    strings = set()
-    for path in ROOT.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                strings.add(node.value.lstrip("/"))
-    names = re.findall(r"`([a-z_-]+\.(?:npy|pt|txt|jpg|png|jsonl|json|md|csv|tex|zip))`", README)
-    assert len(set(names)) > 20
-    for name in set(names):
-        assert name in strings or Path(name).stem in strings, name
 
 
 def test_every_import_is_named_in_requirements():
