@@ -261,14 +261,13 @@ def sample_video(path, fps, k, skip):
         return k / fps - 1e-4  # time stamps are rounded to the stream's tick
 
     with open_video(path) as video:
+        codec = video.stream.codec_context
         skip = skip and video.stream.start_time is not None  # there are time stamps
-        wanted_from = None
         if skip:
-            wanted_from = due
             # Measured on 1080p, ms of a core for each second of video: H.264 122 with all frames,
             # NONREF 67, BIDIR 40; of HEVC BIDIR leaves one frame in ninety, NONREF halves the time.
-            is_h264 = video.stream.codec_context.name == "h264"
-            video.stream.codec_context.skip_frame = "BIDIR" if is_h264 else "NONREF"
+            codec.skip_frame = "BIDIR" if codec.name == "h264" else "NONREF"
+        wanted_from = due if skip else always
         index = -1
         for seconds, frame in decode(video, wanted_from):
             if frame.is_corrupt or seconds < due():
@@ -283,12 +282,18 @@ def sample_video(path, fps, k, skip):
         require_whole(video, k / fps)
 
 
+def always():
+    """The second from which frames are wanted where all are."""
+    return -math.inf
+
+
 @dataclasses.dataclass
 class Video:
     """An open video, and how far it has been read; seconds count from the stream's start."""
     container: av.container.InputContainer
     stream: av.VideoStream
-    start: float  # of the stream's clock, seconds
+    tick: float  # of the stream's clock, seconds
+    start: float  # of the stream, by its clock, seconds
     rate: float  # frames a second
     ratio: float  # width of a pixel over its height
     last: float = -math.inf  # time of the last decoded frame
@@ -320,13 +325,14 @@ def open_video(path):
         if codec is None:
             raise BrokenVideo("its video codec is unknown here")
         codec.thread_count = 1  # a worker has one core
-        start = (stream.start_time or 0) * stream.time_base
+        tick = float(stream.time_base)
+        start = (stream.start_time or 0) * tick
         rate = stream.average_rate or stream.guessed_rate or 30
         ratio = stream.sample_aspect_ratio or codec.sample_aspect_ratio or 1
-        yield Video(container, stream, float(start), float(rate), float(ratio))
+        yield Video(container, stream, tick, start, float(rate), float(ratio))
 
 
-def decode(video, due=None):
+def decode(video, due=always):
     """Yields (seconds, frame) of a video, one after another, but no frame that cannot be decoded.
 
     due: a function that says, at any time, before which second no frame is wanted. Packets are
@@ -336,14 +342,14 @@ def decode(video, due=None):
     held = collections.deque()
     dropped = False
     for packet in read_packets(video):
-        if due and packet.is_keyframe and held and not any_wanted(held, video, due()):
+        if packet.is_keyframe and held and not any_wanted(held, video, due()):
             held.clear()
             video.stream.codec_context.flush_buffers()
             dropped = True
         held.append(packet)
-        while held and (due is None or seconds_of(packet.dts, video) > due()):
+        while held and seconds_of(packet.dts, video) > due():
             given = held.popleft()
-            if due and given.pts is not None:
+            if given.pts is not None:
                 video.packets.append(seconds_of(given.pts, video))
             for seconds, frame in decode_packet(given, video):
                 video.misled |= dropped and not frame.key_frame
@@ -374,7 +380,7 @@ def seconds_of(stamp, video):
     """A time stamp of a video's stream -> seconds from its start; without end where it is None."""
     if stamp is None:
         return math.inf
-    return float(stamp * video.stream.time_base) - video.start
+    return stamp * video.tick - video.start
 
 
 def read_packets(video):
@@ -382,11 +388,12 @@ def read_packets(video):
     as in streams that were put one after another."""
     shift = 0
     last = None
-    half_second = 0.5 / video.stream.time_base
+    half_second = 0.5 / video.tick
     for packet in video.container.demux():
         length = packet.duration or 0
         if packet.pts is not None:
-            video.reached = max(video.reached, float((packet.pts + length) * packet.time_base))
+            end = (packet.pts + length) * float(packet.time_base)
+            video.reached = max(video.reached, end)
         if packet.stream.index != video.stream.index:
             continue
         if packet.dts is not None:
