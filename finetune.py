@@ -192,9 +192,7 @@ def main():
     rows = start_run(settings, data, step, model, plan, args) if plan.rank == 0 else []
 
     crops = make_crops(args)
-    batches = rows_of_steps(step, len(data.train), plan, args.seed)
-    loader = load_items(Pictures(data.train, crops), batches, plan.workers, collate,
-                        pin_memory=plan.device.type == "cuda")
+    loader = load_batches(data.train, step, crops, plan)
     report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # losses of the steps since the last report
     stop = catch_sigterm()
@@ -459,6 +457,12 @@ def make_optimizer(model, lr, backbone_lr):
     if backbone_lr is not None:
         groups.append(dict(params=list(model.backbone.parameters()), peak=backbone_lr))
     return torch.optim.Adam(groups, fused=True)
+
+
+def load_batches(train, step, crops, plan):
+    """Yields this rank's share of each batch from `step` on, as tensors on the host."""
+    return load_items(Pictures(train, crops), rows_of_steps(step, len(train), plan, crops.seed),
+                      plan.workers, collate, pin_memory=plan.device.type == "cuda")
 
 
 def rows_of_steps(step, count, plan, seed):
@@ -739,7 +743,7 @@ def start_run(settings, data, step, model, plan, args):
     """Start the log and print the settings -> the log's rows so far."""
     rows = start_log(args.out, settings, step)
     if not rows:
-        write_log(args.out, {"split": data.notes[0], "notes": data.notes[1:]})
+        write_log(args.out, {"notes": data.notes})
         before = Path(args.weights).parent / "log.jsonl"
         if Path(args.weights).is_file() and before.exists():
             note_pretraining(args.out, before)
@@ -917,6 +921,8 @@ def predict_folder(args):
     if plan.rank == 0:
         bones = np.full(len(samples), content["bone"])
         write_predictions(samples, uv, pose, bones, crops, args.predict, args.out)
+        print(f"in pred_xyz.npy all wrists lie at 0, and each bone 0-9 is {content['bone']:.1f} mm "
+              "long, the training set's median")
     end_ranks()
 
 
@@ -983,8 +989,8 @@ SAMPLE = np.dtype([
 
 @dataclasses.dataclass
 class Labels:
-    """Arrays of SAMPLE, and sentences for the user, the first naming the split. From a reader,
-    validation is None where a tenth of train shall be held out."""
+    """Arrays of SAMPLE, and sentences for the user. From a reader, validation is None where a tenth
+    of train shall be held out."""
     train: np.recarray
     validation: np.recarray
     test: np.recarray
@@ -1019,7 +1025,7 @@ def check_bones(samples, notes, root):
     middle = np.median(lengths)
     require(lengths.min() > 0 and 40 < middle < 140,
             f"{root}: the bone 0-9 is {lengths.min():.3g} mm long at least and {middle:.3g} mm in "
-            "the median, expected hands")
+            "the median, expected hands (FreiHAND's and DexYCB's labels are in metres)")
 
 
 def flip_left_hands(samples):
@@ -1095,8 +1101,8 @@ def make_samples(crop=None, **fields):
 # ------------------------------------------------------------------- labels: kept with --labels
 
 def kept_labels(args):
-    """The labels of the folder --labels, which is filled where it is empty -> Labels. The first
-    line of its labels.txt says what they are; the reader's notes follow."""
+    """The labels of the folder --labels, which is filled where it is empty -> Labels. Its labels.txt
+    says in one line what they are."""
     folder = Path(args.labels)
     if args.dataset == "own":
         return load_labels(folder, [f"own labels: those in {folder}"],
@@ -1104,33 +1110,27 @@ def kept_labels(args):
     division = args.setup or args.modality or ""
     filtered = " --paper-filter" if args.paper_filter else ""
     wanted = f"{args.dataset} {division}{filtered} of {os.path.realpath(args.root)}"
-    there = [name for name in ("train", "val", "test") if (folder / f"{name}.npy").exists()]
-    if there:
-        found, *notes = read_labels_txt(folder)
-        require(found == wanted, f"{folder}: holds {found}, not {wanted}; delete it, or choose "
-                "another --labels")
-    if "test" in there:
-        print(f"labels: those that an earlier run left in {folder}; delete it where the data set "
-              "was changed since")
-        return load_labels(folder, notes, "delete this folder, it will be made again")
-    labels = READERS[args.dataset](args)
-    save_labels(folder, wanted, labels)
-    return labels
+    origin = folder / "labels.txt"
+    found = "labels of your own, for --dataset own"
+    if origin.exists():
+        found = origin.read_text(errors="replace").strip()
+    require(found == wanted or not list(folder.glob("*.npy")),
+            f"{folder}: holds {found}, not {wanted}; delete it, or choose another --labels")
+    if not (folder / "test.npy").exists():
+        labels = READERS[args.dataset](args)
+        save_labels(folder, wanted, labels)
+        return labels
+    note = (f"{found}: the labels that an earlier run left in {folder}; delete it where the data "
+            "set was changed since")
+    return load_labels(folder, [note], "delete this folder, it will be made again")
 
 
-def read_labels_txt(folder):
-    """-> the lines of labels.txt, one at least."""
-    file = folder / "labels.txt"
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    return lines or ["labels of your own, for --dataset own"]
-
-
-def save_labels(folder, of, labels):
+def save_labels(folder, origin, labels):
     """labels.txt first: it says that the other files are not the user's; test.npy last: where it
     is, all is."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "labels.txt") as file:
-        file.write("".join(f"{line}\n" for line in (of, *labels.notes)).encode(errors="replace"))
+        file.write(f"{origin}\n".encode(errors="replace"))
     save_array(folder / "train.npy", labels.train.view(SAMPLE))
     if labels.validation is not None:
         save_array(folder / "val.npy", labels.validation.view(SAMPLE))
@@ -1187,12 +1187,7 @@ def read_freihand_split(root, split, versions, places):
     xyz = read_array(split, "xyz", 21, places)
     require(len(matrix) == len(xyz), f"{root / split}_K.json: has {len(matrix)} entries, "
             f"{split}_xyz.json has {len(xyz)}")
-    lengths = bone_length(xyz)
-    bad = np.flatnonzero((xyz[..., 2] <= 0).any(1) | (lengths <= 0))
-    require(not len(bad), f"{split}_xyz.json: sample {bad[:1]} lies behind the camera or has no "
-            "bone 0-9")
-    require(np.median(lengths) < 1,
-            f"{split}_xyz.json: the bone 0-9 has a median above 1, expected metres")
+    require((xyz[..., 2] > 0).all(), f"{split}_xyz.json: a joint lies behind the camera")
     pictures = [f"{i:08d}.jpg" for i in range(versions * len(xyz))]
     folder = root / split / "rgb"
     there = set(os.listdir(folder))
