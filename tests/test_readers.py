@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import finetune
-from conftest import refused, run, run_here
+from conftest import refused, run_here
 from datasets import (META, SERIALS, SUBJECTS, TINY, a_hand, official, parse, split, test_crops,
                       visible, write_assemblyhands, write_dexycb)
 
@@ -49,20 +49,11 @@ def test_freihand_is_read_to_the_letter(freihand):
 
 
 def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
-    def line(root=freihand, *arguments):
+    def line(root=freihand):
         return refused("finetune.py", "--dataset", "freihand", "--root", root,
-                       "--out", tmp_path / "run", *TINY, *arguments)
+                       "--out", tmp_path / "run", *TINY)
 
-    run("finetune.py", "--dataset", "freihand", "--root", tmp_path / "no",
-        "--out", tmp_path / "run", status=2)
     assert "training_K.json: missing" in line(tmp_path / "nowhere")
-    assert "fewer than --batch-size 9999" in line(freihand, "--batch-size", 9999)
-    assert "--label-fraction" in line(freihand, "--label-fraction", 0)
-    assert "expected at least 2" in line(freihand, "--label-fraction", 0.05)
-    assert "multiple of 32" in line(freihand, "--input-size", 100)
-    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "other.pt: not the weights of a resnet18" in line(
-        freihand, "--weights", tmp_path / "other.pt")
     file = freihand / "training_xyz.json"
     text, values = file.read_text(), json.loads(file.read_text())
     for content, words in ((json.dumps(values[:-1]), "has 16 entries, training_xyz.json has 15"),
@@ -90,6 +81,15 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     (freihand.with_name("set_eval") / "evaluation_xyz.json").unlink()
     assert "evaluation_xyz.json: missing" in line()
     assert not (tmp_path / "run" / "pred_xyz.npy").exists()
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("--batch-size", 9999, "fewer than --batch-size 9999"),
+    ("--label-fraction", 0, "--label-fraction must lie in 0..1"),
+    ("--label-fraction", 0.05, "expected at least 2")])
+def test_values_that_do_not_fit_the_set_are_refused(rendered, tmp_path, flag, value, message):
+    assert message in refused("finetune.py", "--dataset", "freihand", "--root",
+                              rendered / "freihand", "--out", tmp_path / "run", *TINY, flag, value)
 
 
 def test_label_fractions_are_nested_and_divided_by_sample(rendered):
@@ -326,45 +326,63 @@ def test_labels_of_the_users_own_are_never_overwritten(kept):
         assert {p.name: p.read_bytes() for p in labels.iterdir()} == before
 
 
-def test_an_own_data_set_of_the_same_records_trains_the_same_model(freihand, assembly, tmp_path):
-    kept = tmp_path / "labels"
-    for name, root in (("freihand", freihand), ("assemblyhands", assembly[0])):
-        train, validation, test, _ = split(parse("--root", root, "--out", "x",
-                                                 "--labels", kept / name, dataset=name))
-        assert (train.left.any() == (name == "assemblyhands")
-                and not (kept / name / "val.npy").exists())
-        (kept / name / "labels.txt").unlink()  # nothing but records is left
-        own = split(parse("--root", root, "--out", "x", "--labels", kept / name, dataset="own"))
-        assert equal((train, validation, test), own) and str(kept / name) in own[3][0]
+def keep_as_own(name, root, labels):
+    """The labels of a data set as a user would make them: the arrays alone. -> what it is trained,
+    validated and tested on."""
+    samples = split(parse("--root", root, "--out", "x", "--labels", labels, dataset=name))
+    (labels / "labels.txt").unlink()
+    return samples
+
+
+@pytest.mark.parametrize("name", ["freihand", "assemblyhands"])
+def test_an_own_data_set_of_the_same_records_is_the_same(name, freihand, assembly, tmp_path):
+    root = freihand if name == "freihand" else assembly[0]
+    samples = keep_as_own(name, root, tmp_path / "labels")
+    assert samples[0].left.any() == (name == "assemblyhands")
+    own = split(parse("--root", root, "--out", "x", "--labels", tmp_path / "labels", dataset="own"))
+    assert equal(samples, own) and str(tmp_path / "labels") in own[3][0]
+
+
+def test_an_own_data_set_trains_the_same_model(freihand, tmp_path):
+    keep_as_own("freihand", freihand, tmp_path / "labels")
     arguments = ("--root", freihand, *TINY, "--epochs", 1)
     run_here("finetune.py", "--dataset", "freihand", *arguments, "--out", tmp_path / "one")
-    run_here("finetune.py", "--dataset", "own", "--labels", kept / "freihand", *arguments,
+    run_here("finetune.py", "--dataset", "own", "--labels", tmp_path / "labels", *arguments,
              "--out", tmp_path / "two")
     for name in ("pred_xyz.npy", "gt_xyz.npy", "gt_uv.npy", "names.txt", "overlay.jpg"):
         assert ((tmp_path / "one" / name).read_bytes()
                 == (tmp_path / "two" / name).read_bytes()), name
     one, two = (torch.load(tmp_path / name / "model.pt") for name in ("one", "two"))
     assert one["crop"] == 2 and two["crop"] == pytest.approx(2)
-    shutil.copy(kept / "freihand" / "test.npy", kept / "freihand" / "val.npy")
-    _, validation, test, notes = split(parse("--root", freihand, "--out", "x",
-                                             "--labels", kept / "freihand", dataset="own"))
+
+
+def test_an_own_data_set_may_have_a_validation_split(freihand, tmp_path):
+    labels = tmp_path / "labels"
+    keep_as_own("freihand", freihand, labels)
+    shutil.copy(labels / "test.npy", labels / "val.npy")
+    _, validation, test, notes = split(parse("--root", freihand, "--out", "x", "--labels", labels,
+                                             dataset="own"))
     assert validation.tobytes() == test.tobytes() and "for validation" not in notes[-1]
 
-    def line(*labels):
-        return refused("finetune.py", "--dataset", "own", *arguments, "--out", tmp_path / "three",
-                       *labels)
 
-    assert "train.npy: missing, expected records of path, left" in line(
-        "--labels", tmp_path / "none")
-    records = np.load(kept / "freihand" / "test.npy")
+def test_a_wrong_own_data_set_is_refused(freihand, tmp_path):
+    labels = tmp_path / "labels"
+
+    def line():
+        return refused("finetune.py", "--dataset", "own", "--root", freihand, *TINY,
+                       "--out", tmp_path / "run", "--labels", labels)
+
+    assert "train.npy: missing, expected records of path, left" in line()
+    keep_as_own("freihand", freihand, labels)
+    records = np.load(labels / "test.npy")
     for field, value, words in (("side", 0, "crop's side must be above 0"),
                                 ("left", True, "left hand's width"),
                                 ("xyz", np.nan, "values must be finite"),
                                 ("xyz", 1, "expected hands")):
         wrong = records.copy()
         wrong[field] = value
-        np.save(kept / "freihand" / "test.npy", wrong)
-        assert words in line("--labels", kept / "freihand")
+        np.save(labels / "test.npy", wrong)
+        assert words in line()
 
 
 def dots_found(images, uvs, valid):
