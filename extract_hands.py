@@ -789,9 +789,11 @@ def extract_all(todo, annotations, cores, job):
 
     def submit(worker):
         name = next(names, None)
-        if name is not None:
-            given = annotations and annotations.sources[name]
-            running[worker.pool.submit(extract_video, name, given)] = worker, name
+        if name is None:
+            worker.pool.shutdown(wait=False)
+            return
+        given = annotations and annotations.sources[name]
+        running[worker.pool.submit(extract_video, name, given)] = worker, name
 
     try:
         for core in cores[:len(todo)]:
@@ -908,7 +910,7 @@ def merge_if_last(out, names, annotations, start, rank, ranks):
     """Merge the parts of all ranks, unless a video is still to be done by another rank."""
     merged = lines(out / "videos.txt")  # by now another rank may have merged
     new = sorted(set(names) - set(merged))
-    reasons = dict(line.split("\t", 1) for line in lines(out / "failed.txt"))
+    reasons = dict(line.partition("\t")[::2] for line in lines(out / "failed.txt"))
     others = sum(not part_path(out, name).exists() and name not in reasons for name in new)
     if others:
         print(f"{others} videos are not done yet, they are left to other ranks (this is rank "
