@@ -934,7 +934,8 @@ def test_tensorboard_where_it_is_installed(mined, tmp_path):
 def test_a_loader_process_that_dies_ends_in_one_line(mined, tmp_path):
     """As where the memory or /dev/shm is full."""
     process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, (
-        mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--epochs", 500))],
+        mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--epochs", 500,
+        "--save-minutes", 0))],
         env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run" / "checkpoint.pt", process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
