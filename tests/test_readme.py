@@ -16,8 +16,11 @@ import time
 import typing
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
+import torchvision
 
 import conftest
 import datasets
@@ -46,8 +49,6 @@ SMALL = {"extract_hands.py": ("--workers", 1),
 WRITES = {"extract_hands.py": "hands.jpg", "mine_pairs.py": "pairs.jpg",
           "pretrain.py": "backbone.pt", "finetune.py": "pred_xyz.npy", "evaluate.py": "table.md",
           "tests/demo.py": "demo.md", "tests/digits.py": "digits.md", "tests/study.py": "study.md"}
-# Runs that the README takes for granted, and what stands for them.
-GRANTED = {"runs/freihand-imagenet": "runs/freihand-simhand"}
 # Files that the README names, and that none of its commands writes.
 OF_OTHERS = {"hand_landmarker.task": "MediaPipe's", "train.npy": "the user's own labels",
              "test.npy": "the same", "val.npy": "the same", "videos.txt": "",
@@ -72,7 +73,8 @@ def parse(words, monkeypatch):
 
 def calls_of(text):
     """The Calls of the code blocks in a text, in order."""
-    blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, re.S)
+    blocks = [block for language, block in re.findall(r"```(\w*)\n(.*?)```", text, re.S)
+              if language in ("", "bash")]
     script = "".join(f"{name}() {{ note {name} \"$@\"; }}\n" for name in (
         "python", "python3", "torchrun", "srun", "git", "pip"))
     script += ("note() { printf '%s\\0' \"${BASH_LINENO[*]:1}\" \"$@\"; printf '\\n'; }\n"
@@ -91,7 +93,9 @@ def calls_of(text):
 
 
 # The paper's experiments start in a folder of their own: their runs have the names of earlier ones.
-STAGES, PAPER = (calls_of(text) for text in README.partition("\n## The paper\n")[::2])
+SECTIONS = {text.splitlines()[0]: text for text in README.split("\n## ")}
+PAPER = calls_of(SECTIONS["The paper"])
+STAGES = calls_of("\n".join(text for title, text in SECTIONS.items() if title != "The paper"))
 TOOLS = [call for call in STAGES + PAPER if (call.script() or "").startswith("tests/")]
 
 
@@ -131,6 +135,8 @@ def world(rendered, tmp_path_factory):
             digit = here / "Sign-Language-Digits-Dataset" / "Dataset" / str(number % 5)
             digit.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, digit / f"IMG_{1000 + number}.JPG")
+        for name in ("peclr_rn50_yt3dh_fh.pth", "resnet50_simhand.pth"):  # the small network's
+            torch.save(torchvision.models.resnet18().state_dict(), here / name)
         write_hand100m(home / "Hand100M", here / "Hand100M_Ego4D_1m_v1-1.json", pictures)
 
     return made_once(tmp_path_factory, "world", make)
@@ -189,9 +195,6 @@ def execute_all(calls, world, folder):
         words = call.words
         dataset = words[words.index("--dataset") + 1] if "--dataset" in words else ""
         key = (call.line, dataset) if call.script() in ("pretrain.py", "finetune.py") else call
-        for wanted, like in GRANTED.items():
-            if wanted in words and not (folder / wanted).exists():
-                shutil.copytree(folder / like, folder / wanted)
         if str(key) in done:
             (folder / words[words.index("--out") + 1]).symlink_to(folder / done[str(key)])
         else:
@@ -205,6 +208,21 @@ def test_the_commands_of_the_stages_run(world, tmp_path):
     assert len(names) > 20
     missing = [name for name in names - set(OF_OTHERS) if not [*tmp_path.rglob(name)]]
     assert not missing
+
+
+def test_the_lines_that_use_the_backbone(tmp_path):
+    """With torch and torchvision alone, as the README says."""
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    assert re.findall(r"(?m)^(?:import|from) ([^.\n]+)", code) == ["torch, torchvision", "torchvision"]
+    folder = tmp_path / "runs" / "simhand"
+    folder.mkdir(parents=True)
+    backbone = torchvision.models.resnet50()
+    backbone.fc = torch.nn.Identity()
+    torch.save(backbone.state_dict(), folder / "backbone.pt")
+    picture = np.random.default_rng(0).integers(0, 255, (300, 300, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "hand.jpg"), picture)
+    code += "\nassert features.shape == (1, 2048) and features.isfinite().all()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=ENVIRONMENT)
 
 
 def test_the_commands_of_the_paper_run(world, tmp_path):
@@ -227,8 +245,7 @@ def test_the_papers_runs_are_counted_in_its_table():
         elif call.script() in counts[-1]:
             counts[-1][call.script()] += 1
     needed = [tuple(count.values()) for count in counts if any(count.values())]
-    section = README.split("\n## The paper\n")[1].split("\n## ")[0]
-    table = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", section, re.M)
+    table = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|", SECTIONS["The paper"], re.M)
     assert needed == [(int(pretrained), int(tuned)) for pretrained, tuned in table]
 
 
