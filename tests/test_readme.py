@@ -38,7 +38,7 @@ NOT_RUN = {r"^(pip|git) ": "needs the network",
 SMALL = {"extract_hands.py": ("--workers", 1),
          "mine_pairs.py": (),
          "pretrain.py": (*TINY, "--batch-size", 4, "--micro-batch", 2, "--epochs", 1),
-         "finetune.py": (*TINY, "--batch-size", 8, "--epochs", 1),
+         "finetune.py": (*TINY, "--batch-size", 4, "--epochs", 1),
          "evaluate.py": (),
          "tests/demo.py": ("--persons", 6, "--seconds", 2, "--labelled", 12, "--tested", 8,
                            "--input-size", 32, "--epochs", 1, "--batch-size", 4, "--tuning-epochs",
@@ -172,6 +172,8 @@ def execute(call, home, folder):
         more = ["--workers", 0]
     elif "--weights" in given and words[words.index("--weights") + 1] != "imagenet":
         del more[more.index("--weights"):][:2]
+    if script == "mine_pairs.py" and "--limit" in given:
+        more = ["--limit", 15]
     taken = "--out" in given and (folder / words[words.index("--out") + 1]).exists()
     if taken:  # by another command: later ones want its results
         more += ["--out", f"others/{time.time_ns()}"]
