@@ -224,9 +224,10 @@ def compare(folder, videos, fps, what, workers, rounds, opencv=False):
                 frames[who, part] += took[1]
     assert (frames[0] == frames[1]).all(), f"looked at other frames: {frames}"
     ours, bare = (frames[:, 1] - frames[:, 0]) / (seconds[:, 1] - seconds[:, 0])
+    decoder = "OpenCV" if opencv else "PyAV"
     return Row(f"{what}, {workers} workers, {frames[0].sum()} frames, start-up apart",
                f"{ours:.1f} frames/s", f"{bare:.1f} frames/s", f"{ours / bare:.2f}",
-               f"decoding by {'OpenCV' if opencv else 'PyAV'} and bare MediaPipe, as many processes")
+               f"decoding by {decoder} and bare MediaPipe, as many processes")
 
 
 def run_extraction(folder, videos, fps, workers):
@@ -485,7 +486,8 @@ def step(folder, runs=((32, 32), (32, 8)), steps=30):
         if micro < batch:
             note += "; ours embeds twice: 0.75 at most"
         yield Row(f"resnet18, 64 px, {batch} pairs, {micro} at a time, fp32, CPU",
-                  f"{rate:.0f} views/s, {memory}", f"{bare:.0f} views/s", f"{rate / bare:.2f}", note)
+                  f"{rate:.0f} views/s, {memory}", f"{bare:.0f} views/s",
+                  f"{rate / bare:.2f}", note)
 
 
 def dry_run(*arguments):

@@ -91,7 +91,7 @@ def parse(module, *words):
 
 
 def pretrain_args(run, batch, micro, *words):
-    return parse(pretrain, run.folder / "hands", "--out", run.folder / "unused", "--weights", "none",
+    return parse(pretrain, run.folder / "hands", "--out", "unused", "--weights", "none",
                  "--batch-size", batch, "--micro-batch", micro, "--device", run.device.type, *words)
 
 
@@ -215,7 +215,7 @@ def never_waits(run):
         step()
         error = ""
     except RuntimeError as found:
-        error = str(found)
+        error = str(found).splitlines()[0]
     torch.cuda.set_sync_debug_mode("default")
     return Row("a step's Python never waits for the GPU", error, "", verdict(not error))
 
@@ -270,13 +270,13 @@ def speed(run, compiled=False):
 
 
 def loader_speed(run):
-    micro = run.batches[0][1]
+    micro = min(64, run.batches[0][1])  # small: the processes are then rarely all done at once
     args = pretrain_args(run, micro, micro, "--input-size", run.side)
     data = pretrain.load_data(args)
     plan = pretrain.make_plan(args, len(data.pool), 0, 1, run.device)
-    items = pretrain.hands_of_steps(0, plan.steps_per_epoch, len(data.pool), plan, args)
+    items = pretrain.hands_of_steps(0, 75 * run.steps, len(data.pool), plan, args)
     batches = common.load_items(pretrain.Pairs(data, args), items, args.workers, pretrain.collate)
-    first = min(2 * args.workers, plan.steps_per_epoch // 2)  # made while the processes started
+    first = 4 * args.workers  # those that were made while the processes started
     for _ in range(first):
         next(batches)
     start = time.time()
@@ -317,7 +317,8 @@ def step_speed(run, batch, micro, compiled):
               f"{bare_rate:.0f} views/s", f"{rate / bare_rate:.2f}", note)
     waits = max(0, 1 - without_loader / seconds)
     loss = losing / seconds
-    yield Row("it waits for", f"loader {waits:.0%}, loss {loss:.0%}, network {1 - waits - loss:.0%}")
+    yield Row("its time is spent on", f"loader {waits:.0%}, loss {loss:.0%}, network "
+              f"{1 - waits - loss:.0%}")
 
 
 def set_up(run, args):
@@ -378,13 +379,15 @@ def mining(run):
 
     def brute_force():
         for rows in chosen.split(256):
-            every = torch.cdist(points[rows], points, compute_mode="donot_use_mm_for_euclid_dist")
+            every = torch.cdist(points[rows], points)
             every.masked_fill_(group[rows, None] == group, torch.inf)
-            least.append(every.amin(1))
+            # Measured once more: products of matrices are not exact for near neighbours.
+            least.append((points[every.argmin(1)] - points[rows]).norm(dim=1))
 
     usual = seconds_of(brute_force, run.device, 1) * count / len(chosen)
     found = torch.cat(least[:len(least) // 2]).cpu().numpy()
-    same = np.allclose(found, distances[chosen.cpu().numpy(), 0], rtol=1e-4, atol=1e-6)
+    ours = distances[chosen.cpu().numpy(), 0]
+    same = (ours <= found * (1 + 1e-5)).all() and np.isclose(ours, found, rtol=1e-5).mean() > 0.9
     yield Row(f"{count} hands, top-1 of other videos", f"{seconds:.1f} s, {memory:.2f} GB",
               f"{usual:.1f} s", f"{usual / seconds:.1f}, {verdict(same)}",
               "all distances, of every 200th hand, times 200")
