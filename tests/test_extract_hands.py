@@ -954,7 +954,8 @@ def test_the_authors_annotations_become_a_hands_folder(annotated, margin):
                  "--out", out, "--margin", margin)
     printed = run("extract_hands.py", *arguments).stdout
     hands = load_hands(out)
-    assert f"next: python pretrain.py {out} --out RUN" in printed  # their pairs are there already
+    # Their pairs are there already.
+    assert printed.splitlines()[-1].endswith(f"pretrain.py {out} --out runs/hands")
     assert hands.videos == ["v1", "v2"] and hands.rows["video"].tolist() == [0, 0, 1, 1, 1, 1]
     assert hands.rows["frame"].tolist() == [0, 0, 0, 0, 1, 1]
     order = ["200", "201", "400", "401", "100", "101"]
