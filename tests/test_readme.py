@@ -38,17 +38,19 @@ NOT_RUN = {r"^(pip|git) ": "needs the network",
 SMALL = {"extract_hands.py": ("--workers", 1),
          "mine_pairs.py": (),
          "pretrain.py": (*TINY, "--batch-size", 4, "--micro-batch", 2, "--epochs", 1),
-         "finetune.py": (*TINY, "--batch-size", 4, "--epochs", 1),
+         "finetune.py": (*TINY, "--batch-size", 8, "--epochs", 1),
          "evaluate.py": (),
          "tests/demo.py": ("--persons", 6, "--seconds", 2, "--labelled", 12, "--tested", 8,
                            "--input-size", 32, "--epochs", 1, "--batch-size", 4, "--tuning-epochs",
                            1, "--seeds", 1, "--methods", "none", "--out", "demo"),
          "tests/digits.py": ("--epochs", 1, "--batch-size", 4, "--seeds", 1, "--methods",
                              "untrained", "poses"),
-         "tests/study.py": ("--size", "tiny", "--seeds", 1, "--methods", "none", "--out", "study")}
+         "tests/study.py": ("--size", "tiny", "--seeds", 1, "--methods", "none", "--out", "study"),
+         "tests/bench.py": ("--size", "tiny", "--out", "bench.md")}
 WRITES = {"extract_hands.py": "hands.jpg", "mine_pairs.py": "pairs.jpg",
           "pretrain.py": "backbone.pt", "finetune.py": "pred_xyz.npy", "evaluate.py": "table.md",
-          "tests/demo.py": "demo.md", "tests/digits.py": "digits.md", "tests/study.py": "study.md"}
+          "tests/demo.py": "demo.md", "tests/digits.py": "digits.md", "tests/study.py": "study.md",
+          "tests/bench.py": ""}
 # Files that the README names, and that none of its commands writes.
 OF_OTHERS = {"hand_landmarker.task": "MediaPipe's", "train.npy": "the user's own labels",
              "test.npy": "the same", "val.npy": "the same", "videos.txt": "",
@@ -172,6 +174,8 @@ def execute(call, home, folder):
         more = ["--workers", 0]
     elif "--weights" in given and words[words.index("--weights") + 1] != "imagenet":
         del more[more.index("--weights"):][:2]
+    if "--label-fraction" in given:  # a few pictures are left
+        more += ["--batch-size", 4]
     if script == "mine_pairs.py" and "--limit" in given:
         more = ["--limit", 15]
     taken = "--out" in given and (folder / words[words.index("--out") + 1]).exists()
@@ -215,7 +219,8 @@ def test_the_commands_of_the_stages_run(world, tmp_path):
 def test_the_lines_that_use_the_backbone(tmp_path):
     """With torch and torchvision alone, as the README says."""
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    assert re.findall(r"(?m)^(?:import|from) ([^.\n]+)", code) == ["torch, torchvision", "torchvision"]
+    imported = re.findall(r"(?m)^(?:import|from) ([^.\n]+)", code)
+    assert imported == ["torch, torchvision", "torchvision"]
     folder = tmp_path / "runs" / "simhand"
     folder.mkdir(parents=True)
     backbone = torchvision.models.resnet50()
@@ -231,8 +236,11 @@ def test_the_commands_of_the_paper_run(world, tmp_path):
     execute_all(PAPER, world, tmp_path)
 
 
-@pytest.mark.parametrize("call", [*TOOLS, Call((), "python", ["tests/study.py"])],
-                         ids=lambda call: " ".join(call.words))
+OTHER_TOOLS = [Call((), "python", words) for words in (["tests/study.py"],
+                                                       ["tests/bench.py", "loader"])]
+
+
+@pytest.mark.parametrize("call", TOOLS + OTHER_TOOLS, ids=lambda call: Path(call.words[0]).stem)
 def test_the_experiments_run(call, world, tmp_path):
     shutil.copytree(world / "here", tmp_path, dirs_exist_ok=True)
     execute(call, world / "home", tmp_path)
