@@ -54,6 +54,8 @@ WRITES = {"extract_hands.py": "hands.jpg", "mine_pairs.py": "pairs.jpg",
 # Files that the README names, and that none of its commands writes.
 OF_OTHERS = {"hand_landmarker.task": "MediaPipe's", "train.npy": "the user's own labels",
              "test.npy": "the same", "val.npy": "the same", "videos.txt": "",
+             "wrist.npy": "AssemblyHands', in the paper's commands",
+             "training_xyz.json": "FreiHAND's",
              "dexycb.txt": "--submission dexycb, in test_evaluate.py",
              "study.md": "written here", "bench.md": "written here"}
 
