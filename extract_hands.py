@@ -298,6 +298,7 @@ class Video:
     ratio: float  # width of a pixel over its height
     last: float = -math.inf  # time of the last decoded frame
     packets: list = dataclasses.field(default_factory=list)  # times of those given to the decoder
+    count: int = 0  # of the packets read
     end: float = 0.0  # time of the last packet
     reached: float = 0.0  # end of all that was read, video or not, by the container's clock
     misled: bool = False  # a packet that was called a key frame is none
@@ -396,6 +397,7 @@ def read_packets(video):
             video.reached = max(video.reached, end)
         if packet.stream.index != video.stream.index:
             continue
+        video.count += packet.size > 0
         if packet.dts is not None:
             if last is not None and packet.dts + shift < last - half_second:
                 shift = last + length - packet.dts
@@ -420,6 +422,8 @@ def require_whole(video, due):
     read = video.reached - start
     if read < 0.95 * length - 1:
         raise BrokenVideo(f"breaks off at {read:.1f} s of {length:.1f} s")
+    if video.count < 0.95 * video.stream.frames - video.rate:  # 0 frames: the file does not say
+        raise BrokenVideo(f"breaks off at frame {video.count} of {video.stream.frames}")
     if due < 0.95 * video.end - 1:
         raise BrokenVideo(f"cannot be decoded from {due:.1f} s of {video.end:.1f} s on (codec "
                           f"{codec})")
@@ -792,8 +796,13 @@ def extract_all(todo, annotations, cores, job):
         if name is None:
             worker.pool.shutdown(wait=False)
             return
-        given = annotations and annotations.sources[name]
-        running[worker.pool.submit(extract_video, name, given)] = worker, name
+        work = extract_video, name, annotations and annotations.sources[name]
+        try:
+            future = worker.pool.submit(*work)
+        except BrokenProcessPool:  # it died between two videos
+            worker = start_worker(worker.core, job)
+            future = worker.pool.submit(*work)
+        running[future] = worker, name
 
     try:
         for core in cores[:len(todo)]:

@@ -560,6 +560,7 @@ def test_a_video_whose_worker_dies_is_tried_again_by_the_next_call(rendered, ext
     process = subprocess.Popen(command, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     wait_for_a_part(out, process)
+    time.sleep(0.1)  # by now the worker is at the next video
     workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"],
                              capture_output=True, text=True)
     os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)

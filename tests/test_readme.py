@@ -180,16 +180,21 @@ def execute(call, home, folder):
         more += ["--batch-size", 4]
     if script == "mine_pairs.py" and "--limit" in given:
         more = ["--limit", 15]
-    taken = "--out" in given and (folder / words[words.index("--out") + 1]).exists()
-    if taken:  # by another command: later ones want its results
+    if out_of(words) and (folder / out_of(words)).exists():  # another command's: it is wanted yet
         more += ["--out", f"others/{time.time_ns()}"]
     start = conftest.torchrun if call.program == "torchrun" else conftest.run
     start(script, *words, *more, cwd=folder)
     words += map(str, more)
-    out = words[len(words) - words[::-1].index("--out")] if "--out" in words else words[0]
+    out = out_of(words) or words[0]
     if "--steps" not in given:
         assert (folder / out / WRITES[script]).exists(), f"{text}: no {WRITES[script]} in {out}"
     return out
+
+
+def out_of(words):
+    """What follows the last --out of a command: that one counts."""
+    places = [k for k, word in enumerate(words) if word == "--out"]
+    return words[places[-1] + 1] if places else None
 
 
 def execute_all(calls, world, folder):
@@ -204,7 +209,7 @@ def execute_all(calls, world, folder):
         dataset = words[words.index("--dataset") + 1] if "--dataset" in words else ""
         key = (call.line, dataset) if call.script() in ("pretrain.py", "finetune.py") else call
         if str(key) in done:
-            (folder / words[words.index("--out") + 1]).symlink_to(folder / done[str(key)])
+            (folder / out_of(words)).symlink_to(folder / done[str(key)])
         else:
             done[str(key)] = execute(call, world / "home", folder)
 
