@@ -62,6 +62,8 @@ COLUMNS = {"mpjpe": Column("MPJPE, mm", 1, min),
            "pa_mpjpe": Column("PA-MPJPE, mm", 1, min),
            "auc_0_50": Column("AUC 0-50", 3, max)}
 
+BY_HAND = "\n## What did not help\n"  # from this heading on, study.md is kept
+
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -98,7 +100,10 @@ def main():
     text = "\n".join(["# Does mining similar hands help?\n",
                       f"Written by `python tests/study.py --size {args.size}`.\n",
                       "![The study's runs](study.png)\n", *parts])
-    (results / "study.md").write_text(text)
+    path = results / "study.md"
+    if path.exists():  # the list of what did not help is written by hand
+        text += "".join(path.read_text().partition(BY_HAND)[1:])
+    path.write_text(text)
     draw(results / "study.png", panels)
     print(f"{text}\n{(time.time() - began) / 60:.0f} minutes in this call; wrote "
           f"{results}/study.md and study.png")
