@@ -45,6 +45,19 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnraisableExceptionWarning")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_readme", "test_bench"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process that has nothing left to do takes tests from the other."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def run(script, *arguments, status=0, cwd="."):
     """Run a script in a process of its own, as a user would, but that its own warnings are errors.
     -> CompletedProcess; a wrong exit status shows all that it printed."""

@@ -42,7 +42,7 @@ SIZES = {
                 probes=(0.01, 0.1, 1.0), hands=20_000, pools=(2500, 5000, 10_000), loader=()),
     # To see that all of it runs.
     "tiny": dict(videos=8, seconds=2, crop=64, backbone="resnet18", input=32, train=24, test=8,
-                 batch=8, epochs=1, warmup=0, tune_batch=8, tunings=((0.5, 5, 2),), probes=(1.0,),
+                 batch=8, epochs=1, warmup=0, tune_batch=8, tunings=((0.5, 5, 1),), probes=(1.0,),
                  hands=40, pools=(), loader=("--workers", 0))}
 HANDS = {"hands": (), "hands-paper": ("--paper",)}
 MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),

@@ -198,7 +198,7 @@ def out_of(words):
 
 
 def execute_all(calls, world, folder):
-    """Run these commands in order. Of trainings that a loop starts by one line, the first with each
+    """Run these commands in order. Of those that a loop starts by one line, the first with each
     data set runs, and stands for the others."""
     shutil.copytree(world / "here", folder, dirs_exist_ok=True)
     done = {}
@@ -206,8 +206,9 @@ def execute_all(calls, world, folder):
         if call in TOOLS or call.program == "#":
             continue
         words = call.words
-        dataset = words[words.index("--dataset") + 1] if "--dataset" in words else ""
-        key = (call.line, dataset) if call.script() in ("pretrain.py", "finetune.py") else call
+        data = words[words.index("--dataset") + 1] if "--dataset" in words else words[1]
+        is_looped = call.script() in ("mine_pairs.py", "pretrain.py", "finetune.py")
+        key = (call.line, data) if is_looped and out_of(words) else call
         if str(key) in done:
             (folder / out_of(words)).symlink_to(folder / done[str(key)])
         else:
