@@ -58,6 +58,13 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log)
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder that goes with its test: together they would take tens of gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 def run(script, *arguments, status=0, cwd="."):
     """Run a script in a process of its own, as a user would, but that its own warnings are errors.
     -> CompletedProcess; a wrong exit status shows all that it printed."""
