@@ -1034,9 +1034,9 @@ def draw_hand(image, keypoints, colour=None, text=""):
         shade = colour or FINGER_COLOURS[(joint - 1) // 4]
         cv2.line(image, start, end, shade, width, cv2.LINE_AA, 4)
     size = image.shape[0] / 380
-    for shade, width in ((0, 3), (255, 1)):  # white letters with a black edge
-        place = (3, round(26 * size))
-        cv2.putText(image, text, place, 0, size, (shade, shade, shade), width, cv2.LINE_AA)
+    for x, y, shade in ((2, 0, 0), (4, 0, 0), (3, -1, 0), (3, 1, 0), (3, 0, 255)):
+        place = (x, y + round(26 * size))  # white letters with a black edge
+        cv2.putText(image, text, place, 0, size, (shade,) * 3, 1, cv2.LINE_AA)
     return image
 
 
