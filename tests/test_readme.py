@@ -304,7 +304,8 @@ def test_ci_runs_the_second_command_exactly():
 
 
 def test_every_import_is_named_in_requirements():
-    names = {"cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+    names = {"cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "PyYAML",
+             "xdist": "pytest-xdist"}
     required = (ROOT / "requirements.txt").read_text()
     own = {path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]}
     own |= {"PIL"}  # a reference of the benchmark; comes with torchvision
