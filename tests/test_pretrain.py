@@ -942,9 +942,9 @@ def test_a_loader_process_that_dies_ends_in_one_line(mined, tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in errors
-    last = errors.splitlines()[-1]
-    assert last.startswith("pretrain.py: a loader process failed (DataLoader worker")
-    assert "--workers" in last
+    last = errors.splitlines()[-1]  # what failed first depends on when the process died
+    assert last.startswith("pretrain.py: a loader process failed (")
+    assert last.endswith("where memory or /dev/shm is full, lower --workers")
 
 
 def test_sigterm_at_one_rank_stops_all_and_the_same_command_goes_on(mined, tmp_path):
