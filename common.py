@@ -608,17 +608,26 @@ def load_checkpoint(path):
 
 # --------------------- runs: exit status, ranks, resuming, SIGTERM, the log, loader processes
 
-def cores_of_a_process():
-    """This machine's cores for each of the processes that torchrun or srun started on it."""
-    by_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 4(x2),3
-    by_node = os.environ.get("LOCAL_WORLD_SIZE", by_node)
-    processes = max(int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?", by_node))
-    allowed = len(os.sched_getaffinity(0))
-    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", allowed))
-    return max(min(allowed, on_node // processes), 1)  # srun may have shared them out already
+def find_ranks():
+    """-> this process's rank of torchrun or srun, the number of ranks, its share of this machine's
+    cores."""
+    def number(name, otherwise):
+        return int(os.environ.get(name, otherwise))
+
+    cores = sorted(os.sched_getaffinity(0))
+    # A batch script, which runs once, sees SLURM_PROCID and SLURM_NTASKS too; SLURM_STEP_* are set
+    # by srun alone, for each task that it starts.
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
+        share = cores[number("LOCAL_RANK", 0)::number("LOCAL_WORLD_SIZE", 1)]
+        return number("RANK", 0), number("WORLD_SIZE", 1), share or cores
+    ranks = number("SLURM_STEP_NUM_TASKS", 1)
+    if len(cores) >= number("SLURM_CPUS_ON_NODE", 0):  # else srun gave each task cores of its own
+        tasks = math.ceil(ranks / number("SLURM_STEP_NUM_NODES", 1))
+        cores = cores[number("SLURM_LOCALID", 0)::tasks] or cores
+    return number("SLURM_PROCID", 0), ranks, cores
 
 
-CORES = cores_of_a_process()
+CORES = len(find_ranks()[2])  # of this process
 HELD = contextlib.ExitStack()  # the locks of open_folder, which run_script lets go at its end
 
 

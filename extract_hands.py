@@ -49,9 +49,10 @@ import cv2
 import numpy as np
 
 from common import (BORDERS, HANDS_DTYPE, PICTURES, InputError, atomic, check_flags, draw_crop,
-                    load_hands, logged_settings, open_folder, plain, print_settings, progress,
-                    read_lines, read_log, read_picture, refuse_idle_flags, refuse_other_arguments,
-                    require, rescale_points, run_script, save_array, save_image, sheet, start_log)
+                    find_ranks, load_hands, logged_settings, open_folder, plain, print_settings,
+                    progress, read_lines, read_log, read_picture, refuse_idle_flags,
+                    refuse_other_arguments, require, rescale_points, run_script, save_array,
+                    save_image, sheet, start_log)
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".mts", ".m2ts", ".m2t",
           ".ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".mod", ".tod", ".3gp", ".3g2",
@@ -631,29 +632,7 @@ def hands_row(frame, hand):
     return (0, frame.index, frame.time, box, hand.is_left, hand.score)
 
 
-# ---------------------------------------------------- inputs: ranks, videos, the folder so far
-
-def find_ranks():
-    """-> this process's rank of torchrun or srun, the number of ranks, the cores of this rank."""
-    cores = sorted(os.sched_getaffinity(0))
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    # SLURM_PROCID and SLURM_NTASKS are also set where a batch script runs, once, without srun.
-    # SLURM_STEP_* are set by srun alone, for each task that it starts.
-    by_slurm = "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ
-    if by_slurm:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
-    values = [os.environ.get(name, default) for name, default in zip(names, "0101")]
-    are_numbers = all(value.isdigit() for value in values)
-    require(are_numbers and int(values[0]) < int(values[1]),
-            f"{names[0]} {values[0]}, {names[1]} {values[1]}: expected 0 <= {names[0]} < "
-            f"{names[1]}")
-    rank, ranks, local, local_ranks = map(int, values)
-    if by_slurm:
-        local_ranks = math.ceil(ranks / local_ranks)  # the last value is the number of nodes
-        if len(cores) < int(os.environ.get("SLURM_CPUS_ON_NODE", 0)):
-            return rank, ranks, cores  # not all of the node's: srun gave each task its own
-    return rank, ranks, cores[local::local_ranks] or cores
-
+# ----------------------------------------------------------- inputs: videos, the folder so far
 
 def list_sources(inputs):
     """-> the folder that names are relative to; the sorted real paths of all videos and folders of

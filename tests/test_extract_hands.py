@@ -820,14 +820,6 @@ def test_two_ranks_may_try_to_merge_at_once(rendered, extracted, tmp_path):
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
-def test_ranks_that_cannot_be_are_refused(rendered, tmp_path, monkeypatch):
-    for rank, world in (("2", "2"), ("0", "0"), ("x", "2"), ("-1", "2")):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", world)
-        assert "0 <= RANK < WORLD_SIZE" in refused("extract_hands.py", rendered / "videos",
-                                                   "--out", tmp_path / "o")
-
-
 def test_a_training_run_is_no_place_for_hands(rendered, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     assert f"{tmp_path}: holds a training run, choose another --out" in refused(
