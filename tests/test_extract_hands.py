@@ -1083,13 +1083,6 @@ def test_ranks_are_those_of_a_step_and_share_cores(monkeypatch):
     assert extract_hands.find_ranks() == (2, 3, [0, 2, 4, 6])
 
 
-def test_without_a_home_the_model_needs_a_place(monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user has no name
-    with pytest.raises(InputError, match="--model, or set XDG_CACHE_HOME"):
-        extract_hands.find_model(None)
-
-
 def test_paper_sets_defaults_that_flags_override(monkeypatch):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["extract_hands.py", "a", "--out", "b", *flags])
