@@ -11,10 +11,8 @@ which is FreiHAND's.
 import codecs
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import importlib.metadata
-import inspect
 import io
 import json
 import math
@@ -53,91 +51,54 @@ def load_backbone(name, path):
     release, an official training checkpoint, or a network that holds this ResNet under a prefix.
     Keys that do not fit exactly raise an InputError that names some.
     """
+    from torchvision import models  # here, because it takes as long to import as all the rest
+
     try:
-        network = resnet(name, "IMAGENET1K_V1" if path == "imagenet" else None)
+        network = getattr(models, name)(weights="IMAGENET1K_V1" if path == "imagenet" else None)
     except OSError as error:
         raise InputError(f"--weights imagenet: torchvision could not download them ({error})")
-    if path in (None, "none", "imagenet"):
+    network.width = network.fc.in_features
+    network.fc = nn.Identity()
+    if path in ("none", "imagenet"):
         return network
-    state = read_backbone_file(path, name, network)
-    prefixes = resnet_prefixes(state, network)
-    require(prefixes, f"{path}: not the weights of a {name}: {misfit(state, network)}")
-    prefix = prefixes[0]
-    if prefix:
-        others = f", not {', '.join(prefixes[1:])}" if len(prefixes) > 1 else ""
-        print(f"{path}: the {name} under {prefix} is used{others}")
-    state = {key.removeprefix(prefix): value for key, value in state.items()
-             if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")}
-    surplus = [key for key in state if key not in network.state_dict()]
-    require(not surplus, f"{path}: holds more than a {name}: {', '.join(surplus[:6])}")
+    state = read_weights(path, network)
+    expected = network.state_dict()
+    wrong = []
+    for key, value in expected.items():
+        if key not in state and not key.endswith("num_batches_tracked"):  # new in torch 0.4.1
+            wrong.append(f"{key} is missing")
+        elif key in state and state[key].shape != value.shape:
+            wrong.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+    surplus = [f"{key} is not expected" for key in state if key not in expected]
+    require(not wrong + surplus,
+            f"{path}: not the weights of a {name}: {', '.join(wrong[:2] + surplus[:2])}")
     network.load_state_dict(state)
     bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
     require(not bad, f"{path}: weights must be finite, not so: {', '.join(bad[:6])}")
     return network
 
 
-def resnet(name, weights=None):
-    from torchvision import models  # here, because it takes as long to import as all the rest
-
-    network = getattr(models, name)(weights=weights)
-    network.width = network.fc.in_features
-    network.fc = nn.Identity()
-    return network
-
-
-def read_backbone_file(path, name, network):
-    """A file in any of the published layouts -> a state dict."""
+def read_weights(path, network):
+    """The weights of a ResNet like this in a file of any published layout, without fc -> {name in
+    torchvision: tensor}."""
     state = load_checkpoint(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # PeCLR's and the official ones are wrapped
-    is_state_dict = isinstance(state, dict) and state and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
-    require(is_state_dict, f"{path}: expected a state dict of a torchvision {name}, that is "
-            "names and tensors only")
-    # Official training checkpoints number the ResNet's children, and carry more than the ResNet.
-    children = [child for child, _ in network.named_children()]
-    numbered = {}
-    for key, value in state.items():
-        match = re.match(r"encoder\.features\.([0-7])\.(.*)", key)
-        if match:
-            numbered[f"{children[int(match[1])]}.{match[2]}"] = value
-    return numbered or state
-
-
-def resnet_prefixes(state, network):
-    """What stands in a state dict before the names of this ResNet's weights: "" in most, "module."
-    of DataParallel, "module.encoder_q." of MoCo; several where it holds several, [] for none."""
-    shapes = weight_shapes(network)
-    prefixes = []
-    for first in state:
-        prefix = first.removesuffix("conv1.weight")
-        below = {key.removeprefix(prefix): value.shape for key, value in state.items()
-                 if key.startswith(prefix)}
-        if prefix != first and shapes.items() <= below.items():
-            prefixes.append(prefix)
-    return prefixes
-
-
-def weight_shapes(network):
-    """{name: shape} of what a file must hold: files of old versions of torch count no batches."""
-    return {key: value.shape for key, value in network.state_dict().items()
-            if not key.endswith("num_batches_tracked")}
-
-
-def misfit(state, network):
-    """Why these are not the network's weights: a key that is missing or of another shape, one that
-    is not expected, and the ResNet that they look like."""
-    found = {key: value.shape for key, value in state.items()}
-    wrong = [f"{key} is missing" if key not in found else f"{key} is {tuple(found[key])}"
-             for key, shape in weight_shapes(network).items() if found.get(key) != shape]
-    surplus = [f"{key} is not expected" for key in found if key not in network.state_dict()]
-    words = [*wrong[:1], *surplus[:1]]
-    for name in BACKBONES:
-        with torch.device("meta"):  # makes no weights
-            other = resnet(name)
-        if resnet_prefixes(state, other):
-            words.append(f"they look like a {name}")
-    return ", ".join(words)
+    is_state_dict = isinstance(state, dict) and all(isinstance(value, torch.Tensor)
+                                                    for value in state.values())
+    require(is_state_dict, f"{path}: expected a state dict, that is names and tensors only")
+    # Official training checkpoints number the ResNet's children.
+    for number, (child, _) in enumerate(network.named_children()):
+        state = {key.replace(f"encoder.features.{number}.", f"encoder.{child}."): value
+                 for key, value in state.items()}
+    # DataParallel writes "module." before each name, MoCo "module.encoder_q.".
+    prefixes = [key.removesuffix("conv1.weight") for key in state if key.endswith("conv1.weight")]
+    found = [prefix for prefix in prefixes if f"{prefix}layer4.0.conv1.weight" in state]
+    prefix = found[0] if found else ""
+    if prefix:
+        print(f"{path}: the ResNet under {prefix} is used")
+    return {key.removeprefix(prefix): value for key, value in state.items()
+            if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")}
 
 
 def batchnorms(network):
@@ -467,11 +428,10 @@ def atomic(path):
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
-            raise InputError(f"{path}: could not be written: {cause.strerror or cause}")
+            raise InputError(f"{path}: could not be written: {cause.strerror}")
         raise
     finally:
-        if temporary.exists():  # on a read-only disk unlink fails even if nothing is there
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save_array(path, array):
@@ -486,8 +446,7 @@ def save_image(path, image):
 
 
 def read_picture(path):
-    """A picture file -> RGB uint8 (H, W, 3), upright as its EXIF data say. An InputError names a
-    file that is missing, cut short or no picture."""
+    """A picture file -> RGB uint8 (H, W, 3), upright as its EXIF data say."""
     try:
         content = np.frombuffer(Path(path).read_bytes(), np.uint8)
         # Of a file that is cut short, cv2.imread would make a picture that ends in grey.
@@ -503,22 +462,20 @@ def read_picture(path):
 def read_lines(path):
     """The lines of a user's text file. UTF-16 is known by its mark; bytes that are not UTF-8 stay
     as they are in names of files."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: could not be read: {error.strerror}")
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16", "replace") if is_utf16 else os.fsdecode(content)
+    content = Path(path).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16", "replace")
+    else:
+        text = os.fsdecode(content).removeprefix("\ufeff")
     require("\0" not in text, f"{path}: holds NUL bytes, expected text with one entry a line")
-    return text.removeprefix("\ufeff").splitlines()
+    return text.splitlines()
 
 
 def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
-    """Read a .npy file, never running code from it.
+    """Read a .npy file, never running code from it. An InputError where it is missing, cut short,
+    or differs in dtype, shape or finiteness.
 
     shape: numbers, None where any length will do. hint: what the user may do about a bad file.
-    Raises InputError where the file is missing, cut short, or differs in dtype, shape or
-    finiteness.
     """
     dtype = np.dtype(dtype)
     hint = f" ({hint})" if hint else ""
@@ -530,16 +487,12 @@ def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except Exception:  # what a damaged file raises depends on where it is damaged
         raise InputError(f"{path}: truncated or not a .npy file of numbers, {wanted}")
-    require(isinstance(array, np.ndarray), f"{path}: is an archive of arrays, {wanted}")
-    fits = len(array.shape) == len(shape)
-    fits = fits and all(n in (None, m) for n, m in zip(shape, array.shape))
+    fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
     require(fits and array.dtype == dtype, f"{path}: is {array.dtype} {array.shape}, {wanted}")
-    if finite:
-        fields = [array[name] for name in dtype.names] if dtype.names else [array]
-        for field in fields:
-            if field.dtype.kind == "f" and not np.isfinite(field).all():
-                row = np.argwhere(~np.isfinite(field))[0][0]
-                raise InputError(f"{path}: values must be finite, row {row} is not{hint}")
+    for field in [array[name] for name in dtype.names] if dtype.names else [array]:
+        if finite and field.dtype.kind == "f" and not np.isfinite(field).all():
+            row = np.argwhere(~np.isfinite(field))[0][0]
+            raise InputError(f"{path}: values must be finite, row {row} is not{hint}")
     return array
 
 
@@ -560,7 +513,6 @@ def load_hands(folder):
     folder = Path(folder)
     hint = "extract_hands.py writes it"
     require(folder.is_dir(), f"{folder}: no such folder, expected a hands folder ({hint})")
-    listed = folder / "videos.txt"
     keypoints = load_array(folder / "keypoints.npy", np.float32, (None, 21, 2), hint=hint)
     require(len(keypoints), f"{folder / 'keypoints.npy'}: holds no hand, expected at least one")
     offsets = load_array(folder / "offsets.npy", np.int64, (len(keypoints) + 1,), hint=hint)
@@ -568,11 +520,10 @@ def load_hands(folder):
             f"{folder / 'offsets.npy'}: must start at 0 and increase")
     rows = load_array(folder / "hands.npy", HANDS_DTYPE, (len(keypoints),), hint=hint)
     crops = load_array(folder / "crops.npy", np.uint8, (int(offsets[-1]),), hint=hint, mmap=True)
-    require(listed.is_file(), f"{listed}: missing, expected one source a line ({hint})")
-    videos = read_lines(listed)
+    videos = read_lines(folder / "videos.txt")
     needed = rows["video"].max() + 1
     require(rows["video"].min() >= 0 and needed <= len(videos),
-            f"{listed}: has {len(videos)} lines, expected {needed}")
+            f"{folder / 'videos.txt'}: has {len(videos)} lines, expected {needed}")
     hands = Hands(folder, np.asarray(crops), offsets, keypoints, rows, videos)
     hands.side = len(read_crop(hands, 0))  # every other crop must have it too
     require(max(-keypoints.min(), keypoints.max()) < 10 * hands.side,
@@ -641,29 +592,17 @@ def run_script(main, when_full=""):
     try:
         return main()
     except (InputError, OSError, torch.cuda.OutOfMemoryError, KeyboardInterrupt) as error:
-        caught = error
+        traceback.clear_frames(error.__traceback__)  # closes bars: the message gets its own line
+        stopped = isinstance(error, KeyboardInterrupt)
+        message = "stopped; the same command goes on" if stopped else str(error)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            message = message.splitlines()[0] + when_full
+        print(f"{program()}.py: {message}", file=sys.stderr)
+        sys.exit(130 if stopped else 2)
     finally:
         for child in multiprocessing.active_children():  # loader processes ignore SIGTERM
             child.kill()
         HELD.close()
-    message = str(caught)
-    if isinstance(caught, KeyboardInterrupt):
-        message = "stopped; the same command goes on"
-    elif isinstance(caught, torch.cuda.OutOfMemoryError):
-        message = message.splitlines()[0] + when_full
-    elif isinstance(caught, OSError):
-        message = f"{caught.filename or where(caught)}: {caught.strerror or caught}"
-    traceback.clear_frames(caught.__traceback__)  # closes bars: the message gets its own line
-    print(f"{program()}.py: {message}", file=sys.stderr)
-    sys.exit(130 if isinstance(caught, KeyboardInterrupt) else 2)
-
-
-def where(error):
-    """The last of our own functions that an error passed, for one that names no file."""
-    here = Path(__file__).parent
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename).parent == here]
-    return f"{ours[-1].name} in {Path(ours[-1].filename).name}"
 
 
 def check_flags(args):
@@ -691,19 +630,16 @@ def refuse_idle_flags(args, parser, names, reason):
 
 
 def print_settings(args, parser, **effective):
-    """Once, at the start, aligned: the arguments, with the default beside those that differ from
-    it, then what follows from them."""
-    width = max(map(len, [*vars(args), *effective]))
+    """Once, at the start: the arguments, with the default beside those that differ from it, then
+    what follows from them."""
     print("arguments:")
     for name, value in vars(args).items():
         default = parser.get_default(name)
         note = "" if default in (None, value) else f"  (default: {default})"
-        print(f"  {name:{width}}  {value}{note}")
-    if effective:
-        print("effective:")
+        print(f"  {name:18}  {value}{note}")
+    print("effective:")
     for name, value in effective.items():
-        print(f"  {name:{width}}  {value}")
-    sys.stdout.flush()
+        print(f"  {name:18}  {value}", flush=True)
 
 
 def progress(items=None, **options):
@@ -720,7 +656,6 @@ def open_folder(folder, rank=0, ranks=1):
     exclude each other, while the shares of another run overlap with theirs.
     """
     folder = Path(folder)
-    require(not folder.is_file(), f"{folder}: is a file, expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     lock = HELD.enter_context(open(folder / ".lock", "w"))
     start = rank * 2 ** 40 // ranks
@@ -728,12 +663,8 @@ def open_folder(folder, rank=0, ranks=1):
     try:  # a child process does not inherit the lock
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
     except OSError as error:
-        lock.close()
-        require(error.errno not in (errno.EAGAIN, errno.EACCES), f"{folder}: another run is "
-                "writing to it, wait for it or choose another folder")
-        raise InputError(f"{folder}: its file system cannot lock files ({error.strerror}), so that "
-                         "two runs could write there at once; choose a folder on another disk, or "
-                         "mount this one with locks")
+        raise InputError(f"{folder}: could not be locked ({error.strerror}): another run is writing "
+                         "to it, or its file system has no locks; choose another folder")
     if ranks == 1:
         for left in folder.glob(f".*.{program()}.*.tmp"):  # not those of another script at work
             left.unlink()
@@ -779,12 +710,11 @@ def spread(model, device):
     if not dist.is_initialized():
         return model
     devices = [device] if device.type == "cuda" else None
-    parallel = nn.parallel.DistributedDataParallel
-    # By default each forward pass would replace all running statistics by those of rank 0.
-    name = "broadcast_buffers"
-    if "forward_sync_buffers" in inspect.signature(parallel).parameters:
-        name = "forward_sync_buffers"  # since torch 2.14, which warns of the older name
-    return parallel(model, device_ids=devices, **{name: False})
+    net = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    # Else each forward pass would replace all running statistics by those of rank 0. As an
+    # argument it has another name since torch 2.14.
+    net.broadcast_buffers = False
+    return net
 
 
 def average_statistics(model):
@@ -841,22 +771,17 @@ def resume(folder, settings, may_change):
     checkpoint's is an error, and so is a checkpoint that not all ranks see.
     """
     path = Path(folder) / "checkpoint.pt"
-    content = load_run(path, settings, may_change) if path.exists() else None
+    content = load_checkpoint(path) if path.exists() else None
+    if content:
+        require(isinstance(content, dict) and {"args", "step"} <= content.keys(),
+                f"{path}: not the checkpoint of such a run")
+        refuse_other_arguments(folder, content["args"], settings, may_change)
     step = content["step"] if content else 0
     if dist.is_initialized():
         least = torch.tensor([step, -step])
         dist.all_reduce(least, dist.ReduceOp.MIN)
         require(least.sum() == 0, f"{folder}: one rank finds step {least[0]}, another "
                 f"{-least[1]}; expected a folder that all nodes share")
-    return content
-
-
-def load_run(path, settings, may_change):
-    """checkpoint.pt of a run with these settings, as in `resume`."""
-    content = load_checkpoint(path)
-    require(isinstance(content, dict) and {"args", "step"} <= content.keys(),
-            f"{path}: not the checkpoint of such a run")
-    refuse_other_arguments(path.parent, content["args"], settings, may_change)
     return content
 
 
@@ -920,10 +845,7 @@ def start_log(folder, settings, step=0, packages=()):
     first = {"command": shlex.join(sys.argv), "args": settings, "facts": run_facts(*packages)}
     rows = []
     if step and path.exists():
-        old, *rows = read_log(path)
-        rows = [row for row in rows if row.get("step", 0) <= step]
-        if old.get("facts") != first["facts"]:  # what the steps so far were computed by
-            first["earlier_facts"] = [*old.get("earlier_facts", []), old.get("facts")]
+        rows = [row for row in read_log(path)[1:] if row.get("step", 0) <= step]
     with atomic(path) as file:
         for row in [first, *rows]:
             file.write((json.dumps(row) + "\n").encode())
@@ -935,8 +857,7 @@ def logged_settings(folder):
     another program's."""
     path = Path(folder) / "log.jsonl"
     rows = read_log(path) if path.exists() else []
-    settings = rows[0].get("args") if rows else None
-    return settings if isinstance(settings, dict) else None
+    return rows[0].get("args") if rows else None
 
 
 def write_log(folder, row):
@@ -996,7 +917,8 @@ def load_items(items, batches, workers, collate, **more):
     try:
         loader = iter(torch.utils.data.DataLoader(
             Batches(items, collate), batch_size=None, sampler=batches, num_workers=workers,
-            collate_fn=unchanged, worker_init_fn=start_worker, generator=torch.Generator(), **more))
+            collate_fn=lambda batch: batch, worker_init_fn=start_worker,
+            generator=torch.Generator(), **more))
         # torch's own handler would raise in the midst of whatever goes on when a process dies.
         # Without it, torch finds that out when it looks after them, every five seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -1010,10 +932,6 @@ def load_items(items, batches, workers, collate, **more):
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise InputError(f"a loader process failed ({reason}); where memory or /dev/shm is full, "
                          "lower --workers")
-
-
-def unchanged(batch):
-    return batch
 
 
 def start_worker(number):
@@ -1074,22 +992,18 @@ def sheet(tiles, columns):
 @contextlib.contextmanager
 def figure(path, size, dpi=110):
     """Yields a matplotlib Figure of this size (width, height) in inches and writes it to `path`
-    when the block ends. A plot that cannot be drawn costs one line, not the run."""
+    when the block ends."""
     # Before matplotlib is imported: a notebook names a backend that this environment may not have,
     # and none is needed to write a file.
     os.environ["MPLBACKEND"] = "agg"
-    import matplotlib  # here, since few processes draw
+    from matplotlib import style  # here, since few processes draw
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own may ask for LaTeX or for fonts that are not here
-        try:
-            drawn = Figure(size, dpi=dpi, layout="tight")
-            yield drawn
-            with atomic(path) as file:
-                drawn.savefig(file, format=Path(path).suffix[1:])
-        except Exception as error:
-            print(f"{path}: could not be drawn ({error})", file=sys.stderr)
+    with style.context("default"):  # a user's own may ask for LaTeX or for fonts that are not here
+        drawn = Figure(size, dpi=dpi, layout="tight")
+        yield drawn
+        with atomic(path) as file:
+            drawn.savefig(file, format=Path(path).suffix[1:])
 
 
 def plot_curves(path, rows, groups):

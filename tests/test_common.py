@@ -528,32 +528,25 @@ def test_every_published_layout_loads(reference, layout, tmp_path):
     reference.fc = head
 
 
-@pytest.mark.parametrize("prefix", ["module.", "encoder_q.", "backbone.", "net.", "model.",
-                                    "module.encoder_q."])
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.encoder_q."])
 def test_the_resnet_of_another_network_is_found_under_its_prefix(reference, prefix, tmp_path,
                                                                  capsys):
-    """As DataParallel, MoCo, Lightning and timm write it, beside what else they train."""
+    """As DataParallel, MoCo, Lightning and timm write it, beside what else they train: of two
+    ResNets the first."""
     content = {f"{prefix}{k}": v for k, v in reference.state_dict().items()}
+    content |= {f"encoder_k.{k}": torch.zeros_like(v) for k, v in reference.state_dict().items()}
     content["queue"] = torch.zeros(3)
     path = save(tmp_path / "a.pt", content)
     network = load_backbone("resnet18", path)
     assert all(torch.equal(v, reference.state_dict()[k]) for k, v in network.state_dict().items())
-    assert capsys.readouterr().out == f"{path}: the resnet18 under {prefix} is used\n"
-
-
-def test_of_two_resnets_in_a_file_the_first_is_taken(reference, tmp_path, capsys):
-    state = reference.state_dict()
-    content = {f"encoder_q.{k}": v for k, v in state.items()}
-    content |= {f"encoder_k.{k}": torch.zeros_like(v) for k, v in state.items()}
-    network = load_backbone("resnet18", save(tmp_path / "a.pt", content))
-    assert torch.equal(network.conv1.weight, reference.conv1.weight)
-    assert "under encoder_q. is used, not encoder_k." in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{path}: the ResNet under {prefix} is used\n"
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_resnet_of_another_depth_is_recognised(reference, prefix, tmp_path):
+def test_a_resnet_of_another_depth_is_told_by_its_shapes(reference, prefix, tmp_path):
     state = {f"{prefix}{k}": v for k, v in reference.state_dict().items()}
-    with pytest.raises(InputError, match="not the weights of a resnet50.*look like a resnet18$"):
+    words = r"a resnet50: layer1.0.conv1.weight is \(64, 64, 3, 3\), expected \(64, 64, 1, 1\)"
+    with pytest.raises(InputError, match=words):
         load_backbone("resnet50", save(tmp_path / "a.pt", state))
 
 
@@ -564,9 +557,10 @@ def renamed(state):
 @pytest.mark.parametrize("change, words", [
     (lambda s: {k: v for k, v in s.items() if k != "layer1.0.conv2.weight"},
      "layer1.0.conv2.weight is missing$"),
-    (lambda s: renamed(s), "conv1.weight is missing, convolution1.weight is not expected$"),
-    (lambda s: {**s, "layer1.0.bn1.bias": torch.zeros(3)}, r"layer1.0.bn1.bias is \(3,\)$"),
-    (lambda s: {**s, "surplus": torch.zeros(1)}, "holds more than a resnet18: surplus$"),
+    (lambda s: renamed(s), "conv1.weight is missing, .*convolution1.weight is not expected, "),
+    (lambda s: {**s, "layer1.0.bn1.bias": torch.zeros(3)},
+     r"layer1.0.bn1.bias is \(3,\), expected \(64,\)$"),
+    (lambda s: {**s, "surplus": torch.zeros(1)}, "a resnet18: surplus is not expected$"),
     (lambda s: {**s, "conv1.weight": s["conv1.weight"] * math.nan},
      "must be finite, not so: conv1.weight$"),
     (lambda s: [1, 2], "expected a state dict")])
@@ -816,22 +810,11 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
         file.write('{"step": 4, "lo')  # killed while writing
     assert [row["step"] for row in common.start_log(tmp_path, settings, step=2)] == [1, 2]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert "earlier_facts" not in lines[0]
     assert lines[0]["args"] == {"lr": 1.0, "micro_batch": 8}
     assert [line.get("step") for line in lines] == [None, 1, 2]
 
 
-def test_a_run_that_goes_on_elsewhere_keeps_what_began_it(tmp_path, monkeypatch):
-    for step, commit in enumerate(("a", "a", "b", "c")):
-        monkeypatch.setattr(common, "commit_of", lambda folder: commit)
-        common.start_log(tmp_path, {}, step)
-        common.write_log(tmp_path, dict(step=step))
-    first, *rows = common.read_log(tmp_path / "log.jsonl")
-    assert first["facts"]["commit"] == "c" and [row["step"] for row in rows] == [0, 1, 2, 3]
-    assert [facts["commit"] for facts in first["earlier_facts"]] == ["a", "b"]
-
-
-def test_settings_are_printed_aligned_beside_the_defaults_that_they_leave(capsys):
+def test_settings_are_printed_beside_the_defaults_that_they_leave(capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -839,12 +822,8 @@ def test_settings_are_printed_aligned_beside_the_defaults_that_they_leave(capsys
     args = parser.parse_args(["--batch-size", "16"])
     args.warmup = 3  # as parse_args fills in what follows from other arguments
     common.print_settings(args, parser, negatives=30)
-    assert capsys.readouterr().out == ("arguments:\n"
-                                       "  lr          0.1\n"
-                                       "  batch_size  16  (default: 8)\n"
-                                       "  warmup      3\n"
-                                       "effective:\n"
-                                       "  negatives   30\n")
+    assert re.sub(" +", " ", capsys.readouterr().out) == (
+        "arguments:\n lr 0.1\n batch_size 16 (default: 8)\n warmup 3\neffective:\n negatives 30\n")
 
 
 QUICK_ITEMS = """
@@ -1031,10 +1010,3 @@ def test_a_users_matplotlib_settings_do_not_reach_a_plot(tmp_path, backend, sett
                             capture_output=True, text=True, timeout=100)
     assert (result.returncode, result.stderr) == (0, "")
     assert cv2.imread(str(tmp_path / "curves.png")).shape == (352, 462, 3)
-
-
-def test_a_plot_that_cannot_be_drawn_costs_one_line(tmp_path, capsys):
-    with common.figure(tmp_path / "a.png", (3, 2)) as drawn:
-        drawn.subplots().set_title("$\\nonsense$")
-    assert capsys.readouterr().err.count("a.png: could not be drawn") == 1
-    assert list(tmp_path.iterdir()) == []
