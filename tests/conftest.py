@@ -33,8 +33,8 @@ TINY = ("--backbone", "resnet18", "--weights", "none", "--input-size", "32", "--
 OURS = "|".join(path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")))
 # Scripts are forked off a process that has the large packages loaded: that saves each two seconds.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "cv2", "torchvision", "scipy.stats",
-                               "sklearn.decomposition"])
+SERVER.set_forkserver_preload(["pytest", "cv2", "torchvision", "scipy.stats", "matplotlib.figure",
+                               "matplotlib.backends.backend_agg", "sklearn.decomposition"])
 
 
 def pytest_configure(config):

@@ -12,7 +12,7 @@ between the methods.
 tested, since no run has seen any of them, and their crops are cut as the pool's.
 
 Every stage is a command, logged below OUT/logs; a second call goes on where the first stopped. Ends
-with OUT/digits.md (the table) and OUT/retrieved.jpg (queries and what they found).
+with OUT/digits.md (the table) and OUT/picture.jpg (what is mined, and what held-out hands find).
 
     git clone https://github.com/ardamavi/Sign-Language-Digits-Dataset
     python tests/digits.py Sign-Language-Digits-Dataset --out digits
@@ -97,14 +97,15 @@ def main():
             if method in RUNS]
     experiment.run_lanes(out, [pretraining(args, method, seed) for method, seed in plan], CORES)
     results = {}
+    found = {}
     for method in args.methods:
-        results[ROWS[method]], nearest = measure(args, method)
-    draw_retrieved(out, common.load_hands(folders(args, "simhand")[2]), nearest)  # SiMHand is last
+        results[ROWS[method]], found[method] = measure(args, method)
+    draw_picture(args, found)
     runs = [run_folder(args, method, seed) for method, seed in plan]
     text = report(args, results) + "\n" + experiment.made_by(runs) + "\n"
     (out / "digits.md").write_text(text)
     print(f"{text}\n{(time.time() - began) / 60:.0f} minutes in this call; wrote {out}/digits.md, "
-          "retrieved.jpg")
+          "picture.jpg")
 
 
 def find_students(dataset):
@@ -349,15 +350,45 @@ def report(args, results):
         experiment.findings(results, "1-NN", COLUMNS["1-NN"], baseline), ""])
 
 
-def draw_retrieved(out, hands, nearest):
-    """OUT/retrieved.jpg: a hand of each digit, and the five that it found."""
-    digits = digits_of(out, hands)
-    tiles = []
-    for digit in np.unique(digits):
-        row = int(np.flatnonzero(digits == digit)[0])
-        tiles.append(common.draw_crop(hands, row, 128, f"digit {digit}"))
-        tiles += [common.draw_crop(hands, other, 128, str(digits[other])) for other in nearest[row]]
-    common.save_image(out / "retrieved.jpg", common.sheet(tiles, 12))
+def draw_picture(args, found, queries=3, each=3):
+    """OUT/picture.jpg, 1,200 px wide: two frames, their hands, what mining found for them; then
+    held-out hands drawn by chance, and what they find by PeCLR's features and by ours.
+
+    found: {method: rows (N, 5) that each tested hand found}.
+    """
+    pool, pairs, tested = map(Path, folders(args, "simhand"))
+    hands = common.load_hands(pool)
+    neighbours = np.load(pairs / "neighbours.npy")[:, 0]
+    rng = np.random.default_rng(0)
+    tiles = {}  # {(row, column): title, picture}
+    for column, hand in zip((0, 4), rng.choice(np.flatnonzero(neighbours >= 0), 2)):
+        frame = common.read_crop(hands, hand) if args.pool else photo_of(args.out, hands, hand)
+        tiles[0, column] = "a frame", frame
+        tiles[0, column + 1] = "its hand", common.draw_crop(hands, hand, 200)
+        other = common.draw_crop(hands, neighbours[hand], 200)
+        tiles[0, column + 2] = "mined: another person's", other
+    hands = common.load_hands(tested)
+    digits = digits_of(args.out, hands)
+    methods = [method for method in ("peclr", "simhand") if method in found]
+    for row, query in enumerate(rng.choice(len(digits), queries, replace=False), 1):
+        tiles[row, 0] = f"not seen before: {digits[query]}", common.read_crop(hands, query)
+        for first, method in zip((1, 4), methods):
+            for k, other in enumerate(found[method][query, :each]):
+                right = "right" if digits[other] == digits[query] else "WRONG"
+                title = f"{TITLES[method]} finds: {right}"
+                tiles[row, first + k] = title, common.read_crop(hands, other)
+    with common.figure(args.out / "picture.jpg", (12, 1.9 * (1 + queries)), dpi=100) as drawn:
+        for (row, column), (title, picture) in tiles.items():
+            axis = drawn.add_subplot(1 + queries, 1 + 2 * each, 1 + row * (1 + 2 * each) + column)
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=10, color="red" if "WRONG" in title else "black")
+            axis.axis("off")
+
+
+def photo_of(out, hands, row):
+    """The photograph that a hand was cut out of, RGB."""
+    folder = out / "photos" / "pool" / hands.videos[hands.rows["video"][row]]
+    return common.read_picture(sorted(folder.iterdir())[hands.rows["frame"][row]])
 
 
 if __name__ == "__main__":

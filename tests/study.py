@@ -41,9 +41,9 @@ SIZES = {
                 tunings=((0.01, 250, 8), (0.1, 400, 8), (0.1, 1200, 8), (1.0, 4000, 3)),
                 probes=(0.01, 0.1, 1.0), hands=20_000, pools=(2500, 5000, 10_000), loader=()),
     # To see that all of it runs.
-    "tiny": dict(videos=8, seconds=2, crop=64, backbone="resnet18", input=32, train=24, test=8,
+    "tiny": dict(videos=8, seconds=1, crop=64, backbone="resnet18", input=32, train=12, test=6,
                  batch=8, epochs=1, warmup=0, tune_batch=8, tunings=((0.5, 5, 1),), probes=(1.0,),
-                 hands=40, pools=(), loader=("--workers", 0))}
+                 hands=20, pools=(), loader=("--workers", 0))}
 HANDS = {"hands": (), "hands-paper": ("--paper",)}
 MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),
          "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", 5)}

@@ -302,17 +302,6 @@ def test_the_papers_hands_lie_as_they_do_unless_a_flag_says_otherwise(monkeypatc
     assert mine_pairs.parse_args().rotation_free == upright
 
 
-@pytest.mark.parametrize("backend, settings", [
-    ("module://matplotlib_inline.backend_inline", ""), ("", "text.usetex: True\n")])
-def test_mining_in_a_notebook_draws_its_plot(twice, tmp_path, monkeypatch, backend, settings):
-    (tmp_path / "matplotlibrc").write_text(settings)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ENVIRONMENT, "MPLBACKEND", backend)
-    monkeypatch.setitem(ENVIRONMENT, "PATH", "/nowhere")
-    run("mine_pairs.py", twice[0])
-    assert cv2.imread(str(twice[0] / "distances.png")) is not None
-
-
 def test_two_ranks_write_the_bytes_of_one_process(mined, hands, tmp_path):
     result = torchrun("mine_pairs.py", hands, "--top-k", 3, "--no-rotation-free", "--out",
                       tmp_path / "elsewhere")

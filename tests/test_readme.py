@@ -37,7 +37,7 @@ NOT_RUN = {r"^(pip|git) ": "needs the network",
 # Flags that make a command small, and the file that it writes last.
 SMALL = {"extract_hands.py": ("--workers", 1),
          "mine_pairs.py": (),
-         "pretrain.py": (*TINY, "--batch-size", 4, "--micro-batch", 2, "--epochs", 1),
+         "pretrain.py": (*TINY, "--batch-size", 8, "--micro-batch", 4, "--epochs", 1),
          "finetune.py": (*TINY, "--batch-size", 8, "--epochs", 1),
          "evaluate.py": (),
          "tests/demo.py": ("--persons", 6, "--seconds", 2, "--labelled", 12, "--tested", 8,
@@ -198,19 +198,24 @@ def out_of(words):
 
 
 def execute_all(calls, world, folder):
-    """Run these commands in order. Of those that a loop starts by one line, the first with each
-    data set runs, and stands for the others."""
+    """Run these commands in order. Of trainings and minings that have the same flags, the first
+    with each data set runs, and stands for the others."""
     shutil.copytree(world / "here", folder, dirs_exist_ok=True)
     done = {}
     for call in calls:
         if call in TOOLS or call.program == "#":
             continue
         words = call.words
-        data = words[words.index("--dataset") + 1] if "--dataset" in words else words[1]
-        is_looped = call.script() in ("mine_pairs.py", "pretrain.py", "finetune.py")
-        key = (call.line, data) if is_looped and out_of(words) else call
+        key = call
+        if call.script() in ("mine_pairs.py", "pretrain.py", "finetune.py") and out_of(words):
+            data = words[words.index("--dataset") + 1] if "--dataset" in words else words[1]
+            flags = sorted({word for word in words if word.startswith("--") or word == "imagenet"})
+            key = call.program, call.script(), data, flags
         if str(key) in done:
-            (folder / out_of(words)).symlink_to(folder / done[str(key)])
+            target = folder / out_of(words)
+            if not target.exists():  # other commands may read it
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(folder / done[str(key)])
         else:
             done[str(key)] = execute(call, world / "home", folder)
 
