@@ -489,7 +489,8 @@ def load_array(path, dtype, shape, *, hint="", mmap=False, finite=True):
         raise InputError(f"{path}: truncated or not a .npy file of numbers, {wanted}")
     fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
     require(fits and array.dtype == dtype, f"{path}: is {array.dtype} {array.shape}, {wanted}")
-    for field in [array[name] for name in dtype.names] if dtype.names else [array]:
+    fields = [array[name] for name in dtype.names] if dtype.names else [array]
+    for field in fields:
         if finite and field.dtype.kind == "f" and not np.isfinite(field).all():
             row = np.argwhere(~np.isfinite(field))[0][0]
             raise InputError(f"{path}: values must be finite, row {row} is not{hint}")
@@ -663,8 +664,8 @@ def open_folder(folder, rank=0, ranks=1):
     try:  # a child process does not inherit the lock
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
     except OSError as error:
-        raise InputError(f"{folder}: could not be locked ({error.strerror}): another run is writing "
-                         "to it, or its file system has no locks; choose another folder")
+        raise InputError(f"{folder}: could not be locked ({error.strerror}): another run is "
+                         "writing to it, or its file system has no locks; choose another folder")
     if ranks == 1:
         for left in folder.glob(f".*.{program()}.*.tmp"):  # not those of another script at work
             left.unlink()
@@ -1007,14 +1008,18 @@ def figure(path, size, dpi=110):
 
 
 def plot_curves(path, rows, groups):
-    """One panel for each list of keys in `groups`, over the step, from the rows of a log."""
+    """One panel for each list of keys in `groups`, over the step, from the rows of a log; what was
+    not logged is left out."""
+    logged = {key for row in rows for key in row}
+    groups = [keys for keys in groups if logged.intersection(keys)]
     with figure(path, (4.2 * len(groups), 3.2)) as drawn:
         axes = drawn.subplots(1, len(groups), squeeze=False)[0]
         for axis, keys in zip(axes, groups):
             for key in keys:
-                logged = [row for row in rows if key in row]
-                steps = [row["step"] for row in logged]
-                axis.plot(steps, [row[key] for row in logged], label=key)
+                shown = [row for row in rows if key in row]
+                if shown:
+                    steps = [row["step"] for row in shown]
+                    axis.plot(steps, [row[key] for row in shown], label=key)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common import (BACKBONES, BORDERS, CORES, InputError, any_rank, apply_view, atomic,
+from common import (BACKBONES, BORDERS, CORES, any_rank, apply_view, atomic,
                     average_statistics, batchnorms, catch_sigterm, check_flags, claim_folder,
                     crop_matrix, draw_hand, end_ranks, load_array, load_backbone, load_hands,
                     load_items, move_points, normalise, nt_xent, pair_turns, pair_weights, plain,
@@ -44,7 +44,7 @@ from common import (BACKBONES, BORDERS, CORES, InputError, any_rank, apply_view,
 # What --paper sets, where no flag says otherwise.
 PAPER = {"weighting": "linear", "border": "black", "crop_move": 15 / 224}
 WEIGHTINGS = ("none", "linear", "nonlinear", "balanced", "soft")
-MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes", "tensorboard")
+MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes")
 EXTRA_AUGMENTATIONS = {
     "colour_drop": "share of the views, 0 to 1, that become grey (default of this and the next "
                    "four: 0)",
@@ -86,7 +86,7 @@ def add_method_flags(flag):
          help="keypoints that the distance is taken between: the views', or the crops' before any "
          "view (default: augmented; soft: original)")
     flag("--weight-pca", action="store_true", help="measure the distance in the PCA embedding of "
-         "mining (pca.npy) instead of over the joints")
+         "mining instead of over the joints: by pca.npy of the first folder")
     flag("--slope-pos", type=float, default=1.0,
          help="nonlinear weights of positives: slope per pixel")
     flag("--slope-neg", type=float, default=0.05,
@@ -150,11 +150,9 @@ def add_training_flags(flag):
     flag("--save-minutes", type=float, default=10,
          help="checkpoint this often, at the end, and when SIGTERM stops the run")
     flag("--probe", type=int, default=2000, metavar="HANDS", help="keep the hands of a twentieth "
-         "of the videos, at most so many, out of the training, and after each epoch say how alike "
-         "the poses are that they find among each other by frozen features: 0 as by chance, 1 the "
-         "nearest there are (0: off)")
-    flag("--tensorboard", action="store_true",
-         help="write the log for TensorBoard as well, into --out")
+         "of the videos (from 40 on), at most so many, out of the training, and after each epoch "
+         "say how alike the poses are that they find among each other by frozen features: 0 as by "
+         "chance, 1 the nearest there are (0: off)")
     flag("--steps", type=int, help="dry run: take so many steps, print rate, memory and the time "
          "that the whole run would take, write nothing")
 
@@ -182,12 +180,9 @@ def parse_args():
     for name, value in derived.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    above = ("epochs", "top_k", "input_size", "temperature", "target_temperature", "lr")
-    for name in above:
-        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
-    require(args.micro_batch is None or args.micro_batch > 0, "--micro-batch must be above 0")
-    require(args.steps is None or args.steps > 1,
-            "--steps must be above 1: the first half is not measured")
+    for name in ("epochs", "top_k", "input_size", "temperature", "target_temperature", "lr",
+                 "micro_batch"):
+        require(getattr(args, name) != 0, f"--{name.replace('_', '-')} must be above 0")
     shares = [getattr(args, name) for name in ("crop_move", *EXTRA_AUGMENTATIONS)]
     require(max(shares) <= 1, "--crop-move and the shares of the views must lie in 0..1")
     require(args.warmup_epochs < args.epochs,
@@ -199,21 +194,20 @@ def parse_args():
 
 def refuse_flags_without_effect(args, parser):
     """An InputError for flags that would be ignored: who gives them expects something else."""
-    if args.method == "keypoints":
-        contrastive = ("weighting", "temperature", "shift_unit", "equivariance", "keypoint_loss")
-        refuse_idle_flags(args, parser, contrastive, "with --method keypoints")
-    if args.weighting == "none":
-        idle = ("weight_on", "weight_keypoints", "weight_pca")
-        refuse_idle_flags(args, parser, idle, "without --weighting, such as linear")
-    if args.weighting == "soft":
-        refuse_idle_flags(args, parser, ("weight_on", "weight_pca"), "with --weighting soft")
-    else:
-        refuse_idle_flags(args, parser, ("target_temperature",), "without --weighting soft")
-    if args.weighting != "nonlinear":
-        refuse_idle_flags(args, parser, ("slope_pos", "slope_neg"),
-                          "without --weighting nonlinear")
-    if args.method != "simhand":
-        refuse_idle_flags(args, parser, ("top_k",), "without --method simhand")
+    contrastive = ("weighting", "temperature", "shift_unit", "equivariance", "keypoint_loss")
+    # Whether they are ignored, which, why.
+    rules = [
+        (args.method == "keypoints", contrastive, "with --method keypoints"),
+        (args.method != "simhand", ("top_k",), "without --method simhand"),
+        (args.weighting == "none", ("weight_on", "weight_keypoints", "weight_pca"),
+         "without --weighting, such as linear"),
+        (args.weighting == "soft", ("weight_on", "weight_pca"), "with --weighting soft"),
+        (args.weighting != "soft", ("target_temperature",), "without --weighting soft"),
+        (args.weighting != "nonlinear", ("slope_pos", "slope_neg"),
+         "without --weighting nonlinear")]
+    for ignored, names, reason in rules:
+        if ignored:
+            refuse_idle_flags(args, parser, names, reason)
 
 
 @dataclasses.dataclass
@@ -240,19 +234,15 @@ def main():
         return dry_run(data, plan, device, args)
 
     stop = catch_sigterm()
-    out = Path(args.out)
     writes = rank == 0
-    claim_folder(out, writes)
+    claim_folder(args.out, writes)
     settings = plain(args, micro_batch=plan.micro_batch, precision=plan.precision)
-    kept = resume(out, settings, MAY_CHANGE_ON_RESUME)
+    kept = resume(args.out, settings, MAY_CHANGE_ON_RESUME)
     model = make_model("none" if kept else args.weights, device, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr)
     step = restore(kept, model, optimizer, data, args) if kept else 0
     net = spread(model, device).train()
-    if writes:
-        introduce(args, plan, data, model, step, device)
-    rows = start_run(settings, data, step, args) if writes else []
-    board = open_tensorboard(out, step) if args.tensorboard and writes else None
+    rows = start_run(settings, data, plan, model, step, device, args) if writes else []
     probe = load_probe(data, args) if len(data.probe) and writes else None
     loader = load_batches(data, step, plan.steps, plan, device, args)
 
@@ -266,18 +256,22 @@ def main():
         bar.update()
 
         end_of_epoch = step % plan.steps_per_epoch == 0
-        overdue = time.time() - saved >= 60 * args.save_minutes
+        overdue = time.time() - saved > 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), step == plan.steps or overdue)
         if step % plan.report_every == 0 or end_of_epoch or due or stopping:
             row = report(step, recent, since, optimizer, plan, args)
             if end_of_epoch and probe:
                 row["probe"] = probe_score(model.backbone, probe, device)
             rows.append(row)
-            show(row, bar, board, out if writes else None)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s",
+                                refresh=False)
+            if writes:
+                write_log(args.out, row)
             recent = []
             since = time.time()
         if due or stopping:
-            save(settings, data, step, model, optimizer, rows if writes else None, args)
+            if writes:
+                save(args.out, settings, data, step, model, optimizer, rows)
             saved = since = time.time()
         if stopping:
             break
@@ -483,7 +477,7 @@ def embed(net, piece, equivariance, precision):
             z = F.normalize(undone.flatten(1), dim=1)
         outputs.append(z)
     if keypoints is not None:
-        outputs.append(keypoints.float())
+        outputs.append(keypoints)
     return torch.cat(outputs, 1)
 
 
@@ -495,12 +489,14 @@ def batch_loss(first, second, pieces, pca, args):
     if args.method != "keypoints":
         z1 = first[:, :EMBEDDING]
         z2 = second[:, :EMBEDDING]
-        hands = whole_batch([piece["weight_keypoints"] for piece in pieces])
-        if args.weighting == "soft":
-            weights = {"target": soft_targets(*hands, args.target_temperature)}
-        else:
-            weights = weigh(*hands, args.weighting, args.weight_on,
-                            (args.slope_pos, args.slope_neg), pca if args.weight_pca else None)
+        weights = {}
+        if args.weighting != "none":
+            hands = whole_batch([piece["weight_keypoints"] for piece in pieces])
+            if args.weighting == "soft":
+                weights = {"target": soft_targets(*hands, args.target_temperature)}
+            else:
+                slopes = (args.slope_pos, args.slope_neg)
+                weights = weigh(*hands, args.weighting, args.weight_on, slopes, pca)
         loss = nt_xent(z1, z2, temperature=args.temperature, **weights)
         values = similarities(z1.detach(), z2.detach())
         values |= {f"mean_{name}": weight.mean() for name, weight in weights.items()
@@ -519,8 +515,6 @@ def batch_loss(first, second, pieces, pca, args):
 def weigh(keypoints1, keypoints2, kind, weight_on, slopes, pca=None):
     """(N, 21, 2) twice, network-input pixels -> the weights that nt_xent shall take, by name:
     of the positives, of all pairs. pca: components (D, 42), to measure distances in."""
-    if kind == "none":
-        return {}
     if pca is not None:
         pca = pca.to(keypoints1.device)
         keypoints1 = (keypoints1.flatten(1) @ pca.T)[:, None]
@@ -599,8 +593,13 @@ class SimHandModel(nn.Module):
 
     def forward(self, images):
         features = self.backbone(images)
-        return (self.projection(features) if self.projection else None,
-                self.keypoints(features) if self.keypoints else None)
+        projection = self.projection(features) if self.projection else None
+        keypoints = None
+        if self.keypoints:
+            # In bf16 a place near the border would be rounded to a quarter of a pixel.
+            with torch.autocast(images.device.type, enabled=False):
+                keypoints = self.keypoints(features.float())
+        return projection, keypoints
 
 
 # ------------------------------------------------------------------------ the method: optimisation
@@ -702,6 +701,9 @@ def probe_score(backbone, probe, device):
 
 # ------------------------------------------------------------------ files: hands folders and pairs
 
+MINE_AGAIN = "run mine_pairs.py again"
+
+
 @dataclasses.dataclass
 class Data:
     """All hands folders with their pairs; one entry a folder."""
@@ -724,19 +726,21 @@ def load_data(args):
     require(len(pair_folders) == len(args.hands),
             f"--pairs: {len(pair_folders)} folders for {len(args.hands)} hands folders, expected "
             "one for each")
-    folders = [load_hands(folder) for folder in args.hands]
-    pca = load_pca(pair_folders) if args.weight_pca else None
-    data = Data(folders, [], [], pca, None, None, digest=0)
+    pca = None
+    if args.weight_pca:  # distances between hands of two folders need one PCA
+        pca = load_array(pair_folders[0] / "pca.npy", np.float32, (None, 42), hint=MINE_AGAIN)[1:]
+        pca = torch.from_numpy(pca)
+    data = Data([], [], [], pca, None, None, digest=0)
     pool = []
     probe = []
-    for number, (hands, path) in enumerate(zip(folders, pair_folders)):
-        needed = args.method == "simhand" or args.pairs
-        neighbours = load_neighbours(path, len(hands.keypoints), needed, args.top_k)
-        turns = None
-        if neighbours is not None and (path / "turns.npy").exists():
+    for number, path in enumerate(pair_folders):
+        hands = load_hands(args.hands[number])
+        neighbours = turns = None
+        if args.method == "simhand" or args.pairs or (path / "neighbours.npy").exists():
+            neighbours = load_neighbours(path, len(hands.keypoints), args.top_k)
             turns = load_turns(path / "turns.npy", hands.keypoints, neighbours)
-            require(not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca needs an embedding "
-                    "of hands as they lie: mine with --no-rotation-free")
+            require(turns is None or not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca "
+                    "needs an embedding of hands as they lie: mine with --no-rotation-free")
         for array in (hands.keypoints, hands.offsets, neighbours, turns, pca):
             if array is not None:
                 data.digest = zlib.crc32(np.ascontiguousarray(array), data.digest)
@@ -748,6 +752,7 @@ def load_data(args):
         for chosen, rows in ((pool, np.flatnonzero(usable & ~held)),
                              (probe, np.flatnonzero(held)[:args.probe])):
             chosen.append(np.stack([np.full(len(rows), number), rows], 1))
+        data.folders.append(hands)
         data.neighbours.append(neighbours)
         data.turns.append(turns)
     data.pool = np.concatenate(pool)
@@ -767,44 +772,33 @@ def hold_out(video, limit, seed):
     return np.isin(video, videos[order[:max(enough, 2)]])
 
 
-def load_neighbours(path, count, needed, top_k):
-    """neighbours.npy (N, K) of a folder of N = count hands; None where it was not mined."""
+def load_neighbours(path, count, top_k):
+    """neighbours.npy (N, K) of a folder of N = count hands."""
     file = path / "neighbours.npy"
-    hint = "run mine_pairs.py again"
-    if not file.exists():
-        require(not needed, f"{file}: missing, expected mined pairs (run mine_pairs.py first)")
-        return None
-    neighbours = load_array(file, np.int64, (count, None), hint=hint)
+    require(file.exists(), f"{file}: missing, expected mined pairs (run mine_pairs.py first)")
+    neighbours = load_array(file, np.int64, (count, None), hint=MINE_AGAIN)
+    require(neighbours.size and neighbours.min() >= -1 and neighbours.max() < count,
+            f"{file}: expected one column or more with values in -1..{count - 1} ({MINE_AGAIN})")
     mined = neighbours.shape[1]
-    require(mined and neighbours.min() >= -1 and neighbours.max() < count,
-            f"{file}: expected one column or more with values in -1..{count - 1} ({hint})")
     require(top_k <= mined, f"{file}: {mined} neighbours a hand were mined, --top-k is {top_k}; "
             f"run mine_pairs.py --top-k {top_k}")
     require(not (neighbours == np.arange(count)[:, None]).any(),
-            f"{file}: a hand is its own neighbour ({hint})")
+            f"{file}: a hand is its own neighbour ({MINE_AGAIN})")
     return neighbours
 
 
 def load_turns(path, keypoints, neighbours):
-    """turns.npy (N, K) of these neighbours. They follow from them, so that those of another mining
-    are found out."""
-    turns = load_array(path, np.float32, neighbours.shape, hint="run mine_pairs.py again",
-                       finite=False)
+    """turns.npy (N, K), None where there is none. They follow from the neighbours, so that those of
+    another mining are found out."""
+    if not path.exists():
+        return None
+    turns = load_array(path, np.float32, neighbours.shape, hint=MINE_AGAIN, finite=False)
     off = turns - pair_turns(keypoints, neighbours)
     off = np.abs((off + 180) % 360 - 180)
     right = np.where(neighbours >= 0, off < 0.1, np.isnan(turns))
     require(right.all(), f"{path}: row {right.all(1).argmin()} is not the turn of its neighbour in "
-            "neighbours.npy: they are of two minings (run mine_pairs.py again)")
+            f"neighbours.npy: they are of two minings ({MINE_AGAIN})")
     return turns
-
-
-def load_pca(pair_folders):
-    """The components of mining (D, 42), for --weight-pca: those of the first folder serve all,
-    since distances between hands of two folders need one PCA."""
-    file = pair_folders[0] / "pca.npy"
-    pca = load_array(file, np.float32, (None, 42), hint="run mine_pairs.py again")[1:]
-    require(len(pca), f"{file}: holds no component (run mine_pairs.py again)")
-    return torch.from_numpy(pca)
 
 
 # ------------------------------------------------------------------------------------- files: a run
@@ -813,12 +807,9 @@ def make_plan(args, pool, rank, ranks, device):
     """-> Plan, or an InputError where the arguments do not fit each other or the pool."""
     require(args.batch_size > 1, "--batch-size must be 2 pairs or more: one has no negatives")
     share, rest = divmod(args.batch_size, ranks)
-    micro = args.micro_batch
-    if micro is None:
-        micro = max(k for k in range(1, 513) if share % k == 0)
-    needed = f"{ranks} ranks" + (f" x --micro-batch {micro}" if args.micro_batch else "")
-    require(share and not rest and share % micro == 0,
-            f"--batch-size {args.batch_size} must be a multiple of {needed}")
+    micro = args.micro_batch or max(k for k in range(1, 513) if share % k == 0)
+    require(share and not rest and share % micro == 0, f"--batch-size {args.batch_size} must be a "
+            f"multiple of {ranks} ranks x --micro-batch {args.micro_batch or 1}")
     steps_per_epoch = pool // args.batch_size
     require(steps_per_epoch, f"{', '.join(args.hands)}: {pool} hands that can be used, fewer than "
             f"--batch-size {args.batch_size}; lower it, or extract and mine more")
@@ -838,25 +829,15 @@ def restore(kept, model, optimizer, data, args):
     return kept["step"]
 
 
-def introduce(args, plan, data, model, step, device):
-    """Print the settings once."""
+def start_run(settings, data, plan, model, step, device, args):
+    """Print the settings, start the log, and at the first start draw the views. -> the log's rows
+    so far."""
     parameters = sum(p.numel() for p in model.parameters())
     print_settings(args, make_parser(), hands=sum(len(f.keypoints) for f in data.folders),
                    pool=len(data.pool), probe_hands=len(data.probe), ranks=plan.ranks,
                    device=device, precision=plan.precision, micro_batch=plan.micro_batch,
                    negatives=2 * args.batch_size - 2, steps=plan.steps, start=step,
                    parameters=f"{parameters / 1e6:.1f}M")
-    for hands, neighbours in zip(data.folders, data.neighbours):
-        if neighbours is None:
-            print(f"{hands.folder} was not mined: all its {len(hands.keypoints)} hands are used")
-    if args.weight_pca and len(data.folders) > 1:
-        print("--weight-pca: the components of the first folder serve the hands of all")
-    if args.probe and not len(data.probe):
-        print("no probe: it needs a hands folder of 40 videos or more")
-
-
-def start_run(settings, data, step, args):
-    """Start the log, and at the first start draw the views. -> the log's rows so far."""
     rows = start_log(args.out, settings, step)
     if not rows:
         write_log(args.out, {"hands": len(data.pool)})
@@ -895,42 +876,13 @@ def report(step, recent, since, optimizer, plan, args):
             "views_per_s": 2 * args.batch_size * len(recent) / seconds}
 
 
-def show(row, bar, board, out):
-    """A row of the log: beside the bar, into the folder's log.jsonl, on TensorBoard's board; where
-    one is None, not there."""
-    probe = f", probe {row['probe']:.3f}" if "probe" in row else ""
-    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s{probe}",
-                        refresh=False)
-    if out:
-        write_log(out, row)
-    if board:
-        for key, value in row.items():
-            board.add_scalar(key, value, row["step"])
-
-
-def draw_curves(path, rows):
-    """One panel for each group of values that the log has."""
-    groups = [("loss", "keypoint_error"), ("lr",), ("positive_similarity", "negative_similarity"),
-              ("mean_pos_weight", "mean_neg_weight"), ("probe",)]
-    logged = {key for row in rows for key in row}
-    panels = []
-    for group in groups:
-        shown = [key for key in group if key in logged]
-        if shown:
-            panels.append(shown)
-    plot_curves(path, rows, panels)
-
-
-def save(settings, data, step, model, optimizer, rows, args):
-    """Write the checkpoint and the curves, on the rank that has the log's rows."""
-    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    require(finite, f"{args.out}: a weight is not finite after step {step}; the checkpoint stays "
-            "as it is; try a smaller --lr in another --out")
-    if rows is not None:
-        draw_curves(Path(args.out) / "curves.png", rows)
-        save_checkpoint(args.out, dict(args=settings, data=data.digest, step=step,
-                                       model=model.state_dict(),
-                                       optimizer=optimizer.state_dict()))
+def save(out, settings, data, step, model, optimizer, rows):
+    """Write the checkpoint and the curves."""
+    save_checkpoint(out, dict(args=settings, data=data.digest, step=step, model=model.state_dict(),
+                              optimizer=optimizer.state_dict()))
+    plot_curves(Path(out) / "curves.png", rows, [
+        ["loss", "keypoint_error"], ["lr"], ["positive_similarity", "negative_similarity"],
+        ["mean_pos_weight", "mean_neg_weight"], ["probe"]])
 
 
 def finish(step, rows, model, plan, device, args):
@@ -942,11 +894,6 @@ def finish(step, rows, model, plan, device, args):
     with atomic(Path(args.out) / "backbone.pt") as file:
         torch.save(weights, file)
     last = rows[-1] if rows else {}  # empty where the log is gone
-    apart = last.get("positive_similarity", 1) - last.get("negative_similarity", 0)
-    if apart < 0.05:
-        advice = "" if args.weighting == "none" else ", or try --weighting none"
-        print(f"careful: the embeddings have not parted: positives are only {apart:.2f} more "
-              f"similar than other pairs; train longer{advice}")
     for name in ("probe", "loss", "keypoint_error", "positive_similarity", "negative_similarity",
                  "views_per_s"):
         if name in last:
@@ -970,12 +917,10 @@ def dry_run(data, plan, device, args):
     model = make_model(args.weights, device, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr)
     net = spread(model, device).train()
-    if plan.rank == 0:
-        introduce(args, plan, data, model, 0, device)
     half = args.steps // 2
     batches = load_batches(data, 0, args.steps, plan, device, args)
-    bar = progress(batches, total=args.steps, unit="step", disable=plan.rank != 0)
-    for step, batch in enumerate(bar, 1):
+    start = time.time()
+    for step, batch in enumerate(progress(batches, total=args.steps, disable=plan.rank != 0), 1):
         set_learning_rate(optimizer, step - 1, plan, args.lr)
         values = train_step(net, optimizer, batch, data.pca, plan, args)
         if step in (half, args.steps):
@@ -985,41 +930,25 @@ def dry_run(data, plan, device, args):
     seconds = (time.time() - start) / (args.steps - half)
     if plan.rank == 0:
         print(f"dry run: {2 * args.batch_size / seconds:.0f} views/s, {seconds:.3f} s a step, "
-              f"{peak_memory(device):.2f} GB of {device.type} memory (loader processes apart); the "
-              f"whole run, {plan.steps} steps, would take {plan.steps * seconds / 3600:.2f} hours")
+              f"{peak_memory(device):.2f} GB of {device.type} memory (loader processes apart) at "
+              f"--micro-batch {plan.micro_batch}; the whole run, {plan.steps} steps, would take "
+              f"{plan.steps * seconds / 3600:.2f} hours")
     end_ranks()
 
 
-def open_tensorboard(folder, step):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(f"--tensorboard: {error} (pip install 'tensorboard<2.20')")
-    return SummaryWriter(folder, purge_step=step + 1)
-
-
-def draw_views(path, data, args, pairs=6, others=250):
-    """A sheet of pairs as the network sees them, keypoints drawn, with each one's weight as
-    a positive among others."""
-    count = min(pairs + others, len(data.pool), args.batch_size)
+def draw_views(path, data, args, pairs=6):
+    """A sheet of pairs as the network sees them, keypoints drawn: above the hand, below its
+    positive."""
+    count = min(pairs, len(data.pool))
     chosen = np.random.default_rng(args.seed).choice(len(data.pool), count, replace=False)
     drawn = [make_pair(data, hand, 0, args) for hand in chosen.tolist()]
-    weights = None
-    if args.weighting not in ("none", "soft"):
-        first = torch.from_numpy(np.stack([pair[0].weight_keypoints for pair in drawn]))
-        second = torch.from_numpy(np.stack([pair[1].weight_keypoints for pair in drawn]))
-        weights = weigh(first, second, args.weighting, "both", (args.slope_pos, args.slope_neg),
-                        data.pca)["pos_weight"]
     zoom = max(1, 192 // args.input_size)
     tiles = []
-    for k in (0, 1):
-        for number, pair in enumerate(drawn[:pairs]):
+    for k, text in enumerate(("hand", "its positive")):
+        for pair in drawn:
             image = np.kron(pair[k].image, np.ones((zoom, zoom, 1), np.uint8))
-            text = "hand" if k == 0 else "its positive"
-            if k == 0 and weights is not None:
-                text = f"weight {weights[number]:.2f}"
             tiles.append(draw_hand(image, rescale_points(pair[k].keypoints, zoom), text=text))
-    save_image(path, sheet(tiles, min(pairs, count)))
+    save_image(path, sheet(tiles, count))
 
 
 if __name__ == "__main__":

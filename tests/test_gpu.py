@@ -63,11 +63,10 @@ def labelled_batch(count=4, side=64):
                 valid=torch.ones(count, 21, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("head", finetune.LOSSES)
-def test_the_fine_tuning_step_stays_on_the_gpu(fake_gpu, head, frozen, precision):
-    plan = finetune.Plan(rank=0, ranks=1, device=CUDA, precision=precision, batch_size=4, workers=0)
+def test_the_fine_tuning_step_stays_on_the_gpu(fake_gpu, head, frozen):
+    plan = finetune.Plan(rank=0, ranks=1, device=CUDA, precision="bf16", batch_size=4, workers=0)
     with CUDA:
         model = finetune.NETWORKS[head]("resnet18", "none")
     optimizer = finetune.make_optimizer(model, 1e-3, None if frozen else 1e-3)
@@ -141,8 +140,8 @@ def check_step(model, step, device):
         assert (tensor.shape, tensor.dtype) == before[name] and tensor.device == device, name
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, pieces", [("simhand", 1), ("both losses", 1),
+                                            *((method, 2) for method in METHODS)])
 def test_the_pretraining_step_stays_on_the_gpu(fake_gpu, monkeypatch, method, pieces):
     model, step = pretraining(monkeypatch, CUDA, METHODS[method], pieces)
     check_step(model, step, CUDA)
@@ -157,8 +156,7 @@ def test_the_other_optimisers_stay_on_the_gpu(fake_gpu, monkeypatch, optimizer):
     check_step(model, step, CUDA)
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("method", ["linear", "soft", "keypoints", "both losses"])
+@pytest.mark.parametrize("method, pieces", [("both losses", 1), ("both losses", 2), ("soft", 2)])
 def test_autograd_gives_each_parameter_a_gradient_of_its_shape(monkeypatch, method, pieces):
     """By its own backward, which goes through bf16 and back; on a CPU that holds no data."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -181,7 +179,7 @@ def test_a_large_batch_is_lost_and_weighed_on_the_gpu(fake_gpu):
 
 
 def test_the_network_is_compiled_to_two_graphs_once(monkeypatch):
-    """One with gradients and one without, whole, over four steps of micro-batches; a graph more
+    """One with gradients and one without, whole, over three steps of micro-batches; a graph more
     would mean minutes on a GPU."""
     compiled = []
 
@@ -194,7 +192,7 @@ def test_the_network_is_compiled_to_two_graphs_once(monkeypatch):
     words = METHODS["both losses"]
     model, step = pretraining(monkeypatch, torch.device("cpu"), words, 2, "fp32")
     model.compile(backend=count)
-    for _ in range(4):
+    for _ in range(3):
         values = step()
     assert values["loss"].isfinite()
     assert len(compiled) == 2 and not counters["graph_break"], counters["graph_break"]
