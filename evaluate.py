@@ -28,8 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (InputError, atomic, figure, load_array, read_log, require, run_facts,
-                    run_script)
+from common import atomic, figure, load_array, read_log, require, run_facts, run_script
 
 # Metrics of the table, by their keys in metrics.json.
 COLUMNS = {
@@ -55,13 +54,13 @@ def parse_args():
     flag = parser.add_argument
     flag("runs", nargs="+", help="folders with predictions")
     flag("--out", help="folder for tables and plots (default: of a single run, its own)")
-    flag("--names", nargs="+", metavar="NAME", help="what the table calls each run (default: its "
-         "folder's name); runs on different data sets may share a name")
+    flag("--names", nargs="+", metavar="NAME",
+         help="what the table calls each run (default: its folder's name)")
     flag("--baseline", metavar="NAME",
          help="run over whose MPJPE the gain is taken (default: the first of each data set)")
-    flag("--seeds", action="store_true", help="runs whose names differ only in the seed's number "
-         "(simhand-seed0, simhand-seed1) share a row: their mean and standard deviation, how many "
-         "they are (n), and p of Welch's two-sided t-test of the MPJPE against --baseline")
+    flag("--seeds", action="store_true", help="runs simhand-seed0, simhand-seed1, ... share a row: "
+         "their mean and standard deviation, how many they are (n), and p of Welch's two-sided "
+         "t-test of the MPJPE against --baseline")
     flag("--absolute", action="store_true", help="absolute camera coordinates in the table too")
     flag("--allow-missing", action="store_true",
          help="leave samples out whose prediction is NaN, and count them (default: an error)")
@@ -97,8 +96,6 @@ def main():
     claim(out, OUTPUTS)
     for run in runs:
         claim(run.folder, ["metrics.json"])
-        if args.submission:
-            claim(run.folder, [SUBMISSIONS[args.submission]])
 
     for run in runs:
         score_run(run, args)
@@ -107,8 +104,7 @@ def main():
     for name, (key, label) in CURVES.items():
         draw(out, name, curves(groups, key), xlabel=label, ylabel="MPJPE, mm, wrist-aligned",
              xscale="log")
-    written = [name for name in OUTPUTS if (out / name).exists()]
-    print(f"wrote metrics.json beside the predictions; into {out}: {', '.join(written)}")
+    print(f"wrote metrics.json beside the predictions, tables and plots into {out}")
 
 
 def score_run(run, args):
@@ -246,9 +242,8 @@ def number(value):
 HINT = "finetune.py writes it; any method's predictions will do"
 DATASETS = {"freihand": "FreiHAND", "dexycb": "DexYCB", "assemblyhands": "AssemblyHands"}
 # What poses may be in by mistake: factor to mm, unit, and the share of the hand's size below which
-# the error must then be, so that predictions that are merely bad pass. Those of a network that has
-# hardly learnt may be a tenth of a hand, but not a thousandth.
-UNITS = ((1000, "metres", 0.75), (10, "centimetres", 0.5), (0.001, "micrometres", 0.75))
+# the error must then be. Predictions that are merely bad may be a tenth of a hand, and shall pass.
+UNITS = ((1000, "metres", 0.75), (10, "centimetres", 0.5))
 
 
 @dataclasses.dataclass
@@ -363,18 +358,15 @@ def read_settings(folder):
     how it was trained: `method` and `pool` (hands) of the pre-training, `label_fraction`."""
     path = folder / "log.jsonl"
     rows = read_log(path) if path.exists() else []
-    try:
-        args = (rows or [{}])[0].get("args") or {}
-        before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
-        words = [DATASETS.get(args.get("dataset"), ""), args.get("setup"), args.get("modality"),
-                 "filtered" if args.get("paper_filter") else ""]
-        method = Path(str(args.get("weights", ""))).stem  # "none", "imagenet", or a file's
-        settings = {key: args.get(key) for key in ("dataset", "paper_filter", "label_fraction")}
-        settings |= {"data": " ".join(word for word in words if word), "pool": before.get("hands"),
-                     "method": str((before.get("args") or {}).get("method", method))}
-        return settings
-    except (AttributeError, TypeError):
-        raise InputError(f"{path}: expected the log of finetune.py, or none")
+    args = rows[0].get("args", {}) if rows else {}
+    before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
+    words = [DATASETS.get(args.get("dataset")), args.get("setup"), args.get("modality"),
+             "filtered" if args.get("paper_filter") else None]
+    method = Path(args.get("weights", "")).stem  # "none", "imagenet", or a file's
+    settings = {key: args.get(key) for key in ("dataset", "paper_filter", "label_fraction")}
+    return settings | {"data": " ".join(word for word in words if word),
+                       "pool": before.get("hands"),
+                       "method": (before.get("args") or {}).get("method", method)}
 
 
 def claim(folder, names):
@@ -383,8 +375,8 @@ def claim(folder, names):
     path = folder / ".evaluate"
     ours = path.read_text().splitlines() if path.exists() else []
     foreign = [name for name in names if name not in ours and (folder / name).exists()]
-    require(not foreign, f"{folder}: holds {', '.join(foreign)}, not noted there as written by "
-            "evaluate.py, which would replace it: move it away")
+    require(not foreign, f"{folder}: holds {', '.join(foreign)}, which evaluate.py did not write "
+            "and would replace: move it away")
     write_text(path, "".join(f"{name}\n" for name in sorted({*ours, *names})))
 
 
@@ -580,10 +572,9 @@ def read_names(run, benchmark, count):
     filtered = run.settings["paper_filter"]
     how = " with --paper-filter, which leaves samples out" if filtered else ""
     require(tested in (None, benchmark) and not filtered,
-            f"{run.folder}: --submission {benchmark}: was tested on {tested}{how}")
+            f"{run.folder}: was tested on {tested}{how}, not on {benchmark}")
     path = run.folder / "names.txt"
     hint = "expected a line a sample: index, tab, picture, tab, left or right"
-    require(path.is_file(), f"{path}: missing, {hint}")
     lines = [line.split(b"\t") for line in path.read_bytes().splitlines()]
     is_left = {b"left": True, b"right": False}
     try:
@@ -606,6 +597,7 @@ def write_submission(run, poses, benchmark):
     which pred_xyz.npy mirrors, are left again. FreiHAND wants pred.json in a zip, [keypoints
     (T, 21, 3), vertices (T, 778, 3)] in metres; DexYCB lines of the index and 63 numbers in mm."""
     path = run.folder / SUBMISSIONS[benchmark]
+    claim(run.folder, [path.name])
     finite = np.isfinite(poses.prediction).all((1, 2))
     require(finite.all(), f"{run.folder / 'pred_xyz.npy'}: values must be finite, row "
             f"{finite.argmin()} is not; a benchmark wants every joint of every sample")
