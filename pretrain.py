@@ -42,7 +42,7 @@ from common import (BACKBONES, BORDERS, CORES, any_rank, apply_view, atomic,
                     write_log)
 
 # What --paper sets, where no flag says otherwise.
-PAPER = {"weighting": "linear", "border": "black", "crop_move": 15 / 224}
+PAPER = {"border": "black", "crop_move": 15 / 224}
 WEIGHTINGS = ("none", "linear", "nonlinear", "balanced", "soft")
 MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes")
 EXTRA_AUGMENTATIONS = {
@@ -76,10 +76,11 @@ def add_method_flags(flag):
          help="simhand: the positive is the mined neighbour; peclr: the same picture once more; "
          "simclr: the same, without equivariance and rotation; keypoints: no contrast, one linear "
          "layer learns where the detector saw the 21 keypoints in a view (a baseline)")
-    flag("--weighting", choices=WEIGHTINGS, default="none",
-         help="how the distance between two hands' keypoints becomes a weight in the loss; "
-         "balanced: linear weights over their mean; soft: no weights, but each view's similarities "
-         "shall be spread as the hands are alike (paper: linear; default: none)")
+    flag("--weighting", choices=WEIGHTINGS,
+         help="how the distance between two hands' keypoints enters the loss. soft: each view's "
+         "similarities shall be spread over the others as the hands are alike; linear, nonlinear: "
+         "it weights the pairs; balanced: linear weights over their mean (default: soft; of "
+         "peclr and simclr none; paper: linear)")
     flag("--weight-on", choices=("both", "pos", "neg"), default="both",
          help="pairs that are weighted")
     flag("--weight-keypoints", choices=("augmented", "original"),
@@ -96,7 +97,8 @@ def add_method_flags(flag):
     flag("--keypoint-loss", type=float, metavar="LAMBDA", help="add so many times the loss of "
          "--method keypoints to the contrastive one (default: 0)")
     flag("--top-k", type=int, default=1, help="draw the positive among the first k neighbours")
-    flag("--temperature", type=float, default=0.5, help="of NT-Xent (paper: 0.5)")
+    flag("--temperature", type=float, help="of NT-Xent (default: 0.2 with soft targets, "
+         "else the paper's 0.5)")
     flag("--shift-unit", choices=("side", "hand"), default="side",
          help="side: undo a view's shift as a share of the view's side (paper); hand: as a share "
          "of the hand's own extent, which undoes it exactly for a projection that is the keypoints")
@@ -160,11 +162,11 @@ def add_training_flags(flag):
 def parse_args():
     parser = make_parser()
     args = parser.parse_args()
+    weighting = "linear" if args.paper else "soft"
+    parser.set_defaults(weighting=weighting if args.method == "simhand" else "none")
     if args.paper:
         parser.set_defaults(**PAPER)
-        if args.method != "simhand":
-            parser.set_defaults(weighting="none")
-        args = parser.parse_args()
+    args = parser.parse_args()
     check_flags(args)
     refuse_flags_without_effect(args, parser)
     args.hands = [os.path.normpath(folder) for folder in args.hands]
@@ -174,6 +176,7 @@ def parse_args():
     derived = {"equivariance": "none" if simclr else "both",
                "rotation": 0.0 if simclr else 45.0,
                "crop_margin": [1.25, 1.25] if simclr else [0.9, 1.5],
+               "temperature": 0.2 if args.weighting == "soft" else 0.5,
                "weight_keypoints": "original" if args.weighting == "soft" else "augmented",
                "keypoint_loss": 1.0 if args.method == "keypoints" else 0.0,
                "warmup_epochs": args.epochs // 10}

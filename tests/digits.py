@@ -67,7 +67,7 @@ def parse_args():
     parser.add_argument("--margin", type=float, help="of all crops, as of extract_hands.py "
                         "(default: 1.3, since hands fill the photographs; with --pool the pool's). "
                         "Of a pool the middle of each crop is cut out")
-    parser.add_argument("--epochs", type=int, default=40, help="of pre-training (default: 40)")
+    parser.add_argument("--epochs", type=int, default=20, help="of pre-training (default: 20)")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs a step (default: 64)")
     args = parser.parse_args()
     args.methods = experiment.in_order(args.methods, ROWS)

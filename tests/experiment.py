@@ -35,7 +35,7 @@ PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"
 # Flags of pretrain.py that make a method, and what tables call it. The default's weighting is
 # named, so that a folder of runs stays what it is when the default changes.
-WEIGHTING = "none"
+WEIGHTING = "soft"
 METHODS = {"simclr": ("--method", "simclr"),
            "peclr": ("--method", "peclr"),
            "keypoints": ("--method", "keypoints"),

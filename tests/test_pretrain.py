@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pretrain
 from common import (BACKBONES, COLOURS, apply_view, load_array, load_checkpoint, load_hands,
@@ -397,7 +398,7 @@ def test_lars_factor_against_its_formula():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_fits_the_projection(backbone):
-    with torch.device("meta"):
+    with FakeTensorMode():  # sizes alone
         model = pretrain.SimHandModel(backbone, "none", regress=True)
         projection, keypoints = model(torch.zeros(2, 3, 32, 32))
     assert projection.shape == (2, 128) and keypoints.shape == (2, 42)
@@ -706,7 +707,8 @@ def test_paper_sets_the_papers_values_and_other_flags_still_count(mined):
     ours = parse(mined, "--out", "unused")
     paper = parse(mined, "--out", "unused", "--paper")
     differ = {name for name in vars(ours) if getattr(ours, name) != getattr(paper, name)}
-    assert differ == {"paper", "weighting", "border", "crop_move"}
+    assert differ == {"paper", "weighting", "border", "crop_move", "temperature",
+                      "weight_keypoints"}
     assert (paper.weighting, paper.border, paper.crop_move) == ("linear", "black", 15 / 224)
     mixed = parse(mined, "--out", "unused", "--paper", "--border", "mirror")
     assert (mixed.weighting, mixed.border) == ("linear", "mirror")
@@ -876,9 +878,10 @@ def test_a_weighted_variant_runs(mined, tmp_path):
 
 
 def test_flags_without_effect_are_refused(mined):
-    for flags, words in ((("--weight-on", "pos"), "without --weighting"),
-                         (("--weight-pca",), "without --weighting"),
-                         (("--weight-keypoints", "original"), "without --weighting"),
+    for flags, words in ((("--weight-on", "pos"), "with --weighting soft"),
+                         (("--weight-pca", "--weighting", "none"), "without --weighting"),
+                         (("--weight-keypoints", "original", "--weighting", "none"),
+                          "without --weighting"),
                          (("--weight-pca", "--weighting", "soft"), "with --weighting soft"),
                          (("--slope-pos", 2, "--weighting", "linear"), "--weighting nonlinear"),
                          (("--slope-neg", 2), "without --weighting nonlinear"),
