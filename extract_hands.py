@@ -7,9 +7,7 @@ are mirrored, so that every crop shows a right hand.
 
 Stop it at any moment and run the same command again: it goes on. Videos that are added to the
 input later are appended. Under torchrun or srun each rank takes its share of the videos, and
-whoever finishes last merges; the ranks share nothing but the folder. The first call makes
-MediaPipe's model from one of its releases, by pip, and keeps it (--model); nothing else is ever
-fetched.
+whoever finishes last merges; the ranks share nothing but the folder.
 
     python extract_hands.py ~/ego4d/v1/full_scale ~/100doh --out data/hands
     python extract_hands.py demo/videos --out demo/hands --fps 5 --workers 2
@@ -24,8 +22,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -68,24 +66,21 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("videos", nargs="*", help="folders, searched for videos and for folders of stills (each "
-         "folder counts as one video, in name order); single videos; .txt files with one such path "
-         "a line")
+    flag("videos", nargs="*", help="folders of videos, or of stills (each such folder counts as "
+         "one video, in name order); single videos; .txt files with one such path a line")
     flag("--out", required=True, help="hands folder to write")
     flag("--paper", action="store_true", help="take the paper's values where ours differ: --margin "
          "1.3 --border black; a flag that is given still counts")
     # what is sampled and kept
     flag("--fps", type=float, default=1.0, help="frames a second that are looked at, by the "
-         "stream's own time (paper: 1). Of stills all are looked at: they count as sampled at "
-         "this rate")
-    flag("--all-frames", action="store_true", help="decode every frame. Without it, at 2 frames a "
-         "second and below, frames that no other needs are skipped, and what is looked at may come "
-         "a few frames later, by a quarter of the interval at most")
+         "stream's own time; stills are all looked at (paper: 1)")
+    flag("--all-frames", action="store_true", help="decode every frame, also at 2 a second and "
+         "below, where a sample may otherwise come a quarter of the interval later")
     flag("--max-hands", type=int, default=2, help="hands in a frame at most (paper: 2)")
     flag("--min-score", type=float, default=0.5, help="MediaPipe's detection confidence, 0 to 1, "
          "below which nothing is a hand (default: 0.5)")
-    flag("--min-size", type=float, default=32, help="a hand is dropped if the longer side of the "
-         "box around its keypoints is below this, in source pixels: at 224 px it would be a smear")
+    flag("--min-size", type=float, default=32, help="pixels of the source that the longer side of "
+         "the box around a hand's keypoints must have")
     flag("--mirrored", action="store_true", help="the videos are selfies, shown as in a mirror: "
          "left and right are exchanged")
     flag("--model", metavar="FILE", help="MediaPipe's hand_landmarker.task (default: the one in "
@@ -98,13 +93,10 @@ def make_parser():
     # the crops
     flag("--size", type=int, default=224, help="side of the crops in pixels (paper: 224)")
     flag("--margin", type=float, default=2.6, help="side of the square that a crop shows, over the "
-         "longer side of the box around the keypoints. With the paper's 1.3 most views of "
-         "pre-training show the crop's border; from its place the network can tell similar hands "
-         "without looking at them (default: 2.6; paper: 1.3)")
+         "longer side of the box around the keypoints (default: 2.6; paper: 1.3)")
     flag("--border", choices=sorted(BORDERS), default="mirror", help="what a crop shows beyond the "
-         "frame: the mirrored picture, its edge stretched, or black. The straight edge of black "
-         "tells the network how a view was turned, and it need not look at the hand (default: "
-         "mirror; paper: black)")
+         "frame: the mirrored picture, its edge stretched, or black (default: mirror; paper: "
+         "black)")
     flag("--quality", type=int, default=95, help="JPEG quality of the crops, 1 to 100")
     # the machine
     flag("--workers", type=int, help="processes; each takes one video at a time (default: one a "
@@ -119,13 +111,10 @@ def parse_args():
         parser.set_defaults(**PAPER)
         args = parser.parse_args()
     check_flags(args)
-    require(args.fps > 0 and args.max_hands >= 1 and args.size >= 8 and 1 <= args.quality <= 100,
-            "--fps must be above 0, --max-hands at least 1, --size at least 8, --quality 1 to 100")
-    require(args.min_score <= 1 and 1 <= args.margin <= 10 and args.size <= 4096,
-            "--min-score must lie in 0..1, --margin in 1..10, --size must be at most 4096")
-    require(args.workers is None or args.workers >= 1, "--workers must be at least 1")
-    require(args.out and bool(args.videos) != bool(args.annotations) == bool(args.frames),
-            "expected --out, and either videos, or --annotations with --frames")
+    require(args.fps > 0 and args.size > 0 and args.workers != 0,
+            "--fps, --size and --workers must be above 0")
+    require(bool(args.videos) != bool(args.annotations) == bool(args.frames),
+            "expected either videos, or --annotations with --frames")
     if args.annotations:
         idle = ("fps", "all_frames", "max_hands", "min_score", "min_size", "mirrored", "model")
         refuse_idle_flags(args, parser, idle, "with --annotations: its hands are found already")
@@ -134,31 +123,19 @@ def parse_args():
     return args
 
 
-@dataclasses.dataclass
-class Job:
-    """What is the same for all videos of this call."""
-    root: str  # the folder that names of videos are relative to
-    out: Path  # the hands folder
-    model: str  # path of MediaPipe's model
-    args: argparse.Namespace
-
-
 def main():
     args = parse_args()
     rank, ranks, cores = find_ranks()
     workers = args.workers or len(cores)
-    model = None
     annotations = None
-    note = ""
+    passed_over = []
     if args.annotations:
         annotations = load_annotations(args.annotations, args.frames)
-        root = args.frames
-        sources = [os.path.join(root, name) for name in annotations.sources]
+        args.root = args.frames
+        sources = [os.path.join(args.root, name) for name in annotations.sources]
     else:
-        require(importlib.util.find_spec("mediapipe"),
-                "mediapipe is not installed (pip install -r requirements.txt)")
-        root, sources, note = list_sources(args.videos)
-        model = find_model(args.model)  # once and here: the workers are given its path
+        args.root, sources, passed_over = list_sources(args.videos)
+        args.model = find_model(args.model)  # once and here: the workers are given its path
 
     out = Path(args.out)
     require(not (out / "checkpoint.pt").exists(),
@@ -167,29 +144,23 @@ def main():
     with one_at_a_time(lock):
         finish_merge(out)
         (out / "parts").mkdir(exist_ok=True)
-        root = start_or_go_on(out, plain(args, root=root, model=model, workers=workers))
-        names = name_sources(out, root, sources)
+        args.root = start_or_go_on(out, plain(args, workers=workers))
+        names = name_sources(out, args.root, sources)
         merged = set(lines(out / "videos.txt"))
-        share = [name for name in names[rank::ranks] if name not in merged]
-        todo = [name for name in share if not part_path(out, name).exists()]
-        if ranks == 1:
-            for unfinished in (out / "parts").glob(".*.tmp"):
-                unfinished.unlink()
-    print_settings(args, make_parser(), root=root, model=model, workers=workers,
-                   rank=f"{rank} of {ranks}", videos=len(names), already_merged=len(merged),
-                   to_do=len(todo))
-    if note:
-        print(note, flush=True)
+        todo = [name for name in names[rank::ranks]
+                if name not in merged and not part_path(out, name).exists()]
+    print_settings(args, make_parser(), workers=workers, rank=f"{rank} of {ranks}",
+                   videos=len(names), already_merged=len(merged), to_do=len(todo))
+    if passed_over:
+        print(f"{len(passed_over)} files and folders are passed over: not read here, or stills "
+              f"beside a video; one of them: {passed_over[0]}", flush=True)
 
     start = time.time()
     frames = 0
     hands = 0
     worker_cores = [cores[k % len(cores)] for k in range(workers)]
-    counts = extract_all(todo, annotations, worker_cores, Job(root, out, model, args))
-    bar = progress(total=len(share), initial=len(share) - len(todo), unit="video",
-                   disable=not todo)
-    with bar, contextlib.closing(counts):
-        for more_frames, more_hands in counts:
+    with progress(total=len(todo), unit="video", disable=not todo) as bar:
+        for more_frames, more_hands in extract_all(todo, annotations, worker_cores, args):
             frames += more_frames
             hands += more_hands
             rate = frames / (time.time() - start)
@@ -197,7 +168,9 @@ def main():
             bar.update()
 
     with one_at_a_time(lock):
-        merge_if_last(out, names, annotations, start, rank, ranks)
+        merge_if_last(out, names, annotations, start, f"{rank} of {ranks}")
+        if ranks == 1:
+            shutil.rmtree(out / "parts")  # empty, but for what a kill left
 
 
 # --------------------------------------------------------------------- the method: sampling frames
@@ -225,7 +198,8 @@ def read_video(path, given, detector, args):
             pictures, rows = given
             frames = read_stills if os.path.isdir(path) else pick_frames
             for frame in frames(path, pictures):
-                yield frame, published_hands(frame, rows, args.margin)
+                here = rows[rows["frame"] == frame.index]
+                yield frame, [place_hand(row, frame.image, args.margin) for row in here]
         else:
             for frame in sample_frames(path, args.fps, args.all_frames):
                 hands = find_hands(detector, frame.image, args.min_size, args.mirrored, args.margin)
@@ -312,13 +286,7 @@ class Video:
 @contextlib.contextmanager
 def open_video(path):
     """Opens the video track of a file -> Video."""
-    if not os.path.isfile(path):
-        raise BrokenVideo("no such file")
-    try:
-        container = av.open(path, metadata_errors="replace")
-    except av.FFmpegError as error:
-        raise BrokenVideo(f"cannot be opened as a video ({error.strerror})")
-    with container:
+    with av.open(path, metadata_errors="replace") as container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             raise BrokenVideo("holds no video track")
@@ -480,7 +448,7 @@ def frame_number(name):
 def refuse_missing(bad, names):
     if bad:
         raise BrokenVideo(f"{len(bad)} of {len(names)} pictures are missing or cannot be read, "
-                          f"the first: {printable(bad[0])}")
+                          f"the first: {bad[0]!r}")
 
 
 # ----------------------------------------------------------------------- the method: finding hands
@@ -502,17 +470,21 @@ class Hand:
     square: Square  # what its crop shows
 
 
+@functools.lru_cache
 def start_detector(model, max_hands=2, min_score=0.5):
-    """MediaPipe's hand landmarker, for single pictures."""
-    import mediapipe  # here: annotated hands do without it
+    """MediaPipe's hand landmarker, for single pictures; a process starts it once."""
+    try:
+        import mediapipe  # here: annotated hands do without it
 
-    landmarker = mediapipe.tasks.vision.HandLandmarker
-    options = mediapipe.tasks.vision.HandLandmarkerOptions(
-        base_options=mediapipe.tasks.BaseOptions(model_asset_path=model),
-        num_hands=max_hands,
-        min_hand_detection_confidence=min_score,
-        min_hand_presence_confidence=0.5)  # that a found box shows a hand: MediaPipe's default
-    return landmarker.create_from_options(options)
+        landmarker = mediapipe.tasks.vision.HandLandmarker
+        options = mediapipe.tasks.vision.HandLandmarkerOptions(
+            base_options=mediapipe.tasks.BaseOptions(model_asset_path=model),
+            num_hands=max_hands,
+            min_hand_detection_confidence=min_score,
+            min_hand_presence_confidence=0.5)  # that a found box shows a hand: MediaPipe's default
+        return landmarker.create_from_options(options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"MediaPipe could not be started: {error}")
 
 
 def find_hands(detector, image, min_size, mirrored, margin):
@@ -597,7 +569,7 @@ class Part:
     """The hands of one video, before they are merged; their JPEGs lie in its file."""
     lengths: list  # bytes of each JPEG
     keypoints: list  # (21, 2) each, in crop pixels
-    rows: list  # of HANDS_DTYPE
+    hands: list  # of HANDS_DTYPE; which video it is, is known when they are merged
     frames: int = 0  # that were looked at
     reason: str = ""  # why the video could not be read to its end
 
@@ -616,60 +588,43 @@ def write_crops(file, source, size, border, quality):
                 file.write(jpeg)
                 part.lengths.append(len(jpeg))
                 part.keypoints.append(keypoints)
-                part.rows.append(hands_row(frame, hand))
+                square = hand.square
+                box = (square.left, square.top, square.left + square.side,
+                       square.top + square.side)
+                part.hands.append((0, frame.index, frame.time, box, hand.is_left, hand.score))
     except BrokenVideo as error:
         part.reason = str(error)
     return part
-
-
-def hands_row(frame, hand):
-    """A record of hands.npy; which video it is, is known when it is merged."""
-    left = hand.square.left
-    top = hand.square.top
-    side = hand.square.side
-    box = (left, top, left + side, top + side)
-    return (0, frame.index, frame.time, box, hand.is_left, hand.score)
 
 
 # ----------------------------------------------------------- inputs: videos, the folder so far
 
 def list_sources(inputs):
     """-> the folder that names are relative to; the sorted real paths of all videos and folders of
-    stills, so that a link is no other video; a sentence about what was passed over, or none."""
+    stills, so that a link is no other video; those of what is passed over."""
     sources = set()
-    passed_over = set()
+    others = set()
     roots = []
     for path in map(os.path.realpath, open_lists(inputs)):
+        found = {path}  # one of a list may be missing: that is for failed.txt
         if os.path.isdir(path):
-            found, others = search_folder(path)
-            sources |= found
-            passed_over |= others
-        else:  # one of a list may be missing: that is for failed.txt
-            require(not is_a(PICTURES, os.path.basename(path)),
-                    f"{path}: is a still, give its folder")
-            sources.add(path)
-        roots.append(os.path.dirname(path) if path in sources else path)
-    note = ""
-    if passed_over:
-        note = (f"{len(passed_over)} files and folders are passed over: not read here, or stills "
-                f"beside a video; one of them: {printable(min(passed_over))}")
+            found, left = search_folder(path)
+            others |= left
+        sources |= found
+        roots.append(os.path.dirname(path) if path in found else path)
     require(sources, f"{', '.join(inputs)}: holds no video, expected {', '.join(VIDEOS[:8])} and "
-            f"the like, or folders of stills{note and '; '}{note}")
-    return os.path.commonpath(roots), sorted(sources), note
+            "the like, or folders of stills")
+    return os.path.commonpath(roots), sorted(sources), sorted(others)
 
 
 def open_lists(inputs):
-    """The inputs, with the lines of each .txt file in its place."""
-    paths = []
+    """Yields the inputs, with the lines of each .txt file in its place."""
     for path in inputs:
-        if not (path.endswith(".txt") and os.path.isfile(path)):
-            require(os.path.exists(path), f"{path}: no such file or folder, expected videos")
-            paths.append(path)
-            continue
-        for line in read_lines(path):
-            if line.strip():
-                paths.append(line if os.path.exists(line) else line.strip())
-    return paths
+        require(os.path.exists(path), f"{path}: no such file or folder, expected videos")
+        if path.endswith(".txt"):
+            yield from filter(None, map(str.strip, read_lines(path)))
+        else:
+            yield path
 
 
 def search_folder(folder):
@@ -681,11 +636,8 @@ def search_folder(folder):
     for place, below, files in os.walk(folder, onerror=lambda error: others.add(error.filename),
                                        followlinks=True):
         place = os.path.realpath(place)
-        if place in seen:
-            below.clear()
-            continue
+        below[:] = [name for name in below if place not in seen and not name.startswith(".")]
         seen.add(place)
-        below[:] = [name for name in below if not name.startswith(".")]
         taken = [name for name in files if is_a(VIDEOS, name)]
         sources |= {os.path.realpath(os.path.join(place, name)) for name in taken}
         ours = "log.jsonl" in files or "mining.jsonl" in files  # pictures that these scripts drew
@@ -706,16 +658,11 @@ def lines(path):
     return read_lines(path) if os.path.exists(path) else []
 
 
-def printable(path):
-    return os.fsencode(path).decode(errors="replace")
-
-
 def start_or_go_on(out, settings):
     """Start the log of a new folder, or compare the settings with those of the folder's first call.
     -> the root that the folder's names are relative to."""
     first = logged_settings(out)
-    begun = (out / "videos.txt").exists() or any(out.glob("parts/*.npz"))
-    if not first or not begun:
+    if not first or not ((out / "videos.txt").exists() or any(out.glob("parts/*.npz"))):
         start_log(out, settings, packages=("mediapipe", "av"))
         return settings["root"]
     # Names stay relative to the first root, also those of an input that came later.
@@ -725,12 +672,11 @@ def start_or_go_on(out, settings):
 
 def name_sources(out, root, sources):
     """-> the sorted names, relative to the root, that the sources have in videos.txt."""
-    names = sorted({Path(os.path.relpath(path, root)).as_posix() for path in sources})
+    names = sorted({os.path.relpath(path, root) for path in sources})
     for name in names:
-        is_text = name == name.encode(errors="replace").decode()
-        is_line = name.splitlines() == [name] and "\t" not in name
-        require(is_text and is_line, f"{os.path.join(root, name)!a}: this name cannot be a line of "
-                "videos.txt, rename the video")
+        text = name.encode(errors="ignore").decode().replace("\t", "")
+        require(text.splitlines() == [name], f"{os.path.join(root, name)!a}: this name cannot be a "
+                "line of videos.txt, rename the video")
     merged = lines(out / "videos.txt")
     require(not merged or not set(merged).isdisjoint(names),
             f"{out}: none of its {len(merged)} videos is among the inputs, they lay below {root}; "
@@ -759,84 +705,60 @@ class Worker:
     """A process that extracts one video after another."""
     core: int
     pool: concurrent.futures.ProcessPoolExecutor  # of one process
-    ready: concurrent.futures.Future  # done when the process has started
     frames: int = 0  # that it has looked at
 
 
-def extract_all(todo, annotations, cores, job):
+def extract_all(todo, annotations, cores, args):
     """Extract the videos that `todo` names, each into its part, by one worker process for each of
     `cores` -> yields for each the numbers of frames looked at and of hands."""
-    names = iter(todo)
+    waiting = todo[::-1]
+    idle = [start_worker(core, args) for core in cores[:len(todo)]]
     running = {}  # {future: its worker and the name of its video}
-
-    def submit(worker):
-        name = next(names, None)
-        if name is None:
-            worker.pool.shutdown(wait=False)
-            return
-        work = extract_video, name, annotations and annotations.sources[name]
-        try:
-            future = worker.pool.submit(*work)
-        except BrokenProcessPool:  # it died between two videos
-            worker = start_worker(worker.core, job)
-            future = worker.pool.submit(*work)
-        running[future] = worker, name
-
-    try:
-        for core in cores[:len(todo)]:
-            submit(start_worker(core, job))
-        while running:
-            done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
-            for future in done:
-                worker, name = running.pop(future)
-                try:
-                    frames, hands = future.result()
-                except BrokenProcessPool:
-                    frames, hands = give_up(worker, name, job)
-                    worker.frames = RENEW
-                yield frames, hands
+    while waiting or running:
+        while waiting and idle:
+            worker = idle.pop()
+            name = waiting[-1]
+            given = annotations and annotations.sources[name]
+            try:
+                future = worker.pool.submit(extract_video, name, given, args)
+                running[future] = worker, waiting.pop()
+            except BrokenProcessPool:  # it died between two videos
+                idle.append(start_worker(worker.core, args))
+        done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+        for future in done:
+            worker, name = running.pop(future)
+            try:
+                frames, hands = future.result()
                 worker.frames += frames
-                if worker.frames >= RENEW:
-                    worker.pool.shutdown()
-                    worker = start_worker(worker.core, job)
-                submit(worker)
-    finally:
-        for worker, _ in running.values():
-            worker.pool.shutdown(wait=False, cancel_futures=True)
+            except BrokenProcessPool:  # listed in failed.txt, it is tried again by the next call
+                reason = "its worker process died, see worker.log"
+                frames, hands = save_part(name, [], args, reason)
+                worker.frames = RENEW
+            yield frames, hands
+            if worker.frames >= RENEW:
+                worker.pool.shutdown()
+                worker = start_worker(worker.core, args)
+            idle.append(worker)
+    for worker in idle:
+        worker.pool.shutdown()
 
 
-def start_worker(core, job):
+def start_worker(core, args):
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, context, prepare_worker, (core, job))
-    return Worker(core, pool, pool.submit(os.getpid))
+    pool = concurrent.futures.ProcessPoolExecutor(1, context, prepare_worker, (core, args.out))
+    return Worker(core, pool)
 
 
-def give_up(worker, name, job):
-    """The part of a video whose worker died: nothing of it could be read, so that it is listed in
-    failed.txt, and the next call tries it again -> (0, 0)."""
-    require(worker.ready.done() and not worker.ready.exception(),
-            f"a worker ended before it could work, see {job.out / 'worker.log'}")
-    return save_part(name, [], job, "its worker process died, see worker.log")
-
-
-JOB = None  # of a worker process, as its detector
-DETECTOR = None
-
-
-def prepare_worker(core, job):
+def prepare_worker(core, out):
     """The first that a worker process does."""
-    global JOB, DETECTOR
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent decides, and takes its workers with it
     threading.Thread(target=leave_with_parent, daemon=True).start()
     # Before MediaPipe starts its threads: it has no option for their number.
     os.sched_setaffinity(0, {core})
     cv2.setNumThreads(1)
-    with open(job.out / "worker.log", "ab") as log:
+    with open(Path(out, "worker.log"), "ab") as log:
         os.dup2(log.fileno(), 2)  # decoder and model write to stderr, where the progress bar is
-    JOB = job
-    if not job.args.annotations:
-        DETECTOR = start_detector(job.model, job.args.max_hands, job.args.min_score)
 
 
 def leave_with_parent():
@@ -844,172 +766,139 @@ def leave_with_parent():
     os._exit(1)
 
 
-def extract_video(name, given):
+def extract_video(name, given, args):
     """What a worker process does for a video -> numbers of frames and hands. given: as in
     `read_video`."""
-    source = read_video(os.path.join(JOB.root, name), given, DETECTOR, JOB.args)
-    return save_part(name, source, JOB)
+    detector = None
+    if not given:
+        detector = start_detector(args.model, args.max_hands, args.min_score)
+    source = read_video(os.path.join(args.root, name), given, detector, args)
+    return save_part(name, source, args)
 
 
 def part_path(out, name):
     """Where the hands of one video wait to be merged: an .npz that also holds their JPEGs."""
-    return out / "parts" / (hashlib.sha1(name.encode()).hexdigest()[:20] + ".npz")
+    return Path(out, "parts", hashlib.sha1(name.encode()).hexdigest()[:20] + ".npz")
 
 
-def save_part(name, source, job, reason=""):
+def save_part(name, source, args, reason=""):
     """Write the hands of a video to its part; the JPEGs are written as they come -> numbers of
     frames and hands. reason: why nothing could be read, where that is known."""
-    args = job.args
-    with atomic(part_path(job.out, name)) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic(part_path(args.out, name)) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("crops", "w", force_zip64=True) as crops:
             part = write_crops(crops, source, args.size, args.border, args.quality)
         arrays = {"lengths": np.array(part.lengths, np.int64),
-                  "hands": np.array(part.rows, HANDS_DTYPE),
+                  "hands": np.array(part.hands, HANDS_DTYPE),
                   "keypoints": np.array(part.keypoints, np.float32).reshape(-1, 21, 2),
                   "frames": np.array(part.frames),
                   "reason": np.array(reason or part.reason)}
         for key, array in arrays.items():
             with archive.open(f"{key}.npy", "w") as member:
                 np.save(member, array)
-    return part.frames, len(part.rows)
-
-
-@contextlib.contextmanager
-def open_part(out, name):
-    path = part_path(out, name)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            yield archive
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
-        raise InputError(f"{path}: damaged; delete it, and the same command extracts {name} again")
-
-
-def read_part(out, name):
-    """-> Part, with arrays in place of its lists."""
-    with open_part(out, name) as archive:
-        return Part(archive["lengths"], archive["keypoints"], archive["hands"],
-                    int(archive["frames"]), str(archive["reason"]))
+    return part.frames, len(part.hands)
 
 
 # ---------------------------------------------------------------------------------------- merging
 
-def merge_if_last(out, names, annotations, start, rank, ranks):
+def merge_if_last(out, names, annotations, start, rank):
     """Merge the parts of all ranks, unless a video is still to be done by another rank."""
     merged = lines(out / "videos.txt")  # by now another rank may have merged
-    new = sorted(set(names) - set(merged))
-    reasons = dict(line.partition("\t")[::2] for line in lines(out / "failed.txt"))
-    others = sum(not part_path(out, name).exists() and name not in reasons for name in new)
+    new = sorted({*names} - {*merged})
+    reasons = dict(line.split("\t", 1) for line in lines(out / "failed.txt"))
+    done = [name for name in new if part_path(out, name).exists()]
+    # One that failed before, and at which another rank is again, keeps nobody waiting.
+    others = {*new} - {*done} - reasons.keys()
     if others:
-        print(f"{others} videos are not done yet, they are left to other ranks (this is rank "
-              f"{rank} of {ranks}); whoever finishes last merges")
+        print(f"{len(others)} videos are not done yet, they are left to other ranks (this is rank "
+              f"{rank}); whoever finishes last merges")
         return
-    added = merge(out, merged, new, reasons, annotations, start)
-    summarise(out, added, annotations)
-    if ranks == 1:
-        with contextlib.suppress(OSError):  # a part without a hand may be left
-            (out / "parts").rmdir()
-
-
-def merge(out, merged, new, reasons, annotations, start):
-    """Append the parts of the new videos to what is merged already -> number of videos appended.
-
-    All files change together: they are written in a folder of their own, whose renaming says that
-    it is complete. A merge that is cut short before that is done again, and after that finished by
-    finish_merge. Nothing but failed.txt changes when the parts hold nothing that can be kept.
-    reasons: {name of a video: why it could not be read to its end}, so far.
-    """
     parts = {}
-    for name in new:
-        if not part_path(out, name).exists():
-            continue  # failed before, and another rank is at it again
-        part = read_part(out, name)
+    for name in done:
+        with np.load(part_path(out, name), allow_pickle=False) as archive:
+            part = Part(archive["lengths"], archive["keypoints"], archive["hands"],
+                        int(archive["frames"]), str(archive["reason"]))
         reasons[name] = part.reason
-        if len(part.rows) or not part.reason:
+        if len(part.hands) or not part.reason:
             parts[name] = part
         else:
             part_path(out, name).unlink()  # so that it is tried again at the next call
     failed = [f"{name}\t{reasons[name]}" for name in [*merged, *new] if reasons.get(name)]
-    found = sum(len(part.rows) for part in parts.values())
-    if not parts or not (merged or found):
-        with atomic(out / "failed.txt") as file:
-            file.write(as_lines(failed).encode())
-        first = ""
-        if failed:
-            first = f"; {len(failed)} could not be read: {failed[0].replace(chr(9), ': ')}"
-        require(merged or found, f"{out}: no hand found in {len(new)} videos{first}")
-        return 0
+    with atomic(out / "failed.txt") as file:
+        file.write(as_lines(failed).encode())
+    found = sum(len(part.hands) for part in parts.values())
+    require(merged or found, f"{out}: no hand found in {len(new)} videos. {failures(out)}")
+    if parts:
+        merge(out, merged, parts, annotations, len(failed), start)
+    summarise(out, annotations)
 
-    old = load_hands(out) if merged else None
-    videos = [*merged, *parts]
+
+def failures(out):
+    failed = lines(out / "failed.txt")
+    if not failed:
+        return ""
+    return (f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the "
+            f"first: {failed[0].replace(chr(9), ': ')}")
+
+
+def merge(out, merged, parts, annotations, failed, start):
+    """Append the parts {name: Part} of new videos to what is merged already.
+
+    All files change together: they are written in a folder of their own, whose renaming says that
+    it is complete. A merge that is cut short before that is done again, and after that finished by
+    finish_merge.
+    """
     temporary = out / ".merging.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    rows = write_arrays(temporary, out, old, parts, len(merged))
+    videos = [*merged, *parts]
+    rows = write_arrays(temporary, out, merged, parts)
     if annotations:
         save_pairs(temporary, videos, rows, annotations)
     log = read_log(out / "log.jsonl")
-    log.append(log_row(log[-1], rows, parts, len(videos), len(failed), start))
+    frames = log[-1].get("frames", 0) + sum(part.frames for part in parts.values())
+    log.append({"videos": len(videos), "frames": frames, "hands": len(rows),
+                "hands_a_frame": round(len(rows) / max(frames, 1), 3),
+                "left": int(rows["left"].sum()), "failed": failed,
+                "seconds": round(time.time() - start, 1)})
     (temporary / "videos.txt").write_text(as_lines(videos))
-    (temporary / "failed.txt").write_text(as_lines(failed))
     (temporary / "log.jsonl").write_text(as_lines(map(json.dumps, log)))
     os.rename(temporary, out / "merged")
     finish_merge(out)
-    return len(parts)
 
 
 def as_lines(texts):
     return "".join(f"{text}\n" for text in texts)
 
 
-def write_arrays(folder, out, old, parts, merged):
-    """Write the four arrays of a hands folder: those of the Hands `old`, or None, then the parts'.
-    -> the rows of hands.npy.
+def write_arrays(folder, out, merged, parts):
+    """Write the four arrays of a hands folder: those of the videos that are merged already, then
+    the parts' -> the rows of hands.npy.
 
-    The number of the first new video is `merged`. The crops are copied from file to file, since
-    memory does not hold them; of 2.0M hands the other three take 430 MB.
+    The crops are copied from file to file, since memory does not hold them; of 2.0M hands the other
+    three take 430 MB.
     """
-    rows = []
-    for number, part in enumerate(parts.values(), merged):
-        part.rows["video"] = number
-        rows.append(part.rows)
-    keypoints = [part.keypoints for part in parts.values()]
-    lengths = [part.lengths for part in parts.values()]
-    if old:
-        rows.insert(0, old.rows)
-        keypoints.insert(0, old.keypoints)
-        lengths.insert(0, np.diff(old.offsets))
-    rows = np.concatenate(rows)
-    offsets = np.concatenate([[0], *lengths]).cumsum()
+    for number, part in enumerate(parts.values(), len(merged)):
+        part.hands["video"] = number
+    pieces = list(parts.values())
+    if merged:
+        old = load_hands(out)
+        pieces.insert(0, Part(np.diff(old.offsets), old.keypoints, old.rows))
+    rows = np.concatenate([piece.hands for piece in pieces])
+    offsets = np.concatenate([[0], *(piece.lengths for piece in pieces)]).cumsum()
     save_array(folder / "hands.npy", rows)
-    save_array(folder / "keypoints.npy", np.concatenate(keypoints))
+    save_array(folder / "keypoints.npy", np.concatenate([piece.keypoints for piece in pieces]))
     save_array(folder / "offsets.npy", offsets)
     with atomic(folder / "crops.npy") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (int(offsets[-1]),)}
         np.lib.format.write_array_header_1_0(file, header)
-        if old:
-            copy_crops(out / "crops.npy", file)
+        if merged:  # as a file: what is read through a memory map counts as used memory
+            with open(out / "crops.npy", "rb") as crops:
+                crops.seek(-len(old.crops), os.SEEK_END)
+                shutil.copyfileobj(crops, file, 1 << 24)
         for name in progress(parts, unit="video", desc="merging"):
-            with open_part(out, name) as archive, archive.zip.open("crops") as crops:
+            with zipfile.ZipFile(part_path(out, name)) as part, part.open("crops") as crops:
                 shutil.copyfileobj(crops, file, 1 << 24)
     return rows
-
-
-def copy_crops(path, file):
-    """The content of a crops.npy to an open file. It is read as a file: all that is read through a
-    memory map would count as used memory."""
-    with open(path, "rb") as source:
-        source.seek(np.load(path, mmap_mode="r", allow_pickle=False).offset)
-        shutil.copyfileobj(source, file, 1 << 24)
-
-
-def log_row(last, rows, parts, videos, failed, start):
-    """The row of log.jsonl for a merge; `last` is the row before it."""
-    frames = last.get("frames", 0) + sum(part.frames for part in parts.values())
-    left = int(rows["left"].sum())
-    return {"videos": videos, "frames": frames, "hands": len(rows),
-            "hands_a_frame": round(len(rows) / max(frames, 1), 3),
-            "left": left, "right": len(rows) - left, "failed": failed,
-            "videos_added": len(parts), "seconds": round(time.time() - start, 1)}
 
 
 def finish_merge(out):
@@ -1020,14 +909,12 @@ def finish_merge(out):
         return
     for path in sorted(merged.iterdir()):
         os.replace(path, out / path.name)
-    done = {part_path(out, name).stem for name in lines(out / "videos.txt")}
-    for path in (out / "parts").glob("*"):
-        if path.name.strip(".").split(".")[0] in done:  # a part, or what a kill left of one
-            path.unlink()
+    for name in lines(out / "videos.txt"):
+        part_path(out, name).unlink(missing_ok=True)
     merged.rmdir()
 
 
-def summarise(out, added, annotations):
+def summarise(out, annotations):
     """Draw hands.jpg, print the last row of the log, what could not be read, and the command that
     follows."""
     hands = load_hands(out)
@@ -1039,13 +926,10 @@ def summarise(out, added, annotations):
         tiles.append(draw_crop(hands, i, 160, text))
     save_image(out / "hands.jpg", sheet(tiles, 12))
     last = read_log(out / "log.jsonl")[-1]
-    if not added:
-        print("nothing new, as after the last merge:  ", end="")
     print("  ".join(f"{key} {value}" for key, value in last.items()))
-    failed = lines(out / "failed.txt")
+    failed = failures(out)
     if failed:
-        print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the "
-              f"first: {failed[0].replace(chr(9), ': ')}")
+        print(failed)
     script = Path(sys.argv[0]).with_name("pretrain.py" if annotations else "mine_pairs.py")
     following = ["python", str(script), str(out)]
     if annotations:  # their pairs are there already
@@ -1073,107 +957,76 @@ class Annotations:
 
 def load_annotations(path, root):
     """SiMHand's published annotations, of pictures or videos below `root` -> Annotations."""
-    require(os.path.isfile(path), f"{path}: no such file, expected SiMHand's annotations")
     require(os.path.isdir(root), f"{root}: no such folder, expected the pictures that {path} names")
-    hands = read_published(path, root)
-    hands.sort(key=lambda hand: hand[0])
+    hands = sorted(read_published(path, root), key=lambda hand: hand[0])
     row_of = {hand_id: row for row, (_, hand_id, *_) in enumerate(hands)}
-    most = max(len(hand[3]) for hand in hands)
+    most = max(len(pairs) for *_, pairs in hands)
     pictures = {}  # {folder: names of its pictures}
     rows = np.zeros(len(hands), ANNOTATION)
     positives = np.full((len(hands), most), -1)
     distances = np.full((len(hands), most), np.inf, np.float32)
-    for row, (place, _, values, their_positives, their_distances) in enumerate(hands):
-        folder, _, picture = place
+    for row, ((folder, _, picture), _, values, pairs) in enumerate(hands):
         names = pictures.setdefault(folder, [])
         if picture not in names[-1:]:
             names.append(picture)
         rows[row] = (len(pictures) - 1, len(names) - 1, *values)
-        count = len(their_positives)
-        positives[row, :count] = [row_of.get(hand_id, -1) for hand_id in their_positives]
-        distances[row, :count] = their_distances
-    ends = np.searchsorted(rows["video"], range(len(pictures) + 1))
+        for k, (hand_id, distance) in enumerate(pairs):
+            positives[row, k] = row_of.get(hand_id, -1)
+            distances[row, k] = distance
+    parted = np.split(rows, np.flatnonzero(np.diff(rows["video"])) + 1)
     sources = {}
-    for k, (folder, names) in enumerate(pictures.items()):
-        sources[frames_source(root, folder)] = names, rows[ends[k]:ends[k + 1]]
+    for (folder, names), some in zip(pictures.items(), parted):
+        places = (folder, *(folder + suffix for suffix in VIDEOS))
+        there = [name for name in places if os.path.exists(os.path.join(root, name))]
+        sources[there[0] if there else folder] = names, some
     return Annotations(rows, sources, positives, distances)
 
 
-def frames_source(root, folder):
-    """A folder of pictures, or the video beside it where there is no such folder."""
-    videos = [folder + suffix for suffix in VIDEOS]
-    names = [name for name in (folder, *videos) if os.path.exists(os.path.join(root, name))]
-    return (names or [folder])[0]
-
-
 def read_published(path, root):
-    """-> a list of tuples, one for each hand: its place (folder relative to root, number and name
-    of the picture), its hand_id, its values of an ANNOTATION from picture_size on, its positives'
-    hand_ids, their distances. Annotations that are not as they should be are left out."""
-    images = {}  # {id: place and size}
-    hands = {}  # {hand_id: image_id and the rest}
+    """-> a list of hands, as published_hand gives them; those that cannot be used are left out."""
+    def shrink(item):  # called by json for each dict as soon as it is read: lists take much memory
+        if "keypoint_25d" in item:
+            item["keypoint_25d"] = np.array(item["keypoint_25d"], np.float32)
+        return item
+
+    hands = []
     odd = []
-
-    def shrink(item):  # called by json for each dict as soon as it is read
-        try:
-            if "file_name" in item:
-                file = os.path.relpath(os.path.join(root, item["file_name"]), root)
-                folder, name = os.path.split(file)
-                size = (int(item.get("width") or 0), int(item.get("height") or 0))
-                images[item["id"]] = (folder or ".", frame_number(name), name), size
-            elif "image_id" in item or "hand_id" in item:
-                hand_id, *hand = published_hand(item)
-                require(hand_id not in hands, f"hand {hand_id} is there twice")
-                hands[hand_id] = hand
-            else:
-                return item
-        except (KeyError, TypeError, ValueError) as error:
-            odd.append(f"{error!r}")
-
     try:
-        json.loads(Path(path).read_text(), object_hook=shrink)
-    except ValueError as error:
-        odd.append(f"no JSON, {error}")
-        hands = {}
-    found = []
-    for hand_id, (image_id, *values, positives, distances) in hands.items():
-        if image_id in images:
-            place, size = images[image_id]
-            found.append((place, hand_id, (size, *values), positives, distances))
-        else:
-            odd.append(f"hand {hand_id}: no image has the id {image_id!r}")
+        content = json.loads(Path(path).read_text(), object_hook=shrink)
+        images = {image["id"]: image for image in content["images"]}
+        for item in content["annotations"]:
+            try:
+                hands.append(published_hand(item, images, root))
+            except (KeyError, TypeError, ValueError) as error:
+                odd.append(repr(error))
+    except (KeyError, TypeError, ValueError) as error:
+        odd.append(repr(error))
     message = f"{path}: {len(odd)} of its annotations cannot be used, the first: {odd[:1]}"[:300]
-    require(found, f"{message}; expected SiMHand's annotations (images: id, file_name; "
+    require(hands, f"{message}; expected SiMHand's annotations (images: id, file_name; "
             "annotations: hand_id, image_id, boxes, left_right, keypoint_25d, positive_sample, "
             "distance)")
     if odd:
         print(message, flush=True)
-    return found
+    return hands
 
 
-def published_hand(item):
-    """An annotation, as json gives it -> hand_id, image_id, box, whether left, keypoints,
-    positives, distances. ValueError where a value cannot be."""
-    points = np.array(item["keypoint_25d"], np.float32).reshape(21, 3)[:, :2]
-    box = np.trunc(np.array(json.loads(item["boxes"])[:4], float).reshape(4))  # as published
-    positives = [str(hand_id) for hand_id in item["positive_sample"]]
-    distances = np.array(item["distance"], np.float32)
-    good_points = np.abs(points).max() < 5
-    good_box = (np.abs(box) < 1e5).all() and (box[2:] > box[:2]).all()
-    good_distances = distances.shape == (len(positives),) and np.isfinite(distances).all()
-    good_side = item["left_right"] in ("Left", "Right")
-    if not (good_points and good_box and good_distances and good_side):
-        raise ValueError(f"hand {item['hand_id']}: expected keypoints that are fractions of the "
-                         "crop, a box that is not empty, Left or Right, as many distances as "
-                         "positives, all finite")
-    return (str(item["hand_id"]), item["image_id"], box.astype(np.int32),
-            item["left_right"] == "Left", points.copy(), positives, distances)
-
-
-def published_hands(frame, rows, margin):
-    """The annotated Hands of a Frame. rows: of ANNOTATION, those of its source."""
-    first, end = np.searchsorted(rows["frame"], [frame.index, frame.index + 1])
-    return [place_hand(row, frame.image, margin) for row in rows[first:end]]
+def published_hand(item, images, root):
+    """An annotation, as json gives it -> its place (folder relative to root, number and name of the
+    picture); its hand_id; its values of an ANNOTATION from picture_size on; its pairs, [(hand_id,
+    distance)]."""
+    image = images[item["image_id"]]
+    file = os.path.relpath(os.path.join(root, image["file_name"]), root)
+    folder, name = os.path.split(file)
+    size = (int(image.get("width") or 0), int(image.get("height") or 0))
+    box = np.trunc(np.reshape(json.loads(item["boxes"])[:4], 4))  # as published
+    is_left = {"Left": True, "Right": False}[item["left_right"]]
+    points = item["keypoint_25d"].reshape(21, 3)[:, :2]
+    if not (np.abs(points).max() < 5 and (box[2:] > box[:2]).all()):
+        raise ValueError(f"hand {item['hand_id']}: its keypoints are no fractions of the crop, or "
+                         "its box is empty")
+    positives = map(str, item["positive_sample"])
+    return ((folder or ".", frame_number(name), name), str(item["hand_id"]),
+            (size, box, is_left, points), list(zip(positives, item["distance"])))
 
 
 def place_hand(row, image, margin):
@@ -1207,20 +1060,16 @@ def save_pairs(folder, videos, hands, annotations):
     merged_place = hands["video"].astype(int) << 32 | hands["frame"]
     here = np.flatnonzero(np.isin(place, merged_place))
     here = here[np.argsort(place[here], kind="stable")]
-    require(len(here) == len(hands),
-            f"{folder / 'hands.npy'}: holds hands that the annotations do not have")
     new_row = np.full(len(rows) + 1, -1)  # the last one stands for -1
     new_row[here] = np.arange(len(here))
     pairs = new_row[annotations.positives[here]]
-    distances = annotations.distances[here]
     first = np.argsort(pairs < 0, axis=1, kind="stable")  # what is not there comes last
     pairs = np.take_along_axis(pairs, first, 1)
-    distances = np.take_along_axis(distances, first, 1)
+    distances = np.take_along_axis(annotations.distances[here], first, 1)
     save_array(folder / "neighbours.npy", pairs)
     save_array(folder / "distances.npy", np.where(pairs < 0, np.float32(np.inf), distances))
-    published = int((annotations.distances < np.inf).sum())
     print(f"{len(rows) - len(here)} of {len(rows)} annotated hands dropped with pictures that are "
-          f"missing; {published - int((pairs >= 0).sum())} pairs with them")
+          "missing, and the pairs with them")
 
 
 # -------------------------------------------------------------------------- MediaPipe's model file

@@ -1,12 +1,12 @@
 """Find for every hand its nearest neighbours in other videos: the positive pairs of SiMHand.
 
 Reads a hands folder, turns each hand upright and to one size (or takes it as it lies), embeds its
-21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, on a CPU or a GPU alike: a
-tree selects the blocks of hands that products of matrices compare. Where a video is there twice,
-the same picture is passed over and the next nearest hand taken. Writes into the same folder (or
---out): pca.npy, embeddings.npy, distances.npy, neighbours.npy, turns.npy (not of hands as they
-lie), and to look at pairs.jpg, distances.png and mining.jsonl. Under torchrun each rank searches
-for its share of the hands. A search that was stopped starts again: it takes minutes.
+21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, on a CPU or a GPU alike.
+Where a video is there twice, the same picture is passed over and the next nearest hand taken.
+Writes into the same folder (or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy,
+turns.npy (not of hands as they lie), and to look at pairs.jpg, distances.png and mining.jsonl.
+Under torchrun each rank searches for its share of the hands. A search that was stopped starts
+again: it takes minutes.
 
     python mine_pairs.py data/ego4d
     python mine_pairs.py data/ego4d --limit 100000 --out data/ego4d-100k
@@ -44,21 +44,18 @@ def make_parser():
     flag("--dims", type=int, default=14,
          help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
     # which pairs
-    flag("--paper", action="store_true", help="take the paper's values where ours differ: "
-         "--no-rotation-free. A flag that is given still counts")
-    flag("--top-k", type=int, default=1,
-         help="neighbours kept for each hand (paper: 1); the search takes longer with more")
+    flag("--paper", action="store_true", help="take the paper's value where ours differs: "
+         "--no-rotation-free; a flag that is given still counts")
+    flag("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1)")
     flag("--rotation-free", action=argparse.BooleanOptionalAction, help="compare hands turned "
-         "upright (the mean of joints 5, 9, 13 and 17 above the wrist) and of one size; turns.npy "
-         "says how a neighbour must be turned to lie as the hand does (default: "
-         "--rotation-free; paper: --no-rotation-free, hands as they lie in their crops)")
+         "upright and of one size; turns.npy says how a neighbour must be turned to lie as the "
+         "hand does (default: --rotation-free; paper: hands as they lie in their crops)")
     flag("--same-video", action="store_true", help="let a neighbour come from the hand's own video "
          "(ablation: mostly near-duplicates)")
     flag("--temporal", action="store_true", help="instead of similar hands: the hand of the same "
          "side with the nearest box in the next sampled frame of the same video (as in TempCLR)")
     flag("--limit", type=int, help="mine within so many hands, drawn at random, as if there were "
-         "no others (paper: 50k to 2M); of one seed the smaller set lies in the larger (default: "
-         "all)")
+         "no others; of one seed the smaller set lies in the larger (default: all)")
     flag("--seed", type=int, default=0, help="seed of the random choice of --limit")
     # the machine
     flag("--device",
@@ -71,11 +68,9 @@ def parse_args():
     check_flags(args)
     require(1 <= args.dims <= 42 and args.top_k >= 1,
             "--dims must lie in 1..42, --top-k must be at least 1")
-    if args.temporal:
-        fits = args.top_k == 1 and args.limit is None
-        require(fits and not args.same_video and not args.rotation_free,
-                "--temporal pairs a hand with the next frame: it goes without --top-k, --limit, "
-                "--same-video and --rotation-free")
+    chosen = args.top_k > 1 or args.limit is not None or args.same_video or args.rotation_free
+    require(not (args.temporal and chosen), "--temporal pairs a hand with the next frame: it goes "
+            "without --top-k, --limit, --same-video and --rotation-free")
     if args.rotation_free is None:
         args.rotation_free = not (args.temporal or args.paper)
     return args
@@ -108,8 +103,8 @@ def main():
         pictures = thumbnails(hands, mined, rank, ranks)
         pairs = similar_hands(hands, mined, embeddings, pictures, args.top_k, args.same_video,
                               device)
-    require((pairs.neighbours >= 0).any(), f"{hands.folder / 'crops.npy'}: all that could be pairs "
-            "show the same picture, expected hands of different videos")
+    require((pairs.neighbours >= 0).any(), f"{hands.folder}: no hand has a neighbour, expected "
+            "other videos or, for --temporal, hands that are seen again in the next sampled frame")
     if rank == 0:
         write(out, hands, pca, embeddings, pairs, explained, len(mined), args)
     end_ranks()
@@ -130,13 +125,10 @@ def choose_rows(hands, args):
         order = hands.rows["video"].astype(np.int64) << 32 | hands.rows["frame"]
         require((np.diff(order) >= 0).all(), f"{name}: rows must be sorted by video, then frame")
         return mined
-    sizes = np.unique(hands.rows["video"][mined], return_counts=True)[1]
-    require(len(sizes) > 1 or args.same_video, f"{name}: all {len(mined)} hands come from one "
+    videos = np.unique(hands.rows["video"][mined])
+    require(len(videos) > 1 or args.same_video, f"{name}: all {len(mined)} hands come from one "
             "video, but neighbours are taken from other videos; extract more videos or allow "
             "--same-video")
-    most = len(mined) - (1 if args.same_video else sizes.min())
-    require(args.top_k <= most,
-            f"{name}: no hand has more than {most} candidates, --top-k is {args.top_k}")
     return mined
 
 
@@ -155,8 +147,6 @@ def embed(hands, mined, dims, rotation_free):
     """Fit the PCA on the mined rows and embed all hands -> pca (1 + D, 42), the mean and the
     components; share of the variance explained; embeddings (N, D) float32."""
     poses = as_poses(hands.keypoints[mined], hands.side, rotation_free)
-    require(np.ptp(poses, axis=0).max() > 1e-9, f"{hands.folder / 'keypoints.npy'}: all hands are "
-            "the same, a PCA needs them to vary")
     mean, components, explained = fit_pca(poses, dims)
     del poses
     embeddings = np.empty((len(hands.keypoints), dims), np.float32)
@@ -277,8 +267,6 @@ def next_frames(hands, embeddings):
         closer = alike & (gap < nearest_box)
         neighbour[closer] = other[closer]
         nearest_box[closer] = gap[closer]
-    require((neighbour >= 0).any(), f"{hands.folder / 'hands.npy'}: no hand is seen again in the "
-            "next sampled frame of its video")
     difference = embeddings[neighbour].astype(np.float64) - embeddings
     distance = np.sqrt((difference ** 2).sum(1))
     distance = np.where(neighbour < 0, np.inf, distance).astype(np.float32)
@@ -496,10 +484,8 @@ def measure(tree, point, found, limit, keys):
 
 def write(out, hands, pca, embeddings, pairs, explained, mined, args):
     """All files; neighbours.npy after the other arrays: where it is, they are of one mining."""
-    if (out / "neighbours.npy").exists():
-        print(f"{out / 'neighbours.npy'}: an earlier mining is replaced")
-        (out / "neighbours.npy").unlink()
-    (out / "turns.npy").unlink(missing_ok=True)
+    for name in ("neighbours.npy", "turns.npy"):  # of an earlier mining
+        (out / name).unlink(missing_ok=True)
     save_array(out / "pca.npy", pca)
     save_array(out / "embeddings.npy", embeddings)
     save_array(out / "distances.npy", pairs.distances)
@@ -512,13 +498,12 @@ def write(out, hands, pca, embeddings, pairs, explained, mined, args):
     paired = pairs.neighbours[:, 0] >= 0
     first = pairs.neighbours[paired, 0]
     distances = pairs.distances[paired, 0]
-    chosen = np.bincount(first)
     twice = np.flatnonzero(pairs.copies >= 0)
     summary = {"hands": len(paired), "explained_variance": round(float(explained), 4),
                "mined": mined, "without_neighbour": mined - int(paired.sum()),
                "same_picture": len(twice),
                "neighbours_from_videos": len(np.unique(hands.rows["video"][first])),
-               "hubs_over_100": int((chosen > 100).sum()), "most_often_chosen": int(chosen.max()),
+               "most_often_chosen": int(np.bincount(first).max()),
                "median_distance": round(float(np.median(distances)), 4)}
     with atomic(out / "mining.jsonl") as file:
         header = {"command": shlex.join(sys.argv), "args": plain(args), "facts": run_facts()}
@@ -547,8 +532,8 @@ def next_command(hands, out, pool):
 
 
 def draw_pairs(path, hands, pairs, turns=None, seed=0):
-    """Queries beside their nearest neighbours, turned as pre-training will see them, skeletons
-    drawn, the distance under each; two rows each of the best, the median and the worst tenth."""
+    """Queries beside their nearest neighbours, turned as pre-training will see them, with
+    skeletons and distances; two rows each of the best, the median and the worst tenth."""
     rng = np.random.default_rng(seed)
     order = np.argsort(pairs.distances[:, 0], kind="stable")
     order = order[pairs.neighbours[order, 0] >= 0]
@@ -558,32 +543,18 @@ def draw_pairs(path, hands, pairs, turns=None, seed=0):
              "worst": order[-tenth:]}
     shown = min(pairs.neighbours.shape[1], 5)
     across = 12 // (1 + shown)
+    black = np.zeros((160, 160, 3), np.uint8)
     tiles = []
     for name, part in parts.items():
         for i in rng.permutation(part)[:2 * across]:
-            group = [caption(draw_crop(hands, i, 160), f"{name}: hand {i}")]
-            for k in range(shown):
+            group = [draw_crop(hands, i, 160, f"{name}: hand {i}")]
+            for k, row in enumerate(pairs.neighbours[i, :shown]):
                 turn = 0.0 if turns is None else turns[i, k]
-                distance = pairs.distances[i, k]
-                group.append(draw_neighbour(hands, pairs.neighbours[i, k], distance, turn))
-            gap = np.zeros((180, 8, 3), np.uint8)
-            tiles.append(np.hstack([*group, gap]))
+                text = f"{pairs.distances[i, k]:.3f}"
+                group.append(draw_crop(hands, row, 160, text, turn) if row >= 0 else black)
+            tiles.append(np.hstack([*group, black[:, :8]]))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
     save_image(path, sheet(tiles, across))
-
-
-def draw_neighbour(hands, row, distance, turn):
-    """A neighbour's crop with its distance under it; a black one where there is none."""
-    if row < 0:
-        return caption(np.zeros((160, 160, 3), np.uint8), "none")
-    return caption(draw_crop(hands, row, 160, turn=turn), f"{distance:.3f}")
-
-
-def caption(image, text):
-    """A strip with a text under a picture."""
-    strip = np.zeros((20, image.shape[1], 3), np.uint8)
-    cv2.putText(strip, text, (4, 14), 0, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
-    return np.vstack([image, strip])
 
 
 def plot_distances(path, embeddings, distances, unit, seed=0):

@@ -273,7 +273,7 @@ def test_a_folder_of_one_picture_is_refused(twice):
     start, end = np.load(folder / "offsets.npy")[:2]
     np.save(folder / "crops.npy", np.tile(jpegs[start:end], len(rows)))
     np.save(folder / "offsets.npy", np.arange(len(rows) + 1) * (end - start))
-    assert "show the same picture" in refused("mine_pairs.py", folder)
+    assert "no hand has a neighbour" in refused("mine_pairs.py", folder)
 
 
 def test_the_own_video_may_show_the_same_picture_again(twice):
@@ -435,7 +435,7 @@ def test_temporal_pairs_of_single_frames_are_refused(hands):
     rows["frame"], rows["video"] = 0, np.arange(len(rows))
     np.save(hands / "hands.npy", rows)
     (hands / "videos.txt").write_text("a.mp4\n" * len(rows))
-    assert "no hand is seen again" in refused("mine_pairs.py", hands, "--temporal")
+    assert "no hand has a neighbour" in refused("mine_pairs.py", hands, "--temporal")
 
 
 def test_pairs_are_not_written_into_another_hands_folder(hands, tmp_path):
@@ -499,7 +499,7 @@ def test_a_second_mining_gives_the_same_bytes_and_out_leaves_the_folder_alone(
     assert sorted(p.name for p in hands.iterdir()) == before
     for name in ("pca.npy", "embeddings.npy", "neighbours.npy", "distances.npy"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (mined / name).read_bytes()
-    assert "is replaced" in run_here("mine_pairs.py", hands, "--out", tmp_path / "elsewhere")
+    run_here("mine_pairs.py", hands, "--out", tmp_path / "elsewhere")
     assert np.load(tmp_path / "elsewhere" / "neighbours.npy").shape[1] == 1
 
 
@@ -541,21 +541,13 @@ def test_flags_that_cannot_be_are_refused(tmp_path, flags, words):
     assert words in refused("mine_pairs.py", tmp_path, *flags)
 
 
-def test_more_neighbours_than_there_are_hands_are_refused(hands):
-    rows = np.load(hands / "hands.npy")
-    most = len(rows) - np.bincount(rows["video"]).min()
-    assert f"more than {most} candidates" in refused("mine_pairs.py", hands, "--top-k", most + 1)
-
-
 def test_keypoints_that_cannot_be_are_named(hands):
     keypoints = np.load(hands / "keypoints.npy")
     far, bad = keypoints.copy(), keypoints.copy()
     far[5] += 3000
     bad[7, 3, 1] = np.nan
-    same = np.broadcast_to(keypoints[:1], keypoints.shape)
     for array, words in ((far, "keypoints.npy: some lie 10 crops away"),
-                         (bad, "keypoints.npy: values must be finite, row 7"),
-                         (same, "needs them to vary")):
+                         (bad, "keypoints.npy: values must be finite, row 7")):
         np.save(hands / "keypoints.npy", array)
         assert words in refused("mine_pairs.py", hands)
 
