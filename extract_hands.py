@@ -826,26 +826,18 @@ def merge_if_last(out, names, annotations, start, rank):
     with atomic(out / "failed.txt") as file:
         file.write(as_lines(failed).encode())
     found = sum(len(part.hands) for part in parts.values())
-    require(merged or found, f"{out}: no hand found in {len(new)} videos. {failures(out)}")
+    require(merged or found, f"{out}: no hand found in {len(new)} videos; {len(failed)} could not "
+            "be read, see failed.txt")
     if parts:
         merge(out, merged, parts, annotations, len(failed), start)
     summarise(out, annotations)
-
-
-def failures(out):
-    failed = lines(out / "failed.txt")
-    if not failed:
-        return ""
-    return (f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the "
-            f"first: {failed[0].replace(chr(9), ': ')}")
 
 
 def merge(out, merged, parts, annotations, failed, start):
     """Append the parts {name: Part} of new videos to what is merged already.
 
     All files change together: they are written in a folder of their own, whose renaming says that
-    it is complete. A merge that is cut short before that is done again, and after that finished by
-    finish_merge.
+    it is complete. From then on finish_merge finishes what is cut short; until then it is redone.
     """
     temporary = out / ".merging.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -871,12 +863,8 @@ def as_lines(texts):
 
 
 def write_arrays(folder, out, merged, parts):
-    """Write the four arrays of a hands folder: those of the videos that are merged already, then
-    the parts' -> the rows of hands.npy.
-
-    The crops are copied from file to file, since memory does not hold them; of 2.0M hands the other
-    three take 430 MB.
-    """
+    """Write the four arrays of a hands folder: what is merged already, then the parts -> the rows
+    of hands.npy. The crops are copied from file to file, since memory does not hold them."""
     for number, part in enumerate(parts.values(), len(merged)):
         part.hands["video"] = number
     pieces = list(parts.values())
@@ -927,9 +915,10 @@ def summarise(out, annotations):
     save_image(out / "hands.jpg", sheet(tiles, 12))
     last = read_log(out / "log.jsonl")[-1]
     print("  ".join(f"{key} {value}" for key, value in last.items()))
-    failed = failures(out)
+    failed = lines(out / "failed.txt")
     if failed:
-        print(failed)
+        print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the "
+              f"first: {failed[0].replace(chr(9), ': ')}")
     script = Path(sys.argv[0]).with_name("pretrain.py" if annotations else "mine_pairs.py")
     following = ["python", str(script), str(out)]
     if annotations:  # their pairs are there already

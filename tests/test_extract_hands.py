@@ -391,13 +391,13 @@ def test_bad_input_is_refused_in_one_line(tmp_path, rendered):
     assert not (tmp_path / "o").exists()
     line = run("extract_hands.py", tmp_path / "text", "--out", tmp_path / "o",
                status=2).stderr.splitlines()[-1]
-    assert "no hand found in 1 videos. 1 videos could not be read" in line
-    assert "the first: a.mp4: InvalidDataError" in line
+    assert "no hand found in 1 videos; 1 could not be read, see failed.txt" in line
+    assert (tmp_path / "o" / "failed.txt").read_text().startswith("a.mp4\tInvalidDataError")
     assert not any((tmp_path / "o" / name).exists()
                    for name in ("crops.npy", "keypoints.npy", "videos.txt"))
     (tmp_path / "file").write_text("")
-    assert "expected a folder" in refused("extract_hands.py", rendered / "videos",
-                                          "--out", tmp_path / "file")
+    assert "File exists" in refused("extract_hands.py", rendered / "videos",
+                                    "--out", tmp_path / "file")
     with pytest.raises(InputError, match="--fps"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["extract_hands.py", "a", "--out", "b", "--fps", "0"])
