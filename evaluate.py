@@ -241,7 +241,7 @@ def number(value):
 
 HINT = "finetune.py writes it; any method's predictions will do"
 DATASETS = {"freihand": "FreiHAND", "dexycb": "DexYCB", "assemblyhands": "AssemblyHands"}
-# What poses may be in by mistake: factor to mm, unit, and the share of the hand's size below which
+# What predictions may be in by mistake: factor to mm, unit, and the share of the hand's size below which
 # the error must then be. Predictions that are merely bad may be a tenth of a hand, and shall pass.
 UNITS = ((1000, "metres", 0.75), (10, "centimetres", 0.5))
 
@@ -295,8 +295,6 @@ def open_runs(args):
 def load_poses(folder, mmap=False):
     """A run's arrays as they are -> Poses. mmap: the poses are read only when they are looked
     at."""
-    require(folder.is_dir(),
-            f"{folder}: no such folder, expected a run with pred_xyz.npy and gt_xyz.npy")
     truth = load_array(folder / "gt_xyz.npy", np.float32, (None, 21, 3), hint=HINT, mmap=mmap,
                        finite=False)
     count = len(truth)
@@ -324,13 +322,12 @@ def refuse_other_units(folder, poses):
     if not used.any():
         return
     size = np.median(np.linalg.norm(truth[used], axis=1))
-    for factor, unit, share in UNITS:
-        mend = f"seem to be in {unit}, expected mm: multiply them by {factor}"
-        require(not 30 <= factor * size <= 300, f"{folder / 'gt_xyz.npy'}: poses {mend}")
-        error = np.median(np.linalg.norm(factor * prediction[used] - truth[used], axis=1))
-        require(error > share * size, f"{folder / 'pred_xyz.npy'}: poses {mend}")
     require(30 <= size <= 300, f"{folder / 'gt_xyz.npy'}: joints are {size:.3g} from the wrist in "
             "the median, expected hands in mm, 30 to 300")
+    for factor, unit, share in UNITS:
+        error = np.median(np.linalg.norm(factor * prediction[used] - truth[used], axis=1))
+        require(error > share * size, f"{folder / 'pred_xyz.npy'}: poses seem to be in {unit}, "
+                f"expected mm: multiply them by {factor}")
 
 
 def leave_out_unused(folder, poses, allow_missing):

@@ -4,12 +4,8 @@ one linear layer.
 Reads a data set in its own layout and writes into --out: model.pt, checkpoint.pt, log.jsonl and
 curves.png, and for the test split pred_xyz.npy, gt_xyz.npy (mm), valid.npy (for AssemblyHands
 wrist.npy too), pred_uv.npy, gt_uv.npy (pixels of the network's input), names.txt and overlay.jpg.
-The model is chosen on a validation split, never on the test split. Stop it at any moment and run
-the same command again: it goes on.
-
-As in the paper, test pictures are cropped by their true joints or boxes, and what one picture
-cannot tell is taken from the labels: pred_xyz.npy holds the true wrist and the true length of the
-bone 0-9. Compare it offline; a leaderboard would not accept it.
+The model is chosen on a validation split, never on the test split. As in the paper, what one
+picture cannot tell is taken from the labels: the wrist's place and the length of the bone 0-9.
 
     python finetune.py --dataset freihand --root FreiHAND_pub_v2 \
         --weights runs/simhand/backbone.pt --out runs/freihand
@@ -18,8 +14,8 @@ bone 0-9. Compare it offline; a leaderboard would not accept it.
         --backbone resnet18 --input-size 64 --batch-size 16 --epochs 2 --out runs/tiny
 
 Your own data set: --dataset own --root PICTURES --labels FOLDER, where FOLDER holds train.npy,
-test.npy and, unless a tenth of the training set shall be held out, val.npy. Each is an array of
-SAMPLE records, which this script documents; what --labels keeps of another data set is an example.
+test.npy and, unless a tenth of the training set shall be held out, val.npy: arrays of SAMPLE, see
+below. What --labels keeps of another data set is an example.
 
 To read: arguments, main, then the method (network, loss, training, testing). Whoever wants the
 method may stop at the banner "pictures"; the three data sets' readers come last.
@@ -27,6 +23,7 @@ method may stop at the banner "pictures"; the three data sets' readers come last
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
 import json
@@ -42,28 +39,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import default_collate as collate
 
 from common import (BACKBONES, BORDERS, CORES, PARENTS, PICTURES, Hands, InputError, View,
                     any_rank, apply_view, atomic, average_statistics, catch_sigterm, check_flags,
                     claim_folder, crop_matrix, draw_hand, end_ranks, load_array, load_backbone,
-                    load_checkpoint, load_hands, load_items, logged_settings, move_points,
-                    normalise, plain, plot_curves, print_settings, progress, read_crop, read_log,
-                    read_picture, refuse_idle_flags, refuse_other_arguments, require,
-                    rescale_points, resume, run_script, save_array, save_checkpoint, save_image,
-                    sheet, spread, start_log, start_ranks, write_log)
+                    load_checkpoint, load_hands, load_items, move_points, normalise, plain,
+                    plot_curves, print_settings, progress, read_crop, read_log, read_picture,
+                    require, rescale_points, resume, run_script, save_array, save_checkpoint,
+                    save_image, sheet, spread, start_log, start_ranks, write_log)
 
 MAY_CHANGE_ON_RESUME = ("out", "labels", "device", "workers", "save_minutes")
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and
 # 100 px at least).
 CROP = {"freihand": 2.0, "dexycb": 1.75, "assemblyhands": 1.75}
-OF_TRAINING = ("freeze", "epochs", "lr", "backbone_lr", "rotation", "no_colour")
-# Flags that have an effect only where another flag has one of these values.
-GO_WITH = (
-    ((*OF_TRAINING, "dataset", "root", "setup", "paper_filter", "modality", "labels",
-      "label_fraction", "backbone", "head", "input_size", "border", "seed"), "predict", (None,)),
-    (OF_TRAINING, "head", ("detnet", "linear")),
-    (("setup", "paper_filter"), "dataset", ("dexycb",)),
-    (("modality",), "dataset", ("assemblyhands",)))
+RETRY = "try a smaller --lr or --precision fp32 in another --out"
 
 
 def make_parser():
@@ -75,39 +65,34 @@ def make_parser():
     flag("--out", required=True, help="folder of this run")
     flag("--setup", choices=("s0", "s1", "s2", "s3"), help="DexYCB's split: test on unseen "
          "sequences (s0), subjects (s1, the default), views (s2) or objects (s3)")
-    flag("--paper-filter", action="store_true", help="DexYCB: keep only frames with 10 joints or "
-         "more in the picture, the wrist and joint 9 among them, as SiMHand does (default: every "
-         "labelled frame)")
+    flag("--paper-filter", action="store_true", help="DexYCB: keep only frames with the wrist, "
+         "joint 9 and 8 joints more in the picture, as SiMHand does")
     flag("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego); exo "
          "needs frames cut from its videos, and the calibration as json, laid out like that of ego")
     flag("--predict", metavar="FOLDER", help="no data set: apply the trained --weights "
-         "RUN/model.pt to the pictures in a folder, each showing one right hand that fills about "
-         "half of the longer side, or to the crops of a hands folder. pred_xyz.npy then has the "
-         "wrist at 0 and the bone 0-9 at the training set's median length")
+         "RUN/model.pt to pictures, each of one right hand that fills about half of the longer "
+         "side, or to a hands folder. Wrists then lie at 0, and the bone 0-9 has the training "
+         "set's median length")
     # network
     flag("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     flag("--backbone", choices=BACKBONES, default="resnet50", help="(paper: resnet50)")
-    flag("--head", choices=NETWORKS, default="detnet", help="linear: one linear layer from the "
-         "backbone's averaged features to the joints, which trains several times faster and "
-         "needs fewer steps; knn: no training, but the pose of the nearest labelled training "
-         "picture, by cosine similarity of these features (default: detnet, as in the paper)")
-    flag("--freeze", action="store_true", help="keep the backbone as it is and train the head "
-         "alone; with --head linear this is a linear probe")
-    flag("--input-size", type=int, default=128, help="side of the network's input in pixels; for "
-         "detnet, whose heat-maps have a quarter of it, a multiple of 32 (default: 128)")
+    flag("--head", choices=NETWORKS, default="detnet", help="detnet: the paper's; linear: one "
+         "layer on the backbone's averaged features, which needs fewer steps; knn: no training, "
+         "but the pose of the training picture with the most similar features")
+    flag("--freeze", action="store_true", help="keep the backbone as it is; with --head linear "
+         "this is a linear probe")
+    flag("--input-size", type=int, default=128,
+         help="side of the network's input in pixels; for detnet a multiple of 32 (default: 128)")
     add_training_flags(flag)
     return parser
 
 
 def add_training_flags(flag):
     # labels
-    flag("--labels", metavar="FOLDER", help="keep what was read from the label files here, and "
-         "read it from here in later runs: train.npy, val.npy (may be missing) and test.npy. With "
-         "--dataset own these are the labels that you made (default: read the label files at "
-         "every start)")
+    flag("--labels", metavar="FOLDER", help="keep what the label files say here, and read it from "
+         "here in later runs; with --dataset own, the labels that you made")
     flag("--label-fraction", type=float, default=1.0, help="share of the unique training samples "
-         "to use, with all their versions; with the same seed, a larger share contains a smaller "
-         "one")
+         "to use, drawn by --seed; a larger share contains a smaller one")
     # pictures
     flag("--border", choices=sorted(BORDERS), default="black",
          help="what a crop shows beyond the picture: the mirrored picture, or black (default)")
@@ -120,8 +105,7 @@ def add_training_flags(flag):
     flag("--lr", type=float, default=1e-3,
          help="Adam's learning rate; a tenth of it from half of the epochs on (DetNet)")
     flag("--backbone-lr", type=float, help="the same for the backbone alone (default: --lr)")
-    flag("--seed", type=int, default=0, help="seed of the new layers, the order of the pictures, "
-         "their views, and the choice of labels")
+    flag("--seed", type=int, default=0, help="of all that is random")
     # machine
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     flag("--device", help="cpu or cuda (default: the GPU when there is one)")
@@ -132,22 +116,19 @@ def add_training_flags(flag):
 
 
 def parse_args():
-    parser = make_parser()
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     check_flags(args)
-    for names, other, values in GO_WITH:
-        value = getattr(args, other)
-        if value not in values:
-            refuse_idle_flags(args, parser, names, f"with --{other} {value}")
-    require(args.predict or args.dataset and args.root,
+    is_trained = args.weights not in ("imagenet", "none")
+    require(args.predict and is_trained or args.dataset and args.root,
             "expected --dataset and --root, or --predict and --weights RUN/model.pt")
-    require(not args.predict or args.weights not in ("imagenet", "none"),
-            "--predict: expected --weights RUN/model.pt")
+    require(args.dataset == "dexycb" or not (args.setup or args.paper_filter),
+            "--setup and --paper-filter belong to --dataset dexycb")
+    require(args.dataset == "assemblyhands" or not args.modality,
+            "--modality belongs to --dataset assemblyhands")
     require(args.dataset != "own" or args.labels,
             "--dataset own: expected --labels FOLDER with train.npy and test.npy")
     require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
             "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
-    require(args.input_size >= 32, f"--input-size must be at least 32, not {args.input_size}")
     require(args.head != "detnet" or args.input_size % 32 == 0,
             f"--input-size must be a multiple of 32, not {args.input_size}, with --head detnet")
     if args.root:
@@ -191,12 +172,19 @@ def main():
     step = 0
     best = dict(error=math.inf, weights=None)
     if kept:
-        step, best = restore(kept, model, optimizer, data, args)
+        require(kept["data"] == data.digest,
+                f"{args.out}: was trained on other labels; choose another --out")
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        step = kept["step"]
+        best = kept["best"]
     net = spread(model, plan.device)
     rows = start_run(settings, data, step, model, plan, args) if plan.rank == 0 else []
 
     crops = make_crops(args)
-    loader = load_batches(data.train, step, crops, plan)
+    batches = rows_of_steps(step, len(data.train), plan, args.seed)
+    loader = load_items(Pictures(data.train, crops), batches, plan.workers, collate,
+                        pin_memory=plan.device.type == "cuda")
     report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # losses of the steps since the last report
     stop = catch_sigterm()
@@ -214,7 +202,7 @@ def main():
         bar.update()
 
         end_of_epoch = step % plan.steps_per_epoch == 0
-        overdue = time.time() - saved > 60 * args.save_minutes
+        overdue = time.time() - saved >= 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), overdue or step == plan.steps)
         if stopping or due or end_of_epoch or step % report_every == 0:
             row = report(step, recent, since, optimizer, plan, args.out)
@@ -465,19 +453,9 @@ def make_optimizer(model, lr, backbone_lr):
     return torch.optim.Adam(groups, fused=True)
 
 
-def load_batches(train, step, crops, plan):
-    """Yields this rank's share of each batch from `step` on, as tensors on the host."""
-    return load_items(Pictures(train, crops), rows_of_steps(step, len(train), plan, crops.seed),
-                      plan.workers, collate, pin_memory=plan.device.type == "cuda")
-
-
 def rows_of_steps(step, count, plan, seed):
     """Yields this rank's share of each batch from `step` on: a list of (epoch, row of the training
-    set).
-
-    Each epoch has a new order, in which each row comes at most once: the last part of a batch is
-    left out.
-    """
+    set). Each epoch has a new order; what is left of it after its last whole batch is not used."""
     order = None
     share = plan.batch_size // plan.ranks
     for step in range(step, plan.steps):
@@ -554,8 +532,7 @@ def nearest(backbone, data, crops, plan):
 
 def validate(model, samples, crops, plan):
     """The error in mm by which the model is chosen: the mean over the samples that have wrist and
-    bone, NaN where the network gives no finite pose. It is not the MPJPE of evaluate.py, which
-    averages each joint over the samples first, and also counts samples without a valid joint 9."""
+    bone. It is not the MPJPE of evaluate.py, which averages each joint over the samples first."""
     _, pose = predict(model, Pictures(samples, crops), plan)
     errors = sample_errors(pose, samples)
     return float(errors[has_wrist_and_bone(samples.valid)].mean())
@@ -590,9 +567,10 @@ def make_crops(args):
                  args.seed)
 
 
-class Pictures(torch.utils.data.Dataset):
+class Pictures:
     """Item (epoch, row) of the samples, as training sees it in that epoch; with None as the epoch,
-    its test crop."""
+    its test crop: image uint8 (S, S, 3), uv (21, 2) in its pixels, pose (21, 3) relative to the
+    wrist in lengths of the bone 0-9, both float32, and valid (21,)."""
 
     def __init__(self, samples, crops):
         self.samples = samples
@@ -600,33 +578,21 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, row = item
-        return make_item(self.samples[row], row, epoch, self.crops)
-
-
-def make_item(sample, row, epoch, crops):
-    """A sample as the network sees it -> image uint8 (S, S, 3), uv (21, 2) in its pixels, pose
-    (21, 3) relative to the wrist in lengths of the bone 0-9, both float32, and valid (21,)."""
-    if epoch is None:
-        view = test_view(sample, crops.side)
-    else:
-        rng = np.random.default_rng((crops.seed, epoch, row))
-        view = sample_crop(sample, crops, rng)
-    image, uv = view_sample(sample, row, view, crops)
-    if epoch is not None and crops.colour:
-        image = jitter(image, rng)
-    # The pose turns with the picture, about the camera's axis.
-    turn = np.eye(3)
-    turn[:2, :2] = crop_matrix((0, 0), 1, 1, view.angle)[:, :2].T
-    pose = scaled_pose(sample.xyz) @ turn
-    return dict(image=image, uv=uv, pose=pose.astype(np.float32), valid=sample.valid)
-
-
-def collate(items):
-    """n items -> tensors of n rows."""
-    batch = {}
-    for name in items[0]:
-        batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
-    return batch
+        sample = self.samples[row]
+        crops = self.crops
+        if epoch is None:
+            view = test_view(sample, crops.side)
+        else:
+            rng = np.random.default_rng((crops.seed, epoch, row))
+            view = sample_crop(sample, crops, rng)
+        image, uv = view_sample(sample, row, view, crops)
+        if epoch is not None and crops.colour:
+            image = jitter(image, rng)
+        # The pose turns with the picture, about the camera's axis.
+        turn = np.eye(3)
+        turn[:2, :2] = crop_matrix((0, 0), 1, 1, view.angle)[:, :2].T
+        pose = scaled_pose(sample.xyz) @ turn
+        return dict(image=image, uv=uv, pose=pose.astype(np.float32), valid=sample.valid)
 
 
 def test_view(sample, side):
@@ -707,8 +673,7 @@ def picture_of(sample, row, source):
 # ---------------------------------------------------------------------------------- files: a run
 
 def make_plan(args, pictures=0):
-    """Join the other ranks -> Plan, or an InputError where the arguments do not fit the number of
-    training pictures."""
+    """Join the other ranks -> Plan for a training on so many pictures."""
     rank, ranks, device = start_ranks(args.device)
     require(args.batch_size % ranks == 0, f"--batch-size must be a multiple of {ranks} ranks")
     steps_per_epoch = 0
@@ -721,24 +686,13 @@ def make_plan(args, pictures=0):
                 args.epochs * steps_per_epoch)
 
 
-def restore(kept, model, optimizer, data, args):
-    """Put a checkpoint's content into its places -> the step that it was written after, and the
-    best model so far."""
-    require(kept["data"] == data.digest,
-            f"{args.out}: was trained on other labels; choose another --out")
-    model.load_state_dict(kept["model"])
-    optimizer.load_state_dict(kept["optimizer"])
-    return kept["step"], kept["best"]
-
-
 def start_run(settings, data, step, model, plan, args):
     """Start the log and print the settings -> the log's rows so far."""
     rows = start_log(args.out, settings, step)
     if not rows:
         write_log(args.out, {"notes": data.notes})
-        before = Path(args.weights).parent / "log.jsonl"
-        if Path(args.weights).is_file() and before.exists():
-            note_pretraining(args.out, before)
+        if Path(args.weights).is_file():
+            note_pretraining(args.out, Path(args.weights))
     parameters = sum(p.numel() for p in model.parameters())
     print_settings(args, make_parser(), train=len(data.train), validation=len(data.validation),
                    test=len(data.test), ranks=plan.ranks, device=plan.device,
@@ -749,16 +703,13 @@ def start_run(settings, data, step, model, plan, args):
     return rows
 
 
-def note_pretraining(out, path):
-    """From the log beside the weights, for the plots of evaluate.py: how they were pre-trained, and
-    on how many hands."""
-    try:
-        first, *rows = read_log(path)
-    except ValueError as error:  # another program's log, or an empty one
-        print(f"{path}: not of pretrain.py, so plots will not name the pre-training ({error})")
-        return
-    hands = next((row["hands"] for row in rows if "hands" in row), None)
-    write_log(out, {"pretraining": {"args": first.get("args"), "hands": hands}})
+def note_pretraining(out, weights):
+    """From the log beside the weights, if it is pretrain.py's, for the plots of evaluate.py: how
+    they were pre-trained, and on how many hands."""
+    with contextlib.suppress(ValueError, OSError):
+        first, *rows = read_log(weights.with_name("log.jsonl"))
+        hands = next((row["hands"] for row in rows if "hands" in row), None)
+        write_log(out, {"pretraining": {"args": first.get("args"), "hands": hands}})
 
 
 def report(step, recent, since, optimizer, plan, out):
@@ -766,8 +717,7 @@ def report(step, recent, since, optimizer, plan, out):
     waits for the device."""
     mean = over_ranks(torch.stack(recent).mean()).item() / plan.ranks
     require(math.isfinite(mean),
-            f"{out}: the loss is not finite by step {step}; the checkpoint stays as it is; try a "
-            "smaller --lr or --precision fp32 in another --out")
+            f"{out}: the loss is not finite by step {step}; the checkpoint stays as it is; {RETRY}")
     return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
             "lr": optimizer.param_groups[0]["lr"], "loss": mean,
             "pictures_per_s": plan.batch_size * len(recent) / (time.time() - since)}
@@ -782,11 +732,7 @@ def show(row, best, bar, plan, out):
 
 
 def save(settings, data, step, best, model, optimizer, plan, out):
-    """Write the checkpoint, on the rank that writes. It holds the best model's validation error and
-    weights as well, so that a kill never leaves the two apart."""
-    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    require(finite, f"{out}: a weight is not finite after step {step}; the checkpoint stays as it "
-            "is; try a smaller --lr or --precision fp32 in another --out")
+    """Write the checkpoint, on the rank that writes."""
     if plan.rank == 0:
         save_checkpoint(out, dict(args=settings, data=data.digest, step=step, best=best,
                                   model=model.state_dict(), optimizer=optimizer.state_dict()))
@@ -798,8 +744,7 @@ def finish(rows, best, model, data, crops, plan, args):
         uv, pose = nearest(model.backbone, data, crops, plan)
     else:
         require(best["weights"],
-                f"{args.out}: no epoch had a finite validation error, so that there is no model to "
-                "test; try a smaller --lr or --precision fp32 in another --out")
+                f"{args.out}: no epoch had a finite validation error to choose a model by; {RETRY}")
         model.load_state_dict(best["weights"])
         if plan.rank == 0:
             save_model(model, data.train, args)
@@ -817,18 +762,14 @@ def finish(rows, best, model, data, crops, plan, args):
 def save_model(model, train, args):
     """model.pt: the weights, and what --predict needs beside them."""
     bones = bone_length(train.xyz[has_wrist_and_bone(train.valid)])
+    crop = CROP.get(args.dataset)
+    if not crop:
+        crop = float(np.median(train.side / np.ptp(train.uv, axis=1).max(1)))
     content = dict(head=args.head, backbone=args.backbone, input_size=args.input_size,
-                   border=args.border, crop=crop_factor(train, args.dataset),
-                   bone=float(np.median(bones)), model=model.state_dict())
+                   border=args.border, crop=crop, bone=float(np.median(bones)),
+                   model=model.state_dict())
     with atomic(Path(args.out) / "model.pt") as file:
         torch.save(content, file)
-
-
-def crop_factor(samples, dataset):
-    """The test crop's side over the longer extent of the joints."""
-    if dataset in CROP:
-        return CROP[dataset]
-    return float(np.median(samples.side / np.ptp(samples.uv, axis=1).max(1)))
 
 
 def bone_lengths(samples):
@@ -869,10 +810,10 @@ def write_predictions(samples, uv, pose, bones, crops, root, out):
 
 
 def draw_overlay(path, samples, uv, errors, crops, columns=8):
-    """Pictures with the predicted skeleton in colours and the true one in white: a row each of the
-    best, the median and the worst; where no sample is labelled, of the first, middle and last."""
+    """The predicted skeleton in colours, the true one in white: a row each of the best, the median
+    and the worst; where no sample is labelled, of the first, middle and last."""
     scored = np.isfinite(errors)
-    order = np.argsort(errors)[:scored.sum()] if scored.any() else np.arange(len(samples))
+    order = np.argsort(errors, kind="stable")[:scored.sum() or None]  # NaN comes last
     columns = max(1, min(columns, len(order) // 3))
     middle = (len(order) - columns) // 2
     large = dataclasses.replace(crops, side=256)
@@ -892,8 +833,7 @@ def draw_overlay(path, samples, uv, errors, crops, columns=8):
 # ----------------------------------------------------------------------- files: your own pictures
 
 def predict_folder(args):
-    """--predict: a trained model on a folder of pictures, each its whole square, or on a hands
-    folder."""
+    """--predict: a trained model on a folder of pictures, or on a hands folder."""
     plan = make_plan(args)
     content, model = load_model(args.weights, plan.device)
     samples, source = samples_of_folder(Path(args.predict), content["crop"])
@@ -902,41 +842,29 @@ def predict_folder(args):
     if plan.rank == 0:
         settings = plain(args, backbone=content["backbone"], head=content["head"],
                          input_size=crops.side, border=crops.border, precision=plan.precision)
-        old = logged_settings(args.out)
-        if old:
-            refuse_other_arguments(args.out, old, settings, MAY_CHANGE_ON_RESUME)
+        resume(args.out, settings, MAY_CHANGE_ON_RESUME)  # refuses the folder of a training run
         start_log(args.out, settings)
-        print_settings(args, make_parser(), pictures=len(samples), device=plan.device,
-                       precision=plan.precision, trained_backbone=content["backbone"],
-                       trained_size=crops.side, trained_border=crops.border)
+        print_settings(argparse.Namespace(**settings), make_parser(), pictures=len(samples),
+                       device=plan.device)
     uv, pose = predict(model, Pictures(samples, crops), plan, "pictures")
     if plan.rank == 0:
         bones = np.full(len(samples), content["bone"])
         write_predictions(samples, uv, pose, bones, crops, args.predict, args.out)
-        print(f"in pred_xyz.npy all wrists lie at 0, and each bone 0-9 is {content['bone']:.1f} mm "
-              "long, the training set's median")
     end_ranks()
 
 
 def load_model(path, device):
     """model.pt -> its content, and the network."""
     content = load_checkpoint(path)
-    try:
-        content = {"head": "detnet", "border": "black", **content}  # older files do not tell
-        model = NETWORKS[content["head"]](content["backbone"], "none")
-        model = model.to(device, memory_format=torch.channels_last)
-        model.load_state_dict(content["model"])
-        require({"input_size", "crop", "bone"} <= content.keys(), "a key is missing")
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(repr(error).split())[:200]
-        raise InputError(f"{path}: not the model.pt of a fine-tuning run: {reason}")
-    return content, model
+    require("bone" in content, f"{path}: not the model.pt of a fine-tuning run")
+    model = NETWORKS[content["head"]](content["backbone"], "none")
+    model.load_state_dict(content["model"])
+    return content, model.to(device, memory_format=torch.channels_last)
 
 
 def samples_of_folder(folder, crop):
     """A folder of pictures, or a hands folder -> samples without labels, and the source that
     `Crops` wants. crop: the crop's side over a hand's longer extent."""
-    require(folder.is_dir(), f"{folder}: no such folder, expected pictures or a hands folder")
     if (folder / "keypoints.npy").exists():
         hands = load_hands(folder)
         # Nothing to flip: a hands folder's crops show right hands already.
@@ -944,14 +872,11 @@ def samples_of_folder(folder, crop):
                                left=hands.rows["left"])
         return samples, hands
     names = []
-    others = []
-    for file in sorted(folder.iterdir()):
-        if not file.name.startswith("."):  # a Mac leaves ._a.jpg beside a.jpg
-            (names if file.suffix.lower() in PICTURES else others).append(file.name)
+    for name in sorted(os.listdir(folder)):
+        # A Mac leaves ._a.jpg beside a.jpg.
+        if name.lower().endswith(PICTURES) and not name.startswith("."):
+            names.append(name)
     require(names, f"{folder}: holds neither keypoints.npy nor a picture ({', '.join(PICTURES)})")
-    if others:
-        print(f"{folder}: passed over {len(others)} that are no pictures by their names, such as "
-              f"{others[0]}")
     samples = make_samples(1, path=names)
     for row, sample in enumerate(samples):
         height, width = picture_of(sample, row, str(folder)).shape[:2]
@@ -981,10 +906,9 @@ SAMPLE = np.dtype([
 
 @dataclasses.dataclass
 class Labels:
-    """Arrays of SAMPLE, and sentences for the user. From a reader, validation is None where a tenth
-    of train shall be held out."""
+    """Arrays of SAMPLE, and sentences for the user."""
     train: np.recarray
-    validation: np.recarray
+    validation: np.recarray  # None: a tenth of train shall be held out
     test: np.recarray
     notes: list
     digest: int = 0  # of all three arrays, as a run uses them
@@ -998,13 +922,13 @@ def load_data(args):
             check_bones(samples, labels.notes, args.root)
             flip_left_hands(samples)
     used, note = draw_labels(labels.train, args.label_fraction, args.seed)
-    if args.head == "knn":
-        train, validation, more = keep_whole_poses(labels.train, used, args.root)
+    if args.head == "knn":  # no model to choose; only a whole pose can be aligned and scaled
+        train = labels.train[used & has_wrist_and_bone(labels.train.valid)]
+        validation = train[:0]
+        more = f"; compared with the {len(train)} of {used.sum()} that have wrist and joint 9"
     else:
         train, validation, more = hold_out(labels, used, args)
-    digest = 0
-    for samples in (train, validation, labels.test):
-        digest = zlib.crc32(samples, digest)
+    digest = zlib.crc32(np.concatenate([train, validation, labels.test]))
     return Labels(train, validation, labels.test, [*labels.notes, note + more], digest)
 
 
@@ -1013,11 +937,9 @@ def check_bones(samples, notes, root):
     whole = has_wrist_and_bone(samples.valid)
     require(whole.any(), f"{root}: a split without a labelled wrist and joint 9: "
             f"{'; '.join(notes)}")
-    lengths = bone_length(samples.xyz[whole])
-    middle = np.median(lengths)
-    require(lengths.min() > 0 and 40 < middle < 140,
-            f"{root}: the bone 0-9 is {lengths.min():.3g} mm long at least and {middle:.3g} mm in "
-            "the median, expected hands (FreiHAND's and DexYCB's labels are in metres)")
+    middle = np.median(bone_length(samples.xyz[whole]))
+    require(40 < middle < 140, f"{root}: the median bone 0-9 is {middle:.3g} mm long, expected "
+            "hands (FreiHAND's and DexYCB's labels are in metres)")
 
 
 def flip_left_hands(samples):
@@ -1040,43 +962,26 @@ def draw_labels(train, fraction, seed):
     return np.isin(train.group, chosen), note
 
 
-def keep_whole_poses(train, used, root):
-    """For --head knn, which has no model to choose: only a whole pose can be aligned and scaled.
-    -> the samples to compare with, none for validation, and a note."""
-    whole = used & has_wrist_and_bone(train.valid)
-    require(whole.any(), f"{root}: no training sample with a valid wrist and joint 9")
-    note = f"; compared with the {whole.sum()} of {used.sum()} that have wrist and joint 9"
-    return train[whole], train[:0], note
-
-
 def hold_out(labels, used, args):
     """-> training and validation samples, and a note. Where the data set has no validation split,
     every tenth scene of the labels used is held out, so that no pose is on both sides."""
     train = labels.train
-    validation = labels.validation
-    note = ""
-    if validation is None:
-        kind = {"assemblyhands": "sequences", "own": "scenes"}.get(args.dataset, "samples")
-        scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
-        scenes = scenes[np.isin(scenes, train.scene[used])]
-        require(len(scenes) > 1, f"{args.root}: labels of {len(scenes)} training {kind}, expected "
-                "at least 2: one is for validation")
-        tenth = scenes[::10]
-        note = f"; every tenth of their {kind}, {len(tenth)} of {len(scenes)}, is for validation"
-        held_out = np.isin(train.scene, tenth)
-        validation = train[used & held_out]
-        used = used & ~held_out
-    require(has_wrist_and_bone(validation.valid).any(),
-            f"{args.root}: no validation sample with a valid wrist and joint 9")
-    return train[used], validation, note
+    if labels.validation is not None:
+        return train[used], labels.validation, ""
+    scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
+    scenes = scenes[np.isin(scenes, train.scene[used])]
+    require(len(scenes) > 1, f"{args.root}: labels of {len(scenes)} training scenes, expected at "
+            "least 2: one is for validation")
+    tenth = scenes[::10]
+    held_out = np.isin(train.scene, tenth)
+    note = f"; every tenth of their scenes, {len(tenth)} of {len(scenes)}, is for validation"
+    return train[used & ~held_out], train[used & held_out], note
 
 
 def make_samples(crop=None, **fields):
     """Columns of SAMPLE -> array of SAMPLE. The index counts unless it is given. With `crop`, the
     test crop is a square that many times as long as the joints."""
     paths = [os.fsencode(path) for path in fields.pop("path")]
-    longest = max(map(len, paths), default=0)
-    require(longest <= SAMPLE["path"].itemsize, "a path below the root has more than 255 bytes")
     samples = np.zeros(len(paths), SAMPLE).view(np.recarray)
     samples["path"] = paths
     samples["index"] = np.arange(len(paths))
@@ -1097,39 +1002,27 @@ def kept_labels(args):
     labels.txt says in one line what it holds."""
     folder = Path(args.labels)
     if args.dataset == "own":
-        return load_labels(folder, [f"own labels: those in {folder}"],
-                           "expected records of SAMPLE, see finetune.py")
+        return load_labels(folder)
     division = args.setup or args.modality or ""
     filtered = " --paper-filter" if args.paper_filter else ""
     wanted = f"{args.dataset} {division}{filtered} of {os.path.realpath(args.root)}"
     origin = folder / "labels.txt"
-    found = "labels of your own, for --dataset own"
-    if origin.exists():
-        found = origin.read_text(errors="replace").strip()
+    found = origin.read_text().strip() if origin.exists() else "labels of your own"
     require(found == wanted or not list(folder.glob("*.npy")),
             f"{folder}: holds {found}, not {wanted}; delete it, or choose another --labels")
-    if not (folder / "test.npy").exists():
-        labels = READERS[args.dataset](args)
-        save_labels(folder, wanted, labels)
-        return labels
-    note = (f"{found}: the labels that an earlier run left in {folder}; delete it where the data "
-            "set was changed since")
-    return load_labels(folder, [note], "delete this folder, it will be made again")
-
-
-def save_labels(folder, origin, labels):
-    """labels.txt first: it says that the other files are not the user's; test.npy last: where it
-    is, all is."""
+    if (folder / "test.npy").exists():
+        return load_labels(folder)
+    labels = READERS[args.dataset](args)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "labels.txt") as file:
-        file.write(f"{origin}\n".encode(errors="replace"))
-    save_array(folder / "train.npy", labels.train.view(SAMPLE))
-    if labels.validation is not None:
-        save_array(folder / "val.npy", labels.validation.view(SAMPLE))
-    save_array(folder / "test.npy", labels.test.view(SAMPLE))
+    origin.write_text(f"{wanted}\n")  # first: it says that the arrays are not the user's
+    arrays = {"train": labels.train, "val": labels.validation, "test": labels.test}
+    for name, samples in arrays.items():  # test.npy last: where it is, all is
+        if samples is not None:
+            save_array(folder / f"{name}.npy", samples.view(SAMPLE))
+    return labels
 
 
-def load_labels(folder, notes, hint):
+def load_labels(folder):
     """train.npy, val.npy where it is there, and test.npy -> Labels."""
     arrays = []
     for name in ("train", "val", "test"):
@@ -1137,12 +1030,13 @@ def load_labels(folder, notes, hint):
         if name == "val" and not path.exists():
             arrays.append(None)
             continue
-        samples = load_array(path, SAMPLE, (None,), hint=hint).view(np.recarray)
+        samples = load_array(path, SAMPLE, (None,), hint="see SAMPLE in finetune.py")
+        samples = samples.view(np.recarray)
         require((samples.side > 0).all(), f"{path}: a test crop's side must be above 0")
         require((samples.width > 0)[samples.left].all(),
                 f"{path}: a left hand's width must be the picture's, since it is flipped")
         arrays.append(samples)
-    return Labels(*arrays, notes)
+    return Labels(*arrays, [f"labels: those of {folder}"])
 
 
 # --------------------------------------------- readers: what the labels of three data sets mean
@@ -1154,7 +1048,7 @@ def load_labels(folder, notes, hint):
 def read_json(file):
     try:
         return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: truncated or not json ({error})")
 
 
@@ -1162,49 +1056,39 @@ def read_json(file):
 
 def read_freihand(args):
     """FreiHAND v2, whose evaluation lists lie in the root or in the folder ROOT_eval -> Labels."""
-    root = Path(args.root)
-    beside = Path(os.path.abspath(root) + "_eval")
-    train = read_freihand_split(root, "training", 4, [root])
-    test = read_freihand_split(root, "evaluation", 1, [root, beside])
-    notes = ["FreiHAND: tested on the evaluation split",
-             f"{len(train)} training pictures of {len(train) // 4} samples, {len(test)} evaluation "
-             "pictures, all used"]
-    return Labels(train, None, test, notes)
+    root = Path(args.root).absolute()
+    train = read_freihand_split(root, "training", 4)
+    test = read_freihand_split(root, "evaluation", 1)
+    note = (f"FreiHAND: {len(train)} training pictures of {len(train) // 4} samples, tested on the "
+            f"{len(test)} evaluation pictures")
+    return Labels(train, None, test, [note])
 
 
-def read_freihand_split(root, split, versions, places):
-    """The lists of camera matrices and of joints in metres, each in the first of these places that
-    has it -> array of SAMPLE."""
-    matrix = read_array(split, "K", 3, places)
-    xyz = read_array(split, "xyz", 21, places)
+def read_freihand_split(root, split, versions):
+    """The lists of camera matrices and of joints in metres -> array of SAMPLE."""
+    matrix = read_array(root, f"{split}_K.json", 3)
+    xyz = read_array(root, f"{split}_xyz.json", 21)
     require(len(matrix) == len(xyz), f"{root / split}_K.json: has {len(matrix)} entries, "
             f"{split}_xyz.json has {len(xyz)}")
-    require((xyz[..., 2] > 0).all(), f"{split}_xyz.json: a joint lies behind the camera")
-    pictures = [f"{i:08d}.jpg" for i in range(versions * len(xyz))]
-    folder = root / split / "rgb"
-    there = set(os.listdir(folder))
-    lacking = [picture for picture in pictures if picture not in there]
-    require(not lacking, f"{folder}: {len(lacking)} pictures are missing, the first {lacking[:1]}; "
-            f"expected {versions} x {len(xyz)}, 00000000.jpg and so on")
+    pictures = [f"{split}/rgb/{i:08d}.jpg" for i in range(versions * len(xyz))]
+    there = len(list((root / split / "rgb").glob("*.jpg")))
+    require(there >= len(pictures), f"{root / split}/rgb: holds {there} pictures, expected "
+            f"{versions} x {len(xyz)}")
     uvw = xyz @ matrix.transpose(0, 2, 1)
     uv = uvw[..., :2] / uvw[..., 2:]
     sample = np.tile(np.arange(len(xyz)), versions)  # picture i shows sample i % their number
-    return make_samples(CROP["freihand"], path=[f"{split}/rgb/{picture}" for picture in pictures],
-                        group=sample, scene=sample, uv=uv[sample], xyz=xyz[sample] * 1000,
-                        valid=True)
+    return make_samples(CROP["freihand"], path=pictures, group=sample, scene=sample,
+                        uv=uv[sample], xyz=xyz[sample] * 1000, valid=True)
 
 
-def read_array(split, key, rows, places):
+def read_array(root, name, rows):
     """A list of FreiHAND's, as json -> float64 (N, rows, 3)."""
-    files = [place / f"{split}_{key}.json" for place in places]
-    there = [file for file in files if file.is_file()]
-    require(there, f"{' or '.join(map(str, files))}: missing, expected FreiHAND's list")
-    try:
-        array = np.array(read_json(there[0]), np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{there[0]}: truncated or not a list of arrays of one shape ({error})")
+    file = root.with_name(f"{root.name}_eval") / name
+    if not file.exists():
+        file = root / name
+    array = np.array(read_json(file), np.float64)
     require(array.shape[1:] == (rows, 3) and np.isfinite(array).all(),
-            f"{there[0]}: has shape {array.shape}, expected (N, {rows}, 3), finite")
+            f"{file}: has shape {array.shape}, expected (N, {rows}, 3), finite")
     return array
 
 
@@ -1221,9 +1105,8 @@ class Camera:
     folder: Path
     frames: int
     left: bool  # the sequence shows a left hand
-    subject: int
-    sequence: int  # within the subject's
-    position: int  # of the camera, in SERIALS
+    sequence: int  # of all 1000
+    part: str  # of the data set: "train", "val" or "test"
 
 
 def dexycb_part(setup, subject, sequence, camera):
@@ -1242,20 +1125,15 @@ def dexycb_part(setup, subject, sequence, camera):
 
 def read_dexycb(args):
     """DexYCB -> Labels. valid: visible as SiMHand's reader defines it; xyz keeps all 21 joints."""
-    cameras = find_cameras(args)
-    sequences = {(camera.subject, camera.sequence) for camera in cameras}
-    note = f"{len(sequences)} of 1000 sequences and {len(cameras)} of 8000 cameras are there"
+    cameras = find_cameras(args.root, args.setup)
+    notes = [f"DexYCB {args.setup}: {len(cameras)} of 8000 cameras are there"]
     complete = len(cameras) == 8000  # what is missing would shift the official indices
     if not complete:
-        note += ": names.txt has no official indices but -1"
-    notes = [f"DexYCB {args.setup}: chosen on val, tested on test", note]
+        notes.append("names.txt has no official indices but -1")
     splits = []
     for name in ("train", "val", "test"):
-        part = []
-        for camera in cameras:
-            if dexycb_part(args.setup, camera.subject, camera.sequence, camera.position) == name:
-                part.append(camera)
-        frames = read_frames(part, args)
+        part = [camera for camera in cameras if camera.part == name]
+        frames = read_frames(part, args.root, args.workers)
         if not complete:
             frames.index = -1
         samples, note = keep_labelled(frames, args.paper_filter)
@@ -1264,21 +1142,22 @@ def read_dexycb(args):
     return Labels(*splits, notes)
 
 
-def find_cameras(args):
+def find_cameras(root, setup):
     """-> a Camera for each folder of frames, in the official order."""
     cameras = []
     for subject in range(10):
         pattern = f"*-subject-{subject + 1:02d}"
-        found = sorted(Path(args.root).glob(f"{pattern}/*/meta.yml"))
-        require(len(found) == 100 or found and args.setup in ("s1", "s2"),
-                f"{args.root}/{pattern}: holds {len(found)} sequences with a meta.yml, expected "
-                "100 (or some for s1 and s2, whatever their order)")
+        found = sorted(Path(root).glob(f"{pattern}/*/meta.yml"))
+        require(len(found) == 100 or found and setup in ("s1", "s2"),
+                f"{root}/{pattern}: holds {len(found)} sequences with a meta.yml, expected 100 (or "
+                "some for s1 and s2, whatever their order)")
         for sequence, file in enumerate(found):
             serials, frames, side = read_meta(file)
             for position, serial in enumerate(SERIALS):
                 if serial in serials:
-                    cameras.append(Camera(file.parent / serial, frames, side == "left", subject,
-                                          sequence, position))
+                    part = dexycb_part(setup, subject, sequence, position)
+                    cameras.append(Camera(file.parent / serial, frames, side == "left",
+                                          100 * subject + sequence, part))
     return cameras
 
 
@@ -1286,32 +1165,18 @@ def read_meta(file):
     """meta.yml -> serial numbers of the cameras, number of frames, side of the hand."""
     import yaml  # here: the other data sets do without it
 
-    class Loader(yaml.SafeLoader):
-        """Reads Python's tuples as lists; any other tag of Python's is refused."""
-
-    Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_yaml_seq)
     try:
-        meta = yaml.load(file.read_bytes(), Loader)
-        serials = {str(serial) for serial in meta["serials"]}
-        frames = int(meta["num_frames"])
-        side = meta["mano_sides"][0]
-        require(serials <= {*SERIALS} and frames > 0 and side in ("left", "right"),
-                "a value that none can have")
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError,
-            RecursionError) as error:
-        reason = " ".join(repr(error).split())[:300]
-        raise InputError(f"{file}: expected DexYCB's serials, num_frames and mano_sides "
-                         f"({reason})")
-    return serials, frames, side
+        # This loader makes strings and lists of all, Python's tuples too, and runs no code.
+        meta = yaml.load(file.read_bytes(), yaml.BaseLoader)
+        return meta["serials"], int(meta["num_frames"]), meta["mano_sides"][0]
+    except (yaml.YAMLError, LookupError, TypeError, ValueError):
+        raise InputError(f"{file}: expected DexYCB's serials, num_frames and mano_sides")
 
 
-def read_frames(cameras, args):
+def read_frames(cameras, root, workers):
     """-> array of SAMPLE of all frames, those without a label too: they count in the index."""
-    def read(batch):
-        return read_camera(batch[0], args.root)
-
     batches = [[k] for k in range(len(cameras))]
-    loader = load_items(cameras, batches, args.workers, read)
+    loader = load_items(cameras, batches, workers, lambda batch: read_camera(batch[0], root))
     parts = [np.zeros(0, SAMPLE)]
     parts += progress(loader, desc="labels", unit="camera", total=len(cameras))
     samples = np.concatenate(parts).view(np.recarray)
@@ -1336,9 +1201,8 @@ def read_camera(camera, root):
     valid = inside & (xyz[..., 0] != -1)
     labelled = (xyz != -1).any((1, 2))  # DexYCB puts -1 everywhere in a frame without a label
     xyz[~labelled] = 0
-    return make_samples(CROP["dexycb"], path=paths, left=camera.left,
-                        scene=100 * camera.subject + camera.sequence, width=WIDTH, uv=uv,
-                        xyz=xyz * 1000.0, valid=valid)
+    return make_samples(CROP["dexycb"], path=paths, left=camera.left, scene=camera.sequence,
+                        width=WIDTH, uv=uv, xyz=xyz * 1000.0, valid=valid)
 
 
 def read_label(file):
@@ -1346,13 +1210,10 @@ def read_label(file):
     try:
         # Opened here: np.load leaves a damaged file open.
         with open(file, "rb") as content, np.load(content, allow_pickle=False) as labels:
-            xyz = labels["joint_3d"].reshape(21, 3)
-            uv = labels["joint_2d"].reshape(21, 2)
-        require(np.isfinite(xyz).all() and np.isfinite(uv).all(), "not finite")
+            return labels["joint_3d"].reshape(21, 3), labels["joint_2d"].reshape(21, 2)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise InputError(f"{file}: missing, truncated, or without finite joint_3d (1, 21, 3) and "
+        raise InputError(f"{file}: missing, truncated, or without joint_3d (1, 21, 3) and "
                          f"joint_2d (1, 21, 2): {error}")
-    return xyz, uv
 
 
 def keep_labelled(frames, paper_filter):
@@ -1361,9 +1222,7 @@ def keep_labelled(frames, paper_filter):
     kept = labelled
     if paper_filter:
         kept = labelled & (frames.valid.sum(1) >= 10) & has_wrist_and_bone(frames.valid)
-    outside = kept & ~frames.valid.all(1)
-    note = (f"{kept.sum()} of {len(frames)} frames kept, {outside.sum()} of them with joints "
-            f"outside the picture; dropped {(~labelled).sum()} without a label")
+    note = f"{kept.sum()} of {len(frames)} frames kept; dropped {(~labelled).sum()} without a label"
     if paper_filter:
         note += f" and {(labelled & ~kept).sum()} by --paper-filter"
     return frames[kept], note
@@ -1379,9 +1238,7 @@ def read_assemblyhands(args):
     """AssemblyHands v1-1 -> Labels."""
     train, train_note = read_assemblyhands_split(args.root, "train", args.modality)
     test, test_note = read_assemblyhands_split(args.root, "val", args.modality)
-    notes = [f"AssemblyHands {args.modality}: tested on val, as the public test split has no "
-             "labels",
-             f"train: {train_note}", f"val: {test_note}"]
+    notes = [f"AssemblyHands {args.modality}, tested on val", train_note, test_note]
     return Labels(train, None, test, notes)
 
 
@@ -1397,11 +1254,9 @@ def read_assemblyhands_split(root, split, modality):
     columns = collections.defaultdict(list)
     dropped = collections.Counter()
     scenes = {}  # sequence -> its place among them
-    at = ""
     try:
         images = {image["id"]: image for image in data["images"]}
         for annotation in progress(data["annotations"], desc=data_file.stem, unit="picture"):
-            at = f"annotation {annotation['id']}: "
             image = images[annotation["image_id"]]
             for side in ("right", "left"):
                 fields, reason = read_assemblyhands_hand(annotation, image, side, calibration,
@@ -1414,11 +1269,11 @@ def read_assemblyhands_split(root, split, modality):
                     columns[name].append(value)
         count = len(columns["path"])
         samples = make_samples(group=np.arange(count), **columns)
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{data_file}: {at}not in AssemblyHands' layout, or missing in "
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{data_file}: not in AssemblyHands' layout, or missing in "
                          f"{calib_file.name} or {pose_file.name}: {error!r}")
     reasons = [f"{times} {reason}" for reason, times in sorted(dropped.items())]
-    return samples, (f"{count} hands of {len(scenes)} sequences kept; dropped "
+    return samples, (f"{split}: {count} hands of {len(scenes)} sequences kept; dropped "
                      f"{', '.join(reasons) or 'none'}")
 
 
@@ -1427,11 +1282,9 @@ def read_assemblyhands_hand(annotation, image, side, calibration, poses):
     sequence = image["seq_name"]
     frame = f"{image['frame_idx']:06d}"
     pose = (poses["annotations"].get(sequence, {}).get(frame) or {}).get("world_coord")
-    box = (annotation["bbox"] or {}).get(side)
+    box = (annotation["bbox"] or {}).get(side) or [0, 0, 0, 0]
     if annotation["joint_valid"] is None or pose is None:
         return None, "without labels"
-    if box is None:
-        return None, "without a box"
     low, high = np.array(box, float).reshape(2, 2)
     if not (high > low).all():
         return None, "without a box"
@@ -1458,8 +1311,6 @@ def read_camera_of(image, frame, cameras):
         name += "_mono10bit"
     matrix = np.array(cameras["intrinsics"][name], float).reshape(3, 3)
     turn = np.array(cameras["extrinsics"][frame][name], float).reshape(3, 4)
-    if not (np.isfinite(matrix).all() and np.isfinite(turn).all()):
-        raise ValueError(f"calibration of {name}, frame {frame}, is not finite")
     return matrix, turn
 
 

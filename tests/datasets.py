@@ -75,7 +75,7 @@ def dotted(width, height, uv):
     return picture
 
 
-def write_dexycb(root, sequences=2, frames=3, seed=0):
+def write_dexycb(root, sequences=2, frames=3, seed=0, pictures=True):
     """DexYCB in small -> {path of a picture: (xyz mm, uv, side)} as labelled, None without
     a label. Odd sequences show left hands. In each camera frame 1 is without a label; frame
     2 of even cameras lies across the border, of odd ones far outside."""
@@ -93,7 +93,8 @@ def write_dexycb(root, sequences=2, frames=3, seed=0):
                     uv = np.stack([613.08 * xyz[:, 0] / xyz[:, 2] + 313.03,
                                    612 * xyz[:, 1] / xyz[:, 2] + 245.01], 1)
                     path = f"{subject}/{folder.name}/{serial}/color_{f:06d}.jpg"
-                    cv2.imwrite(str(root / path), dotted(640, 480, uv), JPEG)
+                    if pictures:
+                        cv2.imwrite(str(root / path), dotted(640, 480, uv), JPEG)
                     truth[path] = (xyz, uv, side) if f != 1 else None
                     shown = (xyz / 1000, uv) if f != 1 else (
                         np.full((21, 3), -1), np.full((21, 2), -1))

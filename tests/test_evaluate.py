@@ -568,16 +568,10 @@ def test_predictions_in_another_unit_are_refused_with_the_factor(scale, unit, fa
     assert not (folder / "metrics.json").exists()
 
 
-def test_true_poses_in_metres_are_refused(tmp_path):
+def test_true_poses_in_another_unit_are_refused(tmp_path):
     truth, _ = poses()
     folder = save_run(tmp_path / "run", truth / 1000, truth / 1000)
-    assert "gt_xyz.npy: poses seem to be in metres" in refused("evaluate.py", folder)
-
-
-def test_true_poses_of_no_known_unit_are_refused(tmp_path):
-    truth, _ = poses()
-    folder = save_run(tmp_path / "run", truth, truth / 90)
-    assert "gt_xyz.npy: joints are 0.95" in refused("evaluate.py", folder)
+    assert "gt_xyz.npy: joints are 0.08" in refused("evaluate.py", folder)
 
 
 def bad_predictions():
@@ -731,7 +725,7 @@ def broken(tmp_path):
     (tmp_path / "empty").mkdir()
     cut = save_run(tmp_path / "cut", truth, truth) / "pred_xyz.npy"
     cut.write_bytes(cut.read_bytes()[:5000])
-    yield "nowhere", "no such folder"
+    yield "nowhere", "gt_xyz.npy: missing"
     yield "empty", "gt_xyz.npy: missing"
     yield "cut", "pred_xyz.npy: truncated"
     yield save_run(tmp_path / "short", truth[:-1], truth), "pred_xyz.npy: is float32 (39, 21, 3)"
@@ -750,8 +744,8 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
 
 
 def test_all_folders_are_looked_at_before_any_is_scored(pair, tmp_path):
-    assert "no such folder" in refused("evaluate.py", pair[0], tmp_path / "nowhere",
-                                       "--out", tmp_path / "out")
+    assert "nowhere/gt_xyz.npy: missing" in refused("evaluate.py", pair[0], tmp_path / "nowhere",
+                                                    "--out", tmp_path / "out")
     assert not (pair[0] / "metrics.json").exists() and not (tmp_path / "out").exists()
 
 
