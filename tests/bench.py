@@ -1,7 +1,7 @@
 """Speed and memory, each figure beside a reference measured in the same run.
 
     python tests/bench.py extract    beside bare MediaPipe; the merge of 2.0M hands
-    python tests/bench.py mine       125,000 to 2.0M hands, beside scipy's k-d tree
+    python tests/bench.py mine       125,000 to 500,000 hands, beside scipy's k-d tree
     python tests/bench.py loader     views a second, beside torchvision's transforms
     python tests/bench.py loss       weights or targets, loss and gradient of a batch, beside the
                                      obvious way
@@ -333,7 +333,7 @@ def write_part(out, name, count, jpeg, rng):
 
 # ------------------------------------------------------------------------------------------ mining
 
-def mine(folder, counts=(125_000, 250_000, 500_000, 1_000_000, 2_000_000), queries=2000,
+def mine(folder, counts=(125_000, 250_000, 500_000), queries=2000,
          looked_at=20_000):
     """The script on hands folders of made-up hands, 100 of a video, beside scipy's k-d tree, which
     is asked for some of the hands alone; and what it takes to notice copies."""
@@ -644,8 +644,8 @@ def estimate(path):
     """What each stage would take, from what the other stages measured into the same file."""
     fps = measured(path, "extract", "1080p")[0]
     merge_seconds, merge_memory = measured(path, "extract", "merge")
-    half = measured(path, "mine", "1000000 hands")[0]
-    mine_seconds, mine_memory = measured(path, "mine", "2000000 hands")
+    half = measured(path, "mine", "250000 hands")[0]
+    mine_seconds, mine_memory = measured(path, "mine", "500000 hands")
     growth = np.log2(mine_seconds / half)
     copies_seconds = measured(path, "mine", "noticing copies")[0] / 1e6
     views = measured(path, "step", "32 at a time")[0]
@@ -668,11 +668,11 @@ def estimate(path):
     yield row("its merge, GB of memory", lambda n, _: n / 2e6 * merge_memory,
               f"{merge_memory:g} GB for 2.0M hands")
     yield row(f"mine, hours of {CORES} cores",
-              lambda n, _: (mine_seconds * (n / 2e6) ** growth + copies_seconds * n) / 3600,
-              f"{mine_seconds:g} s x (hands / 2.0M) ^ {growth:.2f}, from 1.0M and 2.0M hands, and "
-              f"{1e6 * copies_seconds:g} µs a hand for copies")
-    yield row("mine, GB of memory", lambda n, _: n / 2e6 * mine_memory,
-              f"{mine_memory:g} GB for 2.0M hands")
+              lambda n, _: (mine_seconds * (n / 5e5) ** growth + copies_seconds * n) / 3600,
+              f"{mine_seconds:g} s x (hands / 0.5M) ^ {growth:.2f}, as from 250,000 to 500,000, "
+              f"and {1e6 * copies_seconds:g} µs a hand for copies")
+    yield row("mine, GB of memory", lambda n, _: n / 5e5 * mine_memory,
+              f"{mine_memory:g} GB for 500,000 hands")
     yield row("pre-train ResNet-18 at 64 px for 100 epochs, hours of these cores",
               lambda n, _: 200 * n / views / 3600, f"2 views x 100 x hands / {views:g} a second")
     yield row("views for ResNet-50, hours of one core", lambda n, _: 200 * n / loaded / 3600,

@@ -31,8 +31,8 @@ def test_what_data_sets_take_follows_from_the_measured_rows(tmp_path):
     path = tmp_path / "bench.md"
     bench.run_stage(path, "extract", [bench.Row("1080p, 1 worker", "10.0 frames/s"),
                                       bench.Row("merge 3 videos", "100 s, 1.00 GB")])
-    bench.run_stage(path, "mine", [bench.Row("1000000 hands", "100 s, 1.00 GB"),
-                                   bench.Row("2000000 hands", "200 s, 2.00 GB"),
+    bench.run_stage(path, "mine", [bench.Row("250000 hands", "100 s, 1.00 GB"),
+                                   bench.Row("500000 hands", "200 s, 2.00 GB"),
                                    bench.Row("noticing copies", "100 µs a hand")])
     bench.run_stage(path, "loader", [bench.Row("views of 128 px", "2000 views/s")])
     bench.run_stage(path, "step", [bench.Row("32 pairs, 32 at a time", "100 views/s, 1.00 GB")])
@@ -41,7 +41,7 @@ def test_what_data_sets_take_follows_from_the_measured_rows(tmp_path):
     assert extracted[:3] == ["1", "100", "400"]  # 36,000 frames at 10 a second
     assert float(extracted[3]) == round(387.7 * 2.24 / 2.07)
     mined = next(row for name, row in rows.items() if name.startswith("mine, hours"))
-    assert mined[1] == "0.2"  # 3.6M hands: 360 s, and 360 s for copies
+    assert mined[1] == "0.5"  # 3.6M hands: 1,440 s, and 360 s for copies
     views = next(row for name, row in rows.items() if name.startswith("views for ResNet-50"))
     assert views[0] == "1"  # 7.2M views at 2,000 a second
     assert all(len(row) == len(bench.PLANS) + 1 for row in rows.values())

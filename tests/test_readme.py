@@ -272,6 +272,24 @@ def test_the_papers_runs_are_counted_in_its_table():
     assert needed == [(int(pretrained), int(tuned)) for pretrained, tuned in table]
 
 
+def rows_of(text):
+    """{first cell of a table's row: its other cells}"""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if re.match(r"\| [^-]", line)]
+    return {first: set(cells) for first, *cells in rows}
+
+
+@pytest.mark.parametrize("section, report", [
+    ("Result", "digits.md"), ("Your own videos", "bench.md"),
+    ("Speed, and several machines", "bench.md")])
+def test_the_tables_hold_what_was_measured(section, report):
+    measured = rows_of((ROOT / "tests" / report).read_text())
+    shown = rows_of(SECTIONS[section])
+    assert len(shown) > 4
+    for what, cells in shown.items():
+        assert cells <= measured[what], what
+
+
 def test_the_papers_values(monkeypatch):
     """What --paper sets, said once more here by hand."""
     extract = parse(["extract_hands.py", "videos", "--out", "hands", "--paper"], monkeypatch)
