@@ -21,7 +21,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -607,20 +606,15 @@ def run_script(main, when_full=""):
 
 
 def check_flags(args):
-    """What holds for the flags of every script: numbers are finite and not negative, the device
-    is there."""
+    """What holds for the flags of every script: numbers are finite and not negative."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             limit = 2 ** 63 if isinstance(value, int) else math.inf
             flag = f"--{name.replace('_', '-')}"
             require(0 <= value < limit,
                     f"{flag} is {value}, expected a number that is finite and not negative")
-    if getattr(args, "device", None):
-        devices = ["cpu"]
-        if torch.cuda.is_available():  # nothing is put there yet: a CUDA context would be made
-            devices += ["cuda", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
-        require(args.device in devices,
-                f"--device {args.device}: not here, expected one of {', '.join(devices)}")
+    device = getattr(args, "device", None) or "cpu"
+    require(re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: expected cpu or cuda")
 
 
 def refuse_idle_flags(args, parser, names, reason):
@@ -694,8 +688,8 @@ def start_ranks(device):
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
         count = torch.cuda.device_count()
-        require(device.index < count, f"rank {rank} wants GPU {device.index}, this machine has "
-                f"{count}: lower --nproc_per_node")
+        require(device.index < count, f"--device {device}: this machine has {count} GPUs, fewer "
+                f"than rank {rank} needs")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes stay the same, so that its trials pay
     if ranks > 1:
@@ -798,11 +792,8 @@ def refuse_other_arguments(folder, old, settings, may_change):
 
 
 def run_facts(*packages):
-    """What made a result: the versions of Python, the usual packages and those named, the machine,
-    and, where this file lies in a git checkout, its commit, with a + where files differ from it.
-
-    The machine is the GPU once the run has used it, otherwise the processor.
-    """
+    """What made a result: the versions of Python and packages, the machine (the GPU once the run
+    has used it), and our commit."""
     facts = {"python": platform.python_version(), "torch": torch.__version__,
              "torchvision": importlib.metadata.version("torchvision"), "numpy": np.__version__,
              "opencv": cv2.__version__}
@@ -812,17 +803,10 @@ def run_facts(*packages):
     if torch.cuda.is_initialized():
         facts["machine"] = torch.cuda.get_device_name()
     else:
-        facts["machine"] = processor_name()
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        facts["machine"] = model[1] if model else platform.machine()
     commit = commit_of(Path(__file__).resolve().parent)
     return facts | {"commit": commit} if commit else facts
-
-
-def processor_name():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.machine()
 
 
 def commit_of(folder):

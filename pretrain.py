@@ -32,11 +32,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common import (BACKBONES, BORDERS, CORES, any_rank, apply_view, atomic,
-                    average_statistics, batchnorms, catch_sigterm, check_flags, claim_folder,
-                    crop_matrix, draw_hand, end_ranks, load_array, load_backbone, load_hands,
-                    load_items, move_points, normalise, nt_xent, pair_turns, pair_weights, plain,
-                    plot_curves, print_settings, progress, read_crop, refuse_idle_flags, require,
+from common import (BACKBONES, BORDERS, CORES, any_rank, apply_view, atomic, average_statistics,
+                    batchnorms, catch_sigterm, check_flags, claim_folder, crop_matrix, draw_hand,
+                    end_ranks, load_array, load_backbone, load_hands, load_items, move_points,
+                    normalise, nt_xent, pair_turns, pair_weights, plain, plot_curves,
+                    print_settings, progress, read_crop, refuse_idle_flags, require,
                     rescale_points, resume, run_script, sample_view, save_checkpoint, save_image,
                     sheet, soft_targets, spread, start_log, start_ranks, undo_view, upright,
                     write_log)
@@ -403,7 +403,8 @@ def disturb(image, rng, args):
     if sobel:
         across = cv2.Sobel(image, cv2.CV_32F, 1, 0)
         along = cv2.Sobel(image, cv2.CV_32F, 0, 1)
-        image = cv2.magnitude(across, along).clip(0, 255).astype(np.uint8)
+        # cv2.magnitude would round by where its arrays lie in memory.
+        image = np.hypot(across, along).clip(0, 255).astype(np.uint8)
     if cut_out:
         width = round((0.1 + 0.3 * width) * side)
         left = int(x * (side - width + 1))
@@ -733,34 +734,33 @@ def load_data(args):
     if args.weight_pca:  # distances between hands of two folders need one PCA
         pca = load_array(pair_folders[0] / "pca.npy", np.float32, (None, 42), hint=MINE_AGAIN)[1:]
         pca = torch.from_numpy(pca)
-    data = Data([], [], [], pca, None, None, digest=0)
+    folders = [load_hands(folder) for folder in args.hands]
+    mined = []
+    turned = []
     pool = []
     probe = []
-    for number, path in enumerate(pair_folders):
-        hands = load_hands(args.hands[number])
+    digest = 0
+    for number, (hands, path) in enumerate(zip(folders, pair_folders)):
+        count = len(hands.keypoints)
+        usable = np.ones(count, bool)
+        held = hold_out(hands.rows["video"], args.probe, args.seed)
         neighbours = turns = None
         if args.method == "simhand" or args.pairs or (path / "neighbours.npy").exists():
-            neighbours = load_neighbours(path, len(hands.keypoints), args.top_k)
+            neighbours = load_neighbours(path, count, args.top_k)
             turns = load_turns(path / "turns.npy", hands.keypoints, neighbours)
             require(turns is None or not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca "
                     "needs an embedding of hands as they lie: mine with --no-rotation-free")
         for array in (hands.keypoints, hands.offsets, neighbours, turns, pca):
             if array is not None:
-                data.digest = zlib.crc32(np.ascontiguousarray(array), data.digest)
-        held = hold_out(hands.rows["video"], args.probe, args.seed)
-        usable = np.ones(len(held), bool)
+                digest = zlib.crc32(np.ascontiguousarray(array), digest)
         if neighbours is not None:
             neighbours[np.append(held, False)[neighbours]] = -1  # nor are they anybody's positive
             usable = neighbours[:, 0] >= 0
-        for chosen, rows in ((pool, np.flatnonzero(usable & ~held)),
-                             (probe, np.flatnonzero(held)[:args.probe])):
-            chosen.append(np.stack([np.full(len(rows), number), rows], 1))
-        data.folders.append(hands)
-        data.neighbours.append(neighbours)
-        data.turns.append(turns)
-    data.pool = np.concatenate(pool)
-    data.probe = np.concatenate(probe)
-    return data
+        mined.append(neighbours)
+        turned.append(turns)
+        pool.append(np.insert(np.argwhere(usable & ~held), 0, number, axis=1))
+        probe.append(np.insert(np.argwhere(held)[:args.probe], 0, number, axis=1))
+    return Data(folders, mined, turned, pca, np.concatenate(pool), np.concatenate(probe), digest)
 
 
 def hold_out(video, limit, seed):
@@ -897,10 +897,8 @@ def finish(step, rows, model, plan, device, args):
     with atomic(Path(args.out) / "backbone.pt") as file:
         torch.save(weights, file)
     last = rows[-1] if rows else {}  # empty where the log is gone
-    for name in ("probe", "loss", "keypoint_error", "positive_similarity", "negative_similarity",
-                 "views_per_s"):
-        if name in last:
-            print(f"{name}: {last[name]:.4g}")
+    for name, value in last.items():
+        print(f"{name}: {value:g}")
     print(f"memory_gb: {peak_memory(device):.2f}")
     print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
           f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "

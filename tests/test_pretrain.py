@@ -21,7 +21,7 @@ import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pretrain
-from common import (BACKBONES, COLOURS, apply_view, load_array, load_checkpoint, load_hands,
+from common import (BACKBONES, COLOURS, apply_view, load_checkpoint, load_hands,
                     normalise, nt_xent, pair_weights, read_crop, sample_view, spread, undo_view)
 from mine_pairs import as_poses
 from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
@@ -366,7 +366,7 @@ def test_two_ranks_equal_one_process_with_the_same_batchnorm_groups(mined, tmp_p
     """In loss and gradient; and both ranks have the same running statistics after the step."""
     (tmp_path / "ranks.py").write_text(RANKS)
     words = [f"{mined} --out unused {' '.join(TINY)} --batch-size 8 --micro-batch {more}"
-             for more in ("4", "4 --weighting linear", "2 --weighting soft --keypoint-loss 3")]
+             for more in ("4 --weighting none", "4 --weighting linear", "2 --weighting soft --keypoint-loss 3")]
     torchrun(tmp_path / "ranks.py", tmp_path / "found", *words, cwd=ROOT / "tests")
     ranks = [load_checkpoint(tmp_path / f"found.{rank}") for rank in (0, 1)]
     for flags, (loss, two, state), (_, _, other) in zip(words, *ranks):
@@ -398,10 +398,12 @@ def test_lars_factor_against_its_formula():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_fits_the_projection(backbone):
-    with FakeTensorMode():  # sizes alone
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):  # sizes alone
         model = pretrain.SimHandModel(backbone, "none", regress=True)
         projection, keypoints = model(torch.zeros(2, 3, 32, 32))
-    assert projection.shape == (2, 128) and keypoints.shape == (2, 42)
+    assert (projection.shape, projection.dtype) == ((2, 128), torch.bfloat16)
+    # In bf16 a place near the border would be off by a quarter of a pixel.
+    assert (keypoints.shape, keypoints.dtype) == ((2, 42), torch.float32)
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
@@ -624,12 +626,6 @@ def test_optional_augmentations_do_what_they_say_and_leave_the_geometry_alone(se
     assert 35 <= grey <= 85  # 60 expected, 4 deviations
 
 
-def test_pca_distances_use_the_frozen_components(mined):
-    args = parse(mined, "--out", "unused", *TINY, *MEASURED)
-    pca = pretrain.load_data(args).pca
-    assert np.array_equal(pca, load_array(mined / "pca.npy", np.float32, (15, 42))[1:])
-
-
 @pytest.fixture
 def many_videos(mined, tmp_path):
     """The mined folder as if its hands came from 60 videos."""
@@ -784,16 +780,6 @@ def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp
     a, b = (load_checkpoint(folder / "checkpoint.pt") for folder in (out, straight))
     assert same({k: v for k, v in a.items() if k != "args"},
                 {k: v for k, v in b.items() if k != "args"})
-
-
-def test_a_damaged_checkpoint_is_an_error_that_names_it(straight, mined, tmp_path):
-    out = Path(shutil.copytree(straight, tmp_path / "run"))
-    damaged = (out / "checkpoint.pt").read_bytes()[:-1000]
-    (out / "checkpoint.pt").write_bytes(damaged)
-    line = refused("pretrain.py", mined, "--out", out, *TINY, *RUN)
-    assert f"{out / 'checkpoint.pt'}: truncated" in line
-    assert (out / "checkpoint.pt").read_bytes() == damaged
-    assert (out / "log.jsonl").read_bytes() == (straight / "log.jsonl").read_bytes()
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(
