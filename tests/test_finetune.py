@@ -587,7 +587,7 @@ def test_what_cannot_be_predicted_is_refused(rendered, straight, tmp_path):
     content = next(pictures.glob("*.jpg")).read_bytes()
     (folder / "cut.jpg").write_bytes(content[:len(content) // 2])
     assert "cut.jpg: cut short, or not a picture" in line()
-    assert "none: No such file or directory" in line(tmp_path / "none")
+    assert str(tmp_path / "none") in line(tmp_path / "none")
     assert "choose another --out" in line(pictures, straight)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "other.pt: not the model.pt" in line(pictures, weights=tmp_path / "other.pt")

@@ -53,7 +53,7 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
         return refused("finetune.py", "--dataset", "freihand", "--root", root,
                        "--out", tmp_path / "run", *TINY)
 
-    assert "training_K.json: No such file" in line(tmp_path / "nowhere")
+    assert "training_K.json" in line(tmp_path / "nowhere")
     file = freihand / "training_xyz.json"
     text, values = file.read_text(), json.loads(file.read_text())
     for content, words in ((json.dumps(values[:-1]), "has 16 entries, training_xyz.json has 15"),
@@ -71,7 +71,7 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     picture.write_text("not a picture")
     assert "00000005.jpg: cut short, or not a picture" in line()
     (freihand.with_name("set_eval") / "evaluation_xyz.json").unlink()
-    assert "evaluation_xyz.json: No such file" in line()
+    assert "evaluation_xyz.json" in line()
     assert not (tmp_path / "run" / "pred_xyz.npy").exists()
 
 
@@ -484,7 +484,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
         return refused("finetune.py", "--dataset", "assemblyhands", "--root", root,
                        "--out", tmp_path / "run", *TINY, *arguments)
 
-    assert "assemblyhands_train_exo_data_v1-1.json: No such file" in line("--modality", "exo")
+    assert "assemblyhands_train_exo_data_v1-1.json" in line("--modality", "exo")
     for part, name in (("train", "ego_data"), ("val", "ego_calib"), ("train", "joint_3d")):
         file = root / "annotations" / part / f"assemblyhands_{part}_{name}_v1-1.json"
         text = file.read_text()
@@ -492,7 +492,7 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
             file.write_text(damage)
             assert file.name in line()
         file.unlink()
-        assert f"{file.name}: No such file" in line()
+        assert file.name in line()
         file.write_text(text)
     data = root / "annotations" / "train" / "assemblyhands_train_ego_data_v1-1.json"
     whole = json.loads(data.read_text())
