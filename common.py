@@ -597,6 +597,8 @@ def run_script(main, when_full=""):
         message = "stopped; the same command goes on" if stopped else str(error)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             message = message.splitlines()[0] + when_full
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
         print(f"{program()}.py: {message}", file=sys.stderr)
         sys.exit(130 if stopped else 2)
     finally:

@@ -259,7 +259,7 @@ def main():
         bar.update()
 
         end_of_epoch = step % plan.steps_per_epoch == 0
-        overdue = time.time() - saved > 60 * args.save_minutes
+        overdue = time.time() - saved >= 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), step == plan.steps or overdue)
         if step % plan.report_every == 0 or end_of_epoch or due or stopping:
             row = report(step, recent, since, optimizer, plan, args)
