@@ -897,8 +897,10 @@ def finish_merge(out):
         return
     for path in sorted(merged.iterdir()):
         os.replace(path, out / path.name)
-    for name in lines(out / "videos.txt"):
-        part_path(out, name).unlink(missing_ok=True)
+    done = {part_path(out, name).stem for name in lines(out / "videos.txt")}
+    for path in (out / "parts").glob("*"):
+        if path.name.strip(".").split(".")[0] in done:  # a part, or what a kill left of one
+            path.unlink()
     merged.rmdir()
 
 

@@ -83,8 +83,7 @@ def main():
     count = len(hands.keypoints)
     mined = choose_rows(hands, args)
     out = Path(args.out or args.hands)
-    is_its_own = out.resolve() == hands.folder.resolve()
-    require(is_its_own or not (out / "keypoints.npy").exists(),
+    require(not (out / "keypoints.npy").exists() or out.samefile(args.hands),
             f"{out}: is another hands folder, these pairs do not belong there")
     if rank == 0:
         open_folder(out)  # locked until the script ends

@@ -766,7 +766,7 @@ def test_two_ranks_give_the_bytes_of_one_process(rendered, extracted, tmp_path):
                       "--fps", 5)
     assert sorted(printed("rank", result)) == ["0 of 2", "1 of 2"]
     assert printed("to_do", result) == ["4", "4"]
-    assert result.stdout.count("wrote ") == 1 or "8" in printed("already_merged", result)
+    assert "wrote " in result.stdout
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
