@@ -42,10 +42,10 @@ def parse_args():
     flag("--labelled", type=int, default=160,
          help="labelled hands, each shown before four backgrounds (default: 160)")
     flag("--tested", type=int, default=240, help="test pictures (default: 240)")
-    flag("--input-size", type=int, default=48, help="side of the network's input (default: 48)")
+    flag("--input-size", type=int, default=40, help="side of the network's input (default: 40)")
     flag("--epochs", type=int, default=4, help="of pre-training (default: 4)")
     flag("--batch-size", type=int, default=64, help="of pre-training (default: 64)")
-    flag("--tuning-epochs", type=int, default=6, help="of fine-tuning (default: 6)")
+    flag("--tuning-epochs", type=int, default=4, help="of fine-tuning (default: 4)")
     args = parser.parse_args()
     args.methods = experiment.in_order(args.methods, ROWS)
     if args.world and args.out == parser.get_default("out"):
@@ -102,7 +102,7 @@ def lane(args, method, seed):
         yield Command(f"pretrain-{name}", weights, (
             "pretrain.py", hands, "--out", weights.parent, *METHODS[method], "--weights", "none",
             "--batch-size", args.batch_size, "--epochs", args.epochs, "--optimizer", "adam",
-            "--lr", 1e-3, *network))
+            "--lr", 1e-3, "--probe", 0, *network))
     labels = ("finetune.py", "--dataset", "freihand", "--root", out / "freihand", "--border",
               "mirror", "--weights", weights, *network)
     yield Command(f"frozen-{name}", out / "frozen" / name / "pred_xyz.npy", (
