@@ -979,7 +979,7 @@ def sheet(tiles, columns):
 @contextlib.contextmanager
 def figure(path, size, dpi=110):
     """Yields a matplotlib Figure of this size (width, height) in inches and writes it to `path`
-    when the block ends."""
+    when the block ends. A plot that cannot be drawn costs one line, not the run."""
     # Before matplotlib is imported: a notebook names a backend that this environment may not have,
     # and none is needed to write a file.
     os.environ["MPLBACKEND"] = "agg"
@@ -987,10 +987,13 @@ def figure(path, size, dpi=110):
     from matplotlib.figure import Figure
 
     with style.context("default"):  # a user's own may ask for LaTeX or for fonts that are not here
-        drawn = Figure(size, dpi=dpi, layout="tight")
-        yield drawn
-        with atomic(path) as file:
-            drawn.savefig(file, format=Path(path).suffix[1:])
+        try:
+            drawn = Figure(size, dpi=dpi, layout="tight")
+            yield drawn
+            with atomic(path) as file:
+                drawn.savefig(file, format=Path(path).suffix[1:])
+        except Exception as error:
+            print(f"{path}: could not be drawn ({error})", file=sys.stderr)
 
 
 def plot_curves(path, rows, groups):

@@ -958,3 +958,10 @@ def test_a_users_matplotlib_settings_do_not_reach_a_plot(tmp_path):
                             capture_output=True, text=True, timeout=100)
     assert (result.returncode, result.stderr) == (0, "")
     assert cv2.imread(str(tmp_path / "curves.png")).shape == (352, 462, 3)
+
+
+def test_a_plot_that_cannot_be_drawn_costs_one_line(tmp_path, capsys):
+    with common.figure(tmp_path / "a.png", (3, 2)) as drawn:
+        drawn.subplots().set_title("$\\nonsense$")
+    assert capsys.readouterr().err.count("a.png: could not be drawn") == 1
+    assert list(tmp_path.iterdir()) == []
