@@ -241,8 +241,8 @@ def number(value):
 
 HINT = "finetune.py writes it; any method's predictions will do"
 DATASETS = {"freihand": "FreiHAND", "dexycb": "DexYCB", "assemblyhands": "AssemblyHands"}
-# What predictions may be in by mistake: factor to mm, unit, and the share of the hand's size below which
-# the error must then be. Predictions that are merely bad may be a tenth of a hand, and shall pass.
+# What predictions may be in by mistake: factor to mm, unit, and the share of the hand's size below
+# which the error must then be. Those that are merely bad may be a tenth of a hand, and shall pass.
 UNITS = ((1000, "metres", 0.75), (10, "centimetres", 0.5))
 
 
@@ -536,8 +536,7 @@ def curves(groups, key):
 
 
 def draw(out, name, panels, **axes):
-    """Lines {data set: {label: (x, y)}} as .png and .pdf; without any, those of an earlier call
-    go."""
+    """Lines {data set: {label: (x, y)}} as .png and .pdf; without any, those drawn before go."""
     height = 4 + 0.2 * max(map(len, panels.values()), default=0)
     for kind in ("png", "pdf"):
         path = out / f"{name}.{kind}"
@@ -565,11 +564,8 @@ NAMES_DTYPE = np.dtype([("index", np.int64), ("left", bool)])
 
 def read_names(run, benchmark, count):
     """names.txt of a run of `count` samples -> (count,) NAMES_DTYPE."""
-    tested = run.settings["dataset"]
-    filtered = run.settings["paper_filter"]
-    how = " with --paper-filter, which leaves samples out" if filtered else ""
-    require(tested in (None, benchmark) and not filtered,
-            f"{run.folder}: was tested on {tested}{how}, not on {benchmark}")
+    whole = run.settings["dataset"] in (None, benchmark) and not run.settings["paper_filter"]
+    require(whole, f"{run.folder}: was tested on {run.data}, not on the whole of {benchmark}")
     path = run.folder / "names.txt"
     hint = "expected a line a sample: index, tab, picture, tab, left or right"
     lines = [line.split(b"\t") for line in path.read_bytes().splitlines()]

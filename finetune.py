@@ -443,10 +443,7 @@ def make_optimizer(model, lr, backbone_lr):
     """Adam on the heads and on the backbone, each with its own peak rate; a backbone whose rate is
     None is frozen."""
     model.backbone.requires_grad_(backbone_lr is not None)
-    heads = []
-    for name, parameter in model.named_parameters():
-        if not name.startswith("backbone."):
-            heads.append(parameter)
+    heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     groups = [dict(params=heads, peak=lr)]
     if backbone_lr is not None:
         groups.append(dict(params=list(model.backbone.parameters()), peak=backbone_lr))
@@ -927,7 +924,7 @@ def load_data(args):
         validation = train[:0]
         more = f"; compared with the {len(train)} of {used.sum()} that have wrist and joint 9"
     else:
-        train, validation, more = hold_out(labels, used, args)
+        train, validation, more = hold_out(labels, used, args.seed)
     digest = zlib.crc32(np.concatenate([train, validation, labels.test]))
     return Labels(train, validation, labels.test, [*labels.notes, note + more], digest)
 
@@ -962,16 +959,16 @@ def draw_labels(train, fraction, seed):
     return np.isin(train.group, chosen), note
 
 
-def hold_out(labels, used, args):
+def hold_out(labels, used, seed):
     """-> training and validation samples, and a note. Where the data set has no validation split,
     every tenth scene of the labels used is held out, so that no pose is on both sides."""
     train = labels.train
     if labels.validation is not None:
         return train[used], labels.validation, ""
-    scenes = np.random.default_rng(args.seed).permutation(np.unique(train.scene))
+    scenes = np.random.default_rng(seed).permutation(np.unique(train.scene))
     scenes = scenes[np.isin(scenes, train.scene[used])]
-    require(len(scenes) > 1, f"{args.root}: labels of {len(scenes)} training scenes, expected at "
-            "least 2: one is for validation")
+    require(len(scenes) > 1, f"labels of {len(scenes)} training scenes, expected at least 2: one "
+            "is for validation")
     tenth = scenes[::10]
     held_out = np.isin(train.scene, tenth)
     note = f"; every tenth of their scenes, {len(tenth)} of {len(scenes)}, is for validation"

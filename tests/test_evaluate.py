@@ -687,8 +687,8 @@ def test_freihand_wants_every_sample(submitted):
 
 
 @pytest.mark.parametrize("words, args", [
-    ("leaves samples out", dict(dataset="dexycb", paper_filter=True)),
-    ("was tested on assemblyhands", dict(dataset="assemblyhands"))])
+    ("was tested on DexYCB filtered", dict(dataset="dexycb", paper_filter=True)),
+    ("was tested on AssemblyHands", dict(dataset="assemblyhands"))])
 def test_a_benchmark_wants_its_own_test_split(words, args, submitted):
     write_log(submitted, **args)
     assert words in refused("evaluate.py", submitted, "--submission", "dexycb")
