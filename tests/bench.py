@@ -1,13 +1,12 @@
 """Speed and memory, each figure beside a reference measured in the same run.
 
-    python tests/bench.py extract    beside bare MediaPipe; the merge of 2.0M hands
+    python tests/bench.py extract    beside decoding and bare MediaPipe
     python tests/bench.py mine       125,000 to 500,000 hands, beside scipy's k-d tree
     python tests/bench.py loader     views a second, beside torchvision's transforms
     python tests/bench.py loss       weights or targets, loss and gradient of a batch, beside the
                                      obvious way
     python tests/bench.py step       pretrain.py, of a small ResNet, beside the bare network
     python tests/bench.py finetune   finetune.py, the same
-    python tests/bench.py evaluate   a million samples, beside a loop
     python tests/bench.py estimate   what 10 to 4,000 hours of video take, from the other stages'
                                      rows; measures nothing
     python tests/bench.py all        all of these
@@ -31,7 +30,6 @@ import sys
 import tempfile
 import time
 import typing
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +38,6 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from scipy.linalg import orthogonal_procrustes
 from scipy.spatial import cKDTree
 from torch.nn import functional as F
 
@@ -180,8 +177,7 @@ def call_apart(function, *arguments):
 
 # -------------------------------------------------------------------------------------- extraction
 
-def extract(folder, videos=8, seconds=8, copies=4, rounds=2, merged=(30_000, 2_000_000),
-            hd_seconds=30):
+def extract(folder, videos=8, seconds=8, copies=4, rounds=2, hd_seconds=30):
     """Rendered videos of 640 x 480 at 30 frames a second that change 5 times a second, looked at
     5 times a second; the same as cameras write them, 1920 x 1080, looked at once a second."""
     import synthetic
@@ -203,7 +199,6 @@ def extract(folder, videos=8, seconds=8, copies=4, rounds=2, merged=(30_000, 2_0
         shutil.copy(folder / "hd" / "0.mp4", folder / "hd" / f"{copy}.mp4")
     for opencv in (False, True):
         yield compare(folder, folder / "hd", 1, "1080p, H.264, --fps 1", 1, rounds, opencv)
-    yield merge(folder, *merged)
 
 
 def compare(folder, videos, fps, what, workers, rounds, opencv=False):
@@ -296,39 +291,6 @@ def by_pyav(path, fps):
             if frame.time >= due / fps - 1e-4:
                 yield frame.to_ndarray(format="rgb24")
                 due += 1
-
-
-def merge(folder, videos, hands):
-    """Parts of that many hands, made up, with one crop of 32 px for all; then the command that
-    merges them."""
-    rng = np.random.default_rng(0)
-    out = folder / "merged"
-    (out / "parts").mkdir(parents=True)
-    jpeg = cv2.imencode(".jpg", rng.integers(0, 255, (32, 32, 3), np.uint8))[1]
-    names = [f"{k % 100:02d}/{k:05d}.mp4" for k in range(videos)]
-    ends = np.linspace(0, hands, videos + 1).round().astype(int)
-    for name, count in zip(names, np.diff(ends).tolist()):
-        write_part(out, name, count, jpeg, rng)
-    listed = folder / "list.txt"
-    listed.write_text("".join(f"{folder}/{name}\n" for name in names))
-    usage = script(ROOT / "extract_hands.py", listed, "--out", out, "--size", 32)
-    assert len(np.load(out / "keypoints.npy", mmap_mode="r")) == hands
-    return Row(f"merge {videos} videos, {hands} hands, crops of {len(jpeg)} bytes", str(usage),
-               note="at most 2 GB wanted")
-
-
-def write_part(out, name, count, jpeg, rng):
-    """The part of a video, as extract_hands.py writes it."""
-    import extract_hands
-
-    rows = np.zeros(count, common.HANDS_DTYPE)
-    rows["frame"] = np.arange(count)
-    keypoints = rng.uniform(0, 32, (count, 21, 2)).astype(np.float32)
-    path = extract_hands.part_path(out, name)
-    np.savez(path, lengths=np.full(count, len(jpeg)), hands=rows, keypoints=keypoints,
-             frames=count, reason="")
-    with zipfile.ZipFile(path, "a") as part:
-        part.writestr("crops", jpeg.tobytes() * count)
 
 
 # ------------------------------------------------------------------------------------------ mining
@@ -598,40 +560,6 @@ def tune(folder, count=400, batch=16):
               f"{bare:.0f} pictures/s", f"{ours / bare:.2f}", "the bare network")
 
 
-# -------------------------------------------------------------------------------------- evaluation
-
-def score(folder, samples=1_000_000, looped=5000):
-    """The whole of evaluate.py on a million samples, a tenth of their joints not valid, plots
-    included; beside a loop over some samples, scaled up, that takes the aligned error alone, as
-    FreiHAND's evaluation does."""
-    rng = np.random.default_rng(0)
-    shape = (samples, 21, 3)
-    truth = rng.normal(0, 40, shape).astype(np.float32) + np.float32([0, 0, 600])
-    truth[:, 9] = truth[:, 0] + np.float32([0, 90, 0])
-    np.save(folder / "gt_xyz.npy", truth)
-    prediction = truth + rng.normal(0, 15, shape).astype(np.float32)
-    np.save(folder / "pred_xyz.npy", prediction)
-    np.save(folder / "valid.npy", rng.uniform(size=shape[:2]) > 0.1)
-    start = time.time()
-    for t, p in zip(truth[:looped].astype(float), prediction[:looped].astype(float)):
-        aligned_errors(t, p)
-    loop = (time.time() - start) * samples / looped
-    del truth, prediction
-    usage = script(ROOT / "evaluate.py", folder)
-    yield Row(f"{samples:,} samples, all metrics", str(usage), f"{loop:.0f} s",
-              f"{loop / usage.seconds:.1f}",
-              f"a loop for PA-MPJPE alone, {looped} of the samples, times {samples / looped:g}")
-
-
-def aligned_errors(truth, prediction):
-    """(21, 3) twice -> (21,), the distances after Procrustes alignment."""
-    truth = truth - truth.mean(0)
-    prediction = prediction - prediction.mean(0)
-    prediction = prediction / np.linalg.norm(prediction)
-    rotation, size = orthogonal_procrustes(truth, prediction)
-    return np.linalg.norm(prediction @ rotation.T * size - truth, axis=1)
-
-
 # -------------------------------------------------------------------- estimates for whole data sets
 
 # Hours of video, and megapixels of a frame. Ego4D's are those of its own list of 9,650 videos.
@@ -643,7 +571,6 @@ PLANS_COLUMNS = ["1920 x 1080, one frame a second, one hand a frame", *PLANS, "s
 def estimate(path):
     """What each stage would take, from what the other stages measured into the same file."""
     fps = measured(path, "extract", "1080p")[0]
-    merge_seconds, merge_memory = measured(path, "extract", "merge")
     half = measured(path, "mine", "250000 hands")[0]
     mine_seconds, mine_memory = measured(path, "mine", "500000 hands")
     growth = np.log2(mine_seconds / half)
@@ -663,10 +590,6 @@ def estimate(path):
               f"frames / {fps:g} a second x megapixels / 2.07")
     yield row("hands folder, GB of disk", lambda n, _: n * 13.4e-6,
               "13.4 KB a crop, as those of signers' videos have")
-    yield row("its merge, minutes", lambda n, _: n / 2e6 * merge_seconds / 60,
-              f"{merge_seconds:g} s for 2.0M hands")
-    yield row("its merge, GB of memory", lambda n, _: n / 2e6 * merge_memory,
-              f"{merge_memory:g} GB for 2.0M hands")
     yield row(f"mine, hours of {CORES} cores",
               lambda n, _: (mine_seconds * (n / 5e5) ** growth + copies_seconds * n) / 3600,
               f"{mine_seconds:g} s x (hands / 0.5M) ^ {growth:.2f}, as from 250,000 to 500,000, "
@@ -689,12 +612,11 @@ def measured(path, stage, what):
 
 
 STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step,
-          "finetune": tune, "evaluate": score}
-TINY = {"extract": dict(videos=4, seconds=1, copies=1, rounds=1, merged=(8, 100), hd_seconds=1),
+          "finetune": tune}
+TINY = {"extract": dict(videos=4, seconds=1, copies=1, rounds=1, hd_seconds=1),
         "mine": dict(counts=(500, 1000), queries=100, looked_at=50),
         "loader": dict(micro=4), "loss": dict(few=32, many=64),
-        "step": dict(runs=((4, 4), (4, 2)), steps=2), "finetune": dict(count=40, batch=4),
-        "evaluate": dict(samples=200, looped=20)}
+        "step": dict(runs=((4, 4), (4, 2)), steps=2), "finetune": dict(count=40, batch=4)}
 
 if __name__ == "__main__":
     main()
