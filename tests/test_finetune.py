@@ -269,33 +269,26 @@ def interrupt(arguments, until, number):
     return process.wait()
 
 
-def check_that_it_goes_on(arguments, straight):
-    """The same command ends bit for bit like the straight run."""
-    out = arguments[arguments.index("--out") + 1]
-    assert not (out / "pred_xyz.npy").exists()
-    run("finetune.py", *arguments)
-    assert same(load_checkpoint(out / "model.pt"), load_checkpoint(straight / "model.pt"))
-    assert (out / "pred_xyz.npy").read_bytes() == (straight / "pred_xyz.npy").read_bytes()
-
-
-def test_a_run_that_is_stopped_saves_and_goes_on(straight, rendered, tmp_path):
-    arguments = ("--dataset", "freihand", "--root", rendered / "freihand", "--out",
-                 tmp_path / "run", *TINY, "--epochs", 2)
+def test_a_run_that_is_stopped_and_then_killed_ends_like_a_straight_run(straight, rendered,
+                                                                        tmp_path):
+    """SIGTERM saves; SIGKILL after an epoch leaves the best model in the checkpoint; the same
+    command goes on, to the last bit."""
+    out = tmp_path / "run"
+    arguments = ("--dataset", "freihand", "--root", rendered / "freihand", "--out", out, *TINY,
+                 "--epochs", 2)
     assert interrupt(arguments, "loss", signal.SIGTERM) == 0
-    assert 0 < load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] < 10
-    check_that_it_goes_on(arguments, straight)
-
-
-def test_a_run_killed_after_an_epoch_keeps_the_best_model(straight, rendered, tmp_path):
-    arguments = ("--dataset", "freihand", "--root", rendered / "freihand", "--out",
-                 tmp_path / "run", *TINY, "--epochs", 2, "--save-minutes", 0)
+    assert 0 < load_checkpoint(out / "checkpoint.pt")["step"] < 10
+    arguments += ("--save-minutes", 0)
     assert interrupt(arguments, '"step": 6', signal.SIGKILL) == -signal.SIGKILL
-    kept = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    kept = load_checkpoint(out / "checkpoint.pt")
     log = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
     first, _ = [row["validation_error"] for row in log if "validation_error" in row]
     assert 5 <= kept["step"] < 10 and kept["best"]["error"] == first
     assert kept["best"]["weights"].keys() == kept["model"].keys()
-    check_that_it_goes_on(arguments, straight)
+    assert not (out / "pred_xyz.npy").exists()
+    run("finetune.py", *arguments)
+    assert same(load_checkpoint(out / "model.pt"), load_checkpoint(straight / "model.pt"))
+    assert (out / "pred_xyz.npy").read_bytes() == (straight / "pred_xyz.npy").read_bytes()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_epochs_end(rendered, tmp_path):
