@@ -352,7 +352,7 @@ def report(args, results):
 
 def draw_picture(args, found, queries=3, each=3):
     """OUT/picture.jpg, 1,200 px wide: two frames, their hands, what mining found for them; then
-    held-out hands drawn by chance, and what they find by PeCLR's features and by ours.
+    held-out hands of three digits, drawn by chance, and what they find by PeCLR's features and by ours.
 
     found: {method: rows (N, 5) that each tested hand found}.
     """
@@ -366,12 +366,13 @@ def draw_picture(args, found, queries=3, each=3):
         tiles[0, column] = "a frame", frame
         tiles[0, column + 1] = "its hand", common.draw_crop(hands, hand, 200)
         other = common.draw_crop(hands, neighbours[hand], 200)
-        tiles[0, column + 2] = "mined: another person's", other
+        tiles[0, column + 2] = "mined match", other
     hands = common.load_hands(tested)
     digits = digits_of(args.out, hands)
     methods = [method for method in ("peclr", "simhand") if method in found]
-    for row, query in enumerate(rng.choice(len(digits), queries, replace=False), 1):
-        tiles[row, 0] = f"not seen before: {digits[query]}", common.read_crop(hands, query)
+    for row, digit in enumerate(rng.choice(np.unique(digits), queries, replace=False), 1):
+        query = rng.choice(np.flatnonzero(digits == digit))
+        tiles[row, 0] = f"not seen before: {digit}", common.read_crop(hands, query)
         for first, method in zip((1, 4), methods):
             for k, other in enumerate(found[method][query, :each]):
                 right = "right" if digits[other] == digits[query] else "WRONG"
