@@ -352,7 +352,8 @@ def report(args, results):
 
 def draw_picture(args, found, queries=3, each=3):
     """OUT/picture.jpg, 1,200 px wide: two frames, their hands, what mining found for them; then
-    held-out hands of three digits, drawn by chance, and what they find by PeCLR's features and by ours.
+    held-out hands of three digits, drawn by chance, and what they find by PeCLR's features and by
+    ours.
 
     found: {method: rows (N, 5) that each tested hand found}.
     """
