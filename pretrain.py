@@ -881,6 +881,9 @@ def report(step, recent, since, optimizer, plan, args):
 
 def save(out, settings, data, step, model, optimizer, rows):
     """Write the checkpoint and the curves."""
+    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    require(finite, f"{out}: a weight is not finite after step {step}; the checkpoint stays as it "
+            "is; try a smaller --lr in another --out")
     save_checkpoint(out, dict(args=settings, data=data.digest, step=step, model=model.state_dict(),
                               optimizer=optimizer.state_dict()))
     plot_curves(Path(out) / "curves.png", rows, [

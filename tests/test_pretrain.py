@@ -21,7 +21,7 @@ import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pretrain
-from common import (BACKBONES, COLOURS, apply_view, load_checkpoint, load_hands,
+from common import (BACKBONES, COLOURS, InputError, apply_view, load_checkpoint, load_hands,
                     normalise, nt_xent, pair_weights, read_crop, sample_view, spread, undo_view)
 from mine_pairs import as_poses
 from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
@@ -842,6 +842,14 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
     np.save(pairs / "neighbours.npy", np.arange(len(neighbours))[:, None])
     assert "a hand is its own neighbour" in refused(
         "pretrain.py", pairs, "--out", tmp_path / "new", *TINY)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.bias.data[0] = torch.nan
+    with pytest.raises(InputError, match="a weight is not finite after step 7"):
+        pretrain.save(tmp_path, {}, None, 7, model, None, [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(mined, tmp_path):
