@@ -912,7 +912,7 @@ def summarise(out, annotations):
     chosen = np.random.default_rng(0).choice(count, min(60, count), replace=False)
     tiles = []
     for i in np.sort(chosen):
-        text = "was left" if hands.rows["left"][i] else "right"
+        text = "left, mirrored" if hands.rows["left"][i] else "right"
         tiles.append(draw_crop(hands, i, 160, text))
     save_image(out / "hands.jpg", sheet(tiles, 12))
     last = read_log(out / "log.jsonl")[-1]

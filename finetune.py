@@ -820,7 +820,7 @@ def draw_overlay(path, samples, uv, errors, crops, columns=8):
         image, truth = view_sample(samples[i], i, view, large)
         words = ""
         if scored[i]:
-            words = f"{errors[i]:.1f} mm"
+            words = f"{errors[i]:.1f} mm off, truth white"
             image = draw_hand(image, truth, (255, 255, 255))
         predicted = rescale_points(uv[i], large.side / crops.side)
         tiles.append(draw_hand(image, predicted, None, words))

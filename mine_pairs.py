@@ -549,7 +549,7 @@ def draw_pairs(path, hands, pairs, turns=None, seed=0):
             group = [draw_crop(hands, i, 160, f"{name}: hand {i}")]
             for k, row in enumerate(pairs.neighbours[i, :shown]):
                 turn = 0.0 if turns is None else turns[i, k]
-                text = f"{pairs.distances[i, k]:.3f}"
+                text = f"distance {pairs.distances[i, k]:.2f}"
                 group.append(draw_crop(hands, row, 160, text, turn) if row >= 0 else black)
             tiles.append(np.hstack([*group, black[:, :8]]))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
