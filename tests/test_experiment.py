@@ -125,7 +125,7 @@ def differing(runs):
 
 METHOD = {"method", "hands", "pairs", "weighting", "weight_on", "weight_keypoints", "equivariance",
           "keypoint_loss", "target_temperature", "top_k", "rotation", "crop_margin", "border",
-          "crop_move", "paper"}
+          "crop_move", "paper", "temperature"}
 
 
 def test_the_demos_methods_differ_in_the_method_alone(tmp_path, monkeypatch):
