@@ -86,7 +86,7 @@ def main():
     began = time.time()
     experiment.start(out, size=args.size, **size)
     jobs = 1 if args.size == "gpu" else CORES
-    experiment.run_lanes(out, [preparation(out, size)], 1)
+    experiment.run_lanes(out, [preparation(args)], 1)
     equal_pairs(out)
     if args.prepare:
         return
@@ -111,8 +111,10 @@ def main():
 
 # ----------------------------------------------------------------------------------- the commands
 
-def preparation(out, size):
+def preparation(args):
     """The commands before pre-training."""
+    out = args.out
+    size = SIZES[args.size]
     yield Command("videos", None, (
         "tests/synthetic.py", "videos", out / "videos", "--videos", size["videos"], "--seconds",
         size["seconds"], "--fps", 5, "--objects", 0.5, "--seed", 0, "--workers", CORES))
@@ -120,6 +122,8 @@ def preparation(out, size):
         "tests/synthetic.py", "freihand", out / "labels", "--train", size["train"], "--evaluation",
         size["test"], "--seed", 1))  # another seed: other persons and backgrounds
     for name, flags in HANDS.items():
+        if flags and "simhand-paper" not in args.methods:
+            continue
         yield Command(f"extract-{name}", out / name / "hands.jpg", (
             "extract_hands.py", out / "videos", "--out", out / name, "--fps", 5, "--size",
             size["crop"], *flags))

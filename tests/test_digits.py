@@ -129,6 +129,7 @@ def test_the_methods_differ_in_the_method_alone(pool, mined, tmp_path, monkeypat
             runs[method] = flags
     compared = {"hands", "pairs", "method", "weighting", "target_temperature", "equivariance",
                 "rotation", "crop_margin", "border", "crop_move", "paper", "keypoint_loss",
+                "temperature",
                 "weight_keypoints"}
     for method, flags in runs.items():
         assert {key for key in flags if flags[key] != runs["simhand"][key]} <= compared, method

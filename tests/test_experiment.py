@@ -147,7 +147,7 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
     args = study.parse_args()
     size = study.SIZES[size]
     lanes = [study.lane(args, method, seed) for method, seed in study.plan(args)]
-    kinds = commands_of([study.preparation(tmp_path, size), *lanes], tmp_path, monkeypatch)
+    kinds = commands_of([study.preparation(args), *lanes], tmp_path, monkeypatch)
     assert len(kinds["pretrain"]) == 3 * 5 + len(size["pools"]) + len(study.ABLATIONS)
     assert len(kinds["tuned"]) == 6 * sum(seeds for *_, seeds in size["tunings"])
     assert differing(kinds["pretrain"]) <= METHOD | {"seed", "out", "epochs"}
