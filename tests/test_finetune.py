@@ -458,6 +458,7 @@ for batch in batches:
     expected = 0.9 * expected + 0.1 * batch.mean((0, 1))
 assert torch.allclose(model[0].running_mean, expected, atol=1e-6)
 assert not model[1].running_mean.any()
+del net, loss  # as where a main function returns: what is left at the exit may end it by an abort
 end_ranks()
 """
 
