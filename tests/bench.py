@@ -1,6 +1,7 @@
 """Speed and memory, each figure beside a reference measured in the same run.
 
-    python tests/bench.py extract    beside decoding and bare MediaPipe
+    python tests/bench.py extract    small clips, beside decoding and bare MediaPipe
+    python tests/bench.py large      the same, 1920 x 1080, once a second
     python tests/bench.py mine       125,000 to 500,000 hands, beside scipy's k-d tree
     python tests/bench.py loader     views a second, beside torchvision's transforms
     python tests/bench.py loss       weights or targets, loss and gradient of a batch, beside the
@@ -78,7 +79,7 @@ def main():
         more = TINY[name] if args.size == "tiny" else {}
         with tempfile.TemporaryDirectory() as folder:
             rows = STAGES[name](Path(folder), **more)
-            run_stage(args.out, name, rows, packages=["mediapipe"] if name == "extract" else [])
+            run_stage(args.out, name, rows, packages=["mediapipe"] if name in ("extract", "large") else [])
 
 
 def parse_args():
@@ -177,13 +178,10 @@ def call_apart(function, *arguments):
 
 # -------------------------------------------------------------------------------------- extraction
 
-def extract(folder, videos=8, seconds=8, copies=4, rounds=2, hd_seconds=30):
+def extract(folder, videos=8, seconds=8, copies=4, rounds=2):
     """Rendered videos of 640 x 480 at 30 frames a second that change 5 times a second, looked at
-    5 times a second; the same as cameras write them, 1920 x 1080, looked at once a second."""
-    import synthetic
-
-    synthetic.write_videos(folder / "rendered", videos=videos, seconds=seconds, fps=5,
-                           size=(640, 480), seed=0)
+    5 times a second."""
+    render(folder / "rendered", videos, seconds)
     (folder / "videos").mkdir()
     for path in sorted((folder / "rendered").glob("*.mp4")):
         first = folder / "videos" / f"{path.stem}-0.mp4"
@@ -192,13 +190,24 @@ def extract(folder, videos=8, seconds=8, copies=4, rounds=2, hd_seconds=30):
             shutil.copy(first, folder / "videos" / f"{path.stem}-{copy}.mp4")
     for workers in (1, 2):
         yield compare(folder, folder / "videos", 5, "640 x 480, --fps 5", workers, rounds)
-    (folder / "hd").mkdir()
-    first = next((folder / "rendered").glob("*.mp4"))
-    write_clip(folder / "hd" / "0.mp4", enlarged(first, 30 * hd_seconds))
+
+
+def large(folder, seconds=30, rounds=2):
+    """Rendered videos as cameras write them, with three B-frames in a row."""
+    render(folder / "rendered", 1, 8)
+    (folder / "videos").mkdir()
+    rendered = next((folder / "rendered").glob("*.mp4"))
+    write_clip(folder / "videos" / "0.mp4", enlarged(rendered, 30 * seconds))
     for copy in range(1, 8):
-        shutil.copy(folder / "hd" / "0.mp4", folder / "hd" / f"{copy}.mp4")
+        shutil.copy(folder / "videos" / "0.mp4", folder / "videos" / f"{copy}.mp4")
     for opencv in (False, True):
-        yield compare(folder, folder / "hd", 1, "1080p, H.264, --fps 1", 1, rounds, opencv)
+        yield compare(folder, folder / "videos", 1, "1080p, H.264, --fps 1", 1, rounds, opencv)
+
+
+def render(folder, videos, seconds):
+    import synthetic  # here: only clips need it
+
+    synthetic.write_videos(folder, videos=videos, seconds=seconds, fps=5, size=(640, 480), seed=0)
 
 
 def compare(folder, videos, fps, what, workers, rounds, opencv=False):
@@ -570,7 +579,7 @@ PLANS_COLUMNS = ["1920 x 1080, one frame a second, one hand a frame", *PLANS, "s
 
 def estimate(path):
     """What each stage would take, from what the other stages measured into the same file."""
-    fps = measured(path, "extract", "1080p")[0]
+    fps = measured(path, "large", "1080p")[0]
     half = measured(path, "mine", "250000 hands")[0]
     mine_seconds, mine_memory = measured(path, "mine", "500000 hands")
     growth = np.log2(mine_seconds / half)
@@ -611,9 +620,10 @@ def measured(path, stage, what):
     sys.exit(f"{path}: no row of {stage} with \"{what}\", run that stage first")
 
 
-STAGES = {"extract": extract, "mine": mine, "loader": loader, "loss": loss, "step": step,
+STAGES = {"extract": extract, "large": large, "mine": mine, "loader": loader, "loss": loss, "step": step,
           "finetune": tune}
-TINY = {"extract": dict(videos=4, seconds=1, copies=1, rounds=1, hd_seconds=1),
+TINY = {"extract": dict(videos=4, seconds=1, copies=1, rounds=1),
+        "large": dict(seconds=1, rounds=1),
         "mine": dict(counts=(500, 1000), queries=100, looked_at=50),
         "loader": dict(micro=4), "loss": dict(few=32, many=64),
         "step": dict(runs=((4, 4), (4, 2)), steps=2), "finetune": dict(count=40, batch=4)}

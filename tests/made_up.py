@@ -34,11 +34,12 @@ def enlarged(path, count):
 
 
 def write_clip(path, pictures):
-    """A video of these pictures at 30 a second, H.264 with three B-frames."""
+    """A video of these pictures at 30 a second, H.264 with three B-frames in a row."""
     import av
 
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=30, options={"preset": "veryfast", "bf": "3"})
+        stream = file.add_stream("libx264", rate=30, options={
+            "preset": "veryfast", "bf": "3", "x264-params": "b-adapt=0"})
         stream.pix_fmt = "yuv420p"
         for k, picture in enumerate(pictures):
             if k == 0:

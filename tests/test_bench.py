@@ -29,7 +29,7 @@ def test_a_stage_replaces_its_own_block_alone(tmp_path):
 def test_what_data_sets_take_follows_from_the_measured_rows(tmp_path):
     """Sums by hand, of 36,000 frames in 10 hours."""
     path = tmp_path / "bench.md"
-    bench.run_stage(path, "extract", [bench.Row("1080p, 1 worker", "10.0 frames/s")])
+    bench.run_stage(path, "large", [bench.Row("1080p, 1 worker", "10.0 frames/s")])
     bench.run_stage(path, "mine", [bench.Row("250000 hands", "100 s, 1.00 GB"),
                                    bench.Row("500000 hands", "200 s, 2.00 GB"),
                                    bench.Row("noticing copies", "100 µs a hand")])
