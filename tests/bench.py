@@ -79,7 +79,8 @@ def main():
         more = TINY[name] if args.size == "tiny" else {}
         with tempfile.TemporaryDirectory() as folder:
             rows = STAGES[name](Path(folder), **more)
-            run_stage(args.out, name, rows, packages=["mediapipe"] if name in ("extract", "large") else [])
+            packages = ["mediapipe"] if name in ("extract", "large") else []
+            run_stage(args.out, name, rows, packages=packages)
 
 
 def parse_args():
@@ -620,8 +621,8 @@ def measured(path, stage, what):
     sys.exit(f"{path}: no row of {stage} with \"{what}\", run that stage first")
 
 
-STAGES = {"extract": extract, "large": large, "mine": mine, "loader": loader, "loss": loss, "step": step,
-          "finetune": tune}
+STAGES = {"extract": extract, "large": large, "mine": mine, "loader": loader, "loss": loss,
+          "step": step, "finetune": tune}
 TINY = {"extract": dict(videos=4, seconds=1, copies=1, rounds=1),
         "large": dict(seconds=1, rounds=1),
         "mine": dict(counts=(500, 1000), queries=100, looked_at=50),
