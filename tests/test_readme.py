@@ -273,10 +273,13 @@ def test_the_papers_runs_are_counted_in_its_table():
 
 
 def rows_of(text):
-    """{first cell of a table's row: its other cells}"""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in text.splitlines() if re.match(r"\| [^-]", line)]
-    return {first: set(cells) for first, *cells in rows}
+    """{first cell of a table's rows: their other cells}"""
+    rows = {}
+    for line in text.splitlines():
+        if re.match(r"\| [^-]", line):
+            first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows.setdefault(first, set()).update(cells)
+    return rows
 
 
 @pytest.mark.parametrize("section, report", [
