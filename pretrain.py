@@ -905,7 +905,7 @@ def finish(step, rows, model, plan, device, args):
     print(f"memory_gb: {peak_memory(device):.2f}")
     print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
           f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
-          f"--backbone {args.backbone} --out RUN")
+          f"--backbone {args.backbone} --input-size {args.input_size} --out RUN")
 
 
 def peak_memory(device):

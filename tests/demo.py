@@ -1,4 +1,4 @@
-"""The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in thirteen
+"""The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in twelve
 minutes.
 
 Makes its own data (synthetic.py, the small world), then runs the five scripts as a user would, each
