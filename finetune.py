@@ -127,8 +127,9 @@ def parse_args():
             "--modality belongs to --dataset assemblyhands")
     require(args.dataset != "own" or args.labels,
             "--dataset own: expected --labels FOLDER with train.npy and test.npy")
-    require(0 < args.label_fraction <= 1 and min(args.epochs, args.batch_size, args.lr) > 0,
-            "--label-fraction must lie in 0..1, --epochs, --batch-size and --lr above 0")
+    above = min(args.epochs, args.batch_size, args.lr, args.input_size)
+    require(0 < args.label_fraction <= 1 and above > 0, "--label-fraction must lie in 0..1, "
+            "--epochs, --batch-size, --lr and --input-size above 0")
     require(args.head != "detnet" or args.input_size % 32 == 0,
             f"--input-size must be a multiple of 32, not {args.input_size}, with --head detnet")
     if args.root:
@@ -730,6 +731,9 @@ def show(row, best, bar, plan, out):
 
 def save(settings, data, step, best, model, optimizer, plan, out):
     """Write the checkpoint, on the rank that writes."""
+    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    require(finite, f"{out}: a weight is not finite after step {step}; the checkpoint stays as it "
+            f"is; {RETRY}")
     if plan.rank == 0:
         save_checkpoint(out, dict(args=settings, data=data.digest, step=step, best=best,
                                   model=model.state_dict(), optimizer=optimizer.state_dict()))
@@ -1207,7 +1211,10 @@ def read_label(file):
     try:
         # Opened here: np.load leaves a damaged file open.
         with open(file, "rb") as content, np.load(content, allow_pickle=False) as labels:
-            return labels["joint_3d"].reshape(21, 3), labels["joint_2d"].reshape(21, 2)
+            xyz = labels["joint_3d"].reshape(21, 3)
+            uv = labels["joint_2d"].reshape(21, 2)
+        require(np.isfinite(xyz).all() and np.isfinite(uv).all(), "not finite")
+        return xyz, uv
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise InputError(f"{file}: missing, truncated, or without joint_3d (1, 21, 3) and "
                          f"joint_2d (1, 21, 2): {error}")
@@ -1308,6 +1315,8 @@ def read_camera_of(image, frame, cameras):
         name += "_mono10bit"
     matrix = np.array(cameras["intrinsics"][name], float).reshape(3, 3)
     turn = np.array(cameras["extrinsics"][frame][name], float).reshape(3, 4)
+    if not (np.isfinite(matrix).all() and np.isfinite(turn).all()):
+        raise ValueError(f"calibration of {name}, frame {frame}, is not finite")
     return matrix, turn
 
 

@@ -223,6 +223,8 @@ def test_damaged_dexycb_is_refused_in_one_line(tmp_path):
     for damage in (content[:len(content) // 2], b"", b"PK"):
         labels.write_bytes(damage)
         assert "labels_000000.npz: missing, truncated" in line()
+    np.savez(labels, joint_3d=np.full((1, 21, 3), np.nan), joint_2d=np.zeros((1, 21, 2)))
+    assert "not finite" in line()
     np.savez(labels, joint_3d=np.array([{}], object), joint_2d=np.zeros((1, 21, 2)))
     assert "labels_000000.npz" in line()  # nothing pickled is ever loaded
     labels.unlink()
@@ -507,6 +509,8 @@ def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
     data.write_text(json.dumps(whole))
     calib = root / "annotations" / "train" / "assemblyhands_train_ego_calib_v1-1.json"
     text = calib.read_text()
+    calib.write_text(text.replace("310.5", "NaN"))
+    assert "not finite" in line()
     calib.write_text(text.replace("000005", "000006"))
     assert "missing in assemblyhands_train_ego_calib" in line()
     calib.write_text(text)
