@@ -266,7 +266,8 @@ def main():
             if end_of_epoch and probe:
                 row["probe"] = probe_score(model.backbone, probe, device)
             rows.append(row)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s",
+            probed = f", probe {row['probe']:.3f}" if "probe" in row else ""
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s{probed}",
                                 refresh=False)
             if writes:
                 write_log(args.out, row)
