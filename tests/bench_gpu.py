@@ -26,7 +26,7 @@ import common
 import finetune
 import mine_pairs
 import pretrain
-from bench import CORES, Row, run_stage
+from bench import CORES, ROOT, Row, run_stage
 from made_up import made_up_hands, write_hands, write_labels
 
 METHODS = [["--method", "peclr"], ["--method", "simclr"], ["--method", "keypoints"],
@@ -56,10 +56,11 @@ TINY = dict(seconds=0, backbone="resnet18", side=32, hands=32, batches=((8, 4), 
 
 
 def measure(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench.py: no GPU here; --device cpu --size tiny tries the command without one")
-    device = common.start_ranks(args.device)[2]
+    if args.size == "full" and not torch.cuda.is_available():
+        sys.exit("bench.py: no GPU here; --size tiny tries the command without one")
+    device = common.start_ranks(None)[2]
     torch.zeros(1, device=device)  # from here on the GPU is in use, and the facts name it
+    out = args.out or ROOT / "tests" / "gpu.md"
     wrong = False
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), device, **(TINY if args.size == "tiny" else {}))
@@ -68,7 +69,7 @@ def measure(args):
         for name, part in PARTS.items():
             rows = []
             try:
-                run_stage(args.out, name, keep(part(run), rows))
+                run_stage(out, name, keep(part(run), rows))
             except Exception:  # the other parts are worth having
                 traceback.print_exc()
                 wrong = True

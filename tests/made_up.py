@@ -1,6 +1,7 @@
 """Clips, hands folders and labelled pictures that are made up, for the benchmarks: speed does not
 ask for a hand that MediaPipe would find, but in the clips."""
 
+import shutil
 from fractions import Fraction
 
 import cv2
@@ -10,23 +11,36 @@ from common import HANDS_DTYPE, draw_hand
 from finetune import SAMPLE, make_samples
 
 
-def frames_of(path):
-    """Yields the pictures of a video, RGB."""
-    import av  # here: only clips need it
+def write_clips(folder, pictures_of, clips, seconds, copies):
+    """Rendered videos, each so many times. pictures_of: frames_of or enlarged. -> their paths"""
+    import synthetic  # here: only clips need it
+
+    synthetic.write_videos(folder / "rendered", videos=clips, seconds=min(seconds, 8), fps=5,
+                           size=(640, 480), seed=0)
+    for path in sorted((folder / "rendered").glob("*.mp4")):
+        first = folder / f"{path.stem}-0.mp4"
+        write_clip(first, pictures_of(path, 30 * seconds))
+        for copy in range(1, copies):
+            shutil.copy(first, folder / f"{path.stem}-{copy}.mp4")
+    return sorted(map(str, folder.glob("*.mp4")))
+
+
+def frames_of(path, count):
+    """Yields `count` pictures of a video of 5 a second, RGB, over and over, each 6 times."""
+    import av
 
     with av.open(str(path)) as file:
-        for frame in file.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+        pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    for k in range(count):
+        yield pictures[k // 6 % len(pictures)]
 
 
 def enlarged(path, count):
-    """Yields `count` pictures of 1920 x 1080 out of those of a video, wandering and with grain, as
-    cameras make them."""
+    """The same at 1920 x 1080, wandering and with grain, as cameras make them."""
     rng = np.random.default_rng(0)
     grain = rng.normal(0, 3, (1080, 1920, 3))
-    pictures = list(frames_of(path))
-    for k in range(count):
-        large = cv2.resize(pictures[k // 6 % len(pictures)], (2000, 1160))
+    for k, picture in enumerate(frames_of(path, count)):
+        large = cv2.resize(picture, (2000, 1160))
         x = int(40 + 40 * np.sin(k / 20))
         y = int(40 + 40 * np.cos(k / 31))
         picture = large[y:y + 1080, x:x + 1920] + np.roll(grain, 97 * k, 1)

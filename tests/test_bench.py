@@ -33,7 +33,6 @@ def test_what_data_sets_take_follows_from_the_measured_rows(tmp_path):
     bench.run_stage(path, "mine", [bench.Row("250000 hands", "100 s, 1.00 GB"),
                                    bench.Row("500000 hands", "200 s, 2.00 GB"),
                                    bench.Row("noticing copies", "100 µs a hand")])
-    bench.run_stage(path, "loader", [bench.Row("views of 128 px", "2000 views/s")])
     bench.run_stage(path, "step", [bench.Row("32 pairs, 32 at a time", "100 views/s, 1.00 GB")])
     rows = {row[0]: row[1:] for row in bench.estimate(path)}
     extracted = next(row for name, row in rows.items() if name.startswith("extract"))
@@ -41,15 +40,15 @@ def test_what_data_sets_take_follows_from_the_measured_rows(tmp_path):
     assert float(extracted[3]) == round(387.7 * 2.24 / 2.07)
     mined = next(row for name, row in rows.items() if name.startswith("mine, hours"))
     assert mined[1] == "0.5"  # 3.6M hands: 1,440 s, and 360 s for copies
-    views = next(row for name, row in rows.items() if name.startswith("views for ResNet-50"))
-    assert views[0] == "1"  # 7.2M views at 2,000 a second
+    trained = next(row for name, row in rows.items() if name.startswith("pre-train"))
+    assert trained[0] == "20"  # 7.2M views at 100 a second
     assert all(len(row) == len(bench.PLANS) + 1 for row in rows.values())
 
 
 def test_the_gpus_benchmark_runs_on_a_cpu_without_what_a_gpu_machine_lacks(tmp_path):
     """The whole of it, tiny, in a process that has neither mediapipe nor av nor yaml."""
     code = ("import runpy, sys; sys.modules |= dict.fromkeys(('mediapipe', 'av', 'yaml')); "
-            "sys.argv = ['bench.py', 'gpu', '--device', 'cpu', '--size', 'tiny', '--out', "
+            "sys.argv = ['bench.py', 'gpu', '--size', 'tiny', '--out', "
             f"{str(tmp_path / 'gpu.md')!r}]; "
             f"runpy.run_path({str(ROOT / 'tests' / 'bench.py')!r}, run_name='__main__')")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
