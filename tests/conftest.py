@@ -71,14 +71,20 @@ def run(script, *arguments, status=0, cwd="."):
     command = [str(ROOT / script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         logs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        where = os.path.abspath(cwd)
-        process = SERVER.Process(target=become, args=(command, where, ENVIRONMENT, *logs))
-        process.start()
-        process.join()
+        ended = fork(command, *logs, cwd=cwd)
         printed, errors = (Path(log).read_text() for log in logs)
-    assert process.exitcode == status, (f"{script} ended with {process.exitcode}\n{printed}\n"
-                                        f"{errors}")
-    return subprocess.CompletedProcess(command, process.exitcode, printed, errors)
+    assert ended == status, f"{script} ended with {ended}\n{printed}\n{errors}"
+    return subprocess.CompletedProcess(command, ended, printed, errors)
+
+
+def fork(command, *logs, cwd="."):
+    """Run a script to its end, off the process that has the large packages loaded. logs: the files
+    that stdout and stderr are appended to. -> exit status"""
+    where = os.path.abspath(cwd)
+    process = SERVER.Process(target=become, args=(command, where, ENVIRONMENT, *logs))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def become(command, cwd, environment, *logs):
@@ -87,7 +93,7 @@ def become(command, cwd, environment, *logs):
     os.environ.update(environment)
     os.chdir(cwd)
     for stream, log in zip((1, 2), logs):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), stream)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.argv = command
     sys.path.insert(0, os.path.dirname(command[0]))
     for ours in ("__main__", "common"):
@@ -114,7 +120,7 @@ def run_main(script, *arguments):
     stdout, stderr."""
     import common  # not above: the processes of `run` load this file
 
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(Path(script).stem)
     printed, errors = io.StringIO(), io.StringIO()
     argv, handler, status = sys.argv, signal.getsignal(signal.SIGTERM), 0
     sys.argv = [script, *map(str, arguments)]

@@ -119,17 +119,22 @@ def run(out, command, threads, running):
     began = time.time()
     with open(log, "a") as file:
         file.write(f"$ {shown}\n")
-        file.flush()
-        running[log] = ""
-        status = subprocess.run([sys.executable, str(ROOT / script), *arguments], stdout=file,
-                                stderr=subprocess.STDOUT,
-                                env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
-        del running[log]
+    running[log] = ""
+    status = run_script([str(ROOT / script), *arguments], log,
+                        {**os.environ, "OMP_NUM_THREADS": str(threads)})
+    del running[log]
     common.require(not status, f"{command.name} ended with status {status} ({last_line(log)}), see "
                    f"{log}; the same command goes on where this stopped")
     common.require(not command.done or command.done.exists(),
                    f"{command.name} ended without {command.done}, see {log}")
     say(f"{command.name}: {time.time() - began:.0f} s")
+
+
+def run_script(command, log, environment):
+    """Run a Python script with its arguments; what it prints is appended to a log. -> status"""
+    with open(log, "a") as file:
+        return subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT,
+                              env=environment).returncode
 
 
 def show_progress(running):

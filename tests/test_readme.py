@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import typing
 from pathlib import Path
@@ -24,6 +25,7 @@ import torchvision
 
 import conftest
 import datasets
+import experiment
 from conftest import ENVIRONMENT, ROOT, TINY, made_once
 
 SCRIPTS = ("extract_hands", "mine_pairs", "pretrain", "finetune", "evaluate")
@@ -163,7 +165,7 @@ def write_hand100m(frames, path, pictures):
     path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
 
 
-def execute(call, home, folder):
+def execute(call, home, folder, start=conftest.run):
     """Run a command of the README in this folder, made small. -> its folder of results."""
     text = " ".join([call.program, *call.words])
     if any(re.match(pattern, text) for pattern in NOT_RUN):
@@ -182,7 +184,8 @@ def execute(call, home, folder):
         more = ["--limit", 15]
     if out_of(words) and (folder / out_of(words)).exists():  # another command's: it is wanted yet
         more += ["--out", f"others/{time.time_ns()}"]
-    start = conftest.torchrun if call.program == "torchrun" else conftest.run
+    if call.program == "torchrun":
+        start = conftest.torchrun
     start(script, *words, *more, cwd=folder)
     words += map(str, more)
     out = out_of(words) or words[0]
@@ -249,14 +252,27 @@ def test_the_commands_of_the_paper_run(world, tmp_path):
     execute_all(PAPER, world, tmp_path)
 
 
-OTHER_TOOLS = [Call((), "python", words) for words in (["tests/study.py"],
-                                                       ["tests/bench.py", "loader"])]
+def run_experiment(script, *arguments, cwd):
+    """Here, and its commands forked off: each process that loads torch takes seconds."""
+    one = threading.Lock()
+
+    def fork(command, log, environment):
+        with one:  # processes of two threads get in each other's way
+            return conftest.fork(command, log, log)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(experiment, "run_script", fork)
+        conftest.run_here(script, *arguments)
 
 
-@pytest.mark.parametrize("call", TOOLS + OTHER_TOOLS, ids=lambda call: Path(call.words[0]).stem)
-def test_the_experiments_run(call, world, tmp_path):
+@pytest.mark.parametrize("words", [
+    *[call.words for call in TOOLS], ["tests/study.py"], ["tests/bench.py", "loader"]],
+    ids=lambda words: Path(words[0]).stem)
+def test_the_experiments_run(words, world, tmp_path):
     shutil.copytree(world / "here", tmp_path, dirs_exist_ok=True)
-    execute(call, world / "home", tmp_path)
+    start = conftest.run if words[0] == "tests/bench.py" else run_experiment
+    execute(Call((), "python", words), world / "home", tmp_path, start)
 
 
 def test_the_papers_runs_are_counted_in_its_table():
@@ -334,7 +350,6 @@ def test_every_import_is_named_in_requirements():
              "xdist": "pytest-xdist"}
     required = (ROOT / "requirements.txt").read_text()
     own = {path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]}
-    own |= {"PIL"}  # a reference of the benchmark; comes with torchvision
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         for module in imported(path) - own - sys.stdlib_module_names:
             package = names.get(module, module)
