@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -65,26 +66,48 @@ def tmp_path(tmp_path):
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def run(script, *arguments, status=0, cwd="."):
+def run(script, *arguments, status=0, cwd=".", ranks=1):
     """Run a script in a process of its own, as a user would, but that its own warnings are errors.
-    -> CompletedProcess; a wrong exit status shows all that it printed."""
+    ranks: in so many, as torchrun would. -> CompletedProcess; a wrong exit status shows all that
+    was printed."""
     command = [str(ROOT / script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         logs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        ended = fork(command, *logs, cwd=cwd)
+        processes = [fork(command, *logs, cwd=cwd, **each) for each in variables_of(ranks)]
+        for process in processes:
+            process.join(600)
+            process.kill()  # where it waits for a rank that failed
+        ended = [process.exitcode for process in processes]
         printed, errors = (Path(log).read_text() for log in logs)
-    assert ended == status, f"{script} ended with {ended}\n{printed}\n{errors}"
-    return subprocess.CompletedProcess(command, ended, printed, errors)
+    assert ended == [status] * ranks, f"{script} ended with {ended}\n{printed}\n{errors}"
+    return subprocess.CompletedProcess(command, status, printed, errors)
 
 
-def fork(command, *logs, cwd="."):
-    """Run a script to its end, off the process that has the large packages loaded. logs: the files
-    that stdout and stderr are appended to. -> exit status"""
+def torchrun(script, *arguments, cwd="."):
+    """Run a script, ours or another that may import ours, as two ranks. The launcher itself, for
+    which torch would be loaded three times more, starts those of a test in test_pretrain.py."""
+    return run(script, *arguments, cwd=cwd, ranks=2)
+
+
+def variables_of(ranks):
+    """What torchrun puts into the environment of each of its processes."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as place:
+        place.bind(("localhost", 0))
+        port = place.getsockname()[1]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+             "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} for rank in range(ranks)]
+
+
+def fork(command, *logs, cwd=".", **variables):
+    """Start a script, off the process that has the large packages loaded. logs: the files that
+    stdout and stderr are appended to. -> the process"""
     where = os.path.abspath(cwd)
-    process = SERVER.Process(target=become, args=(command, where, ENVIRONMENT, *logs))
+    environment = {**ENVIRONMENT, **variables}
+    process = SERVER.Process(target=become, args=(command, where, environment, *logs))
     process.start()
-    process.join()
-    return process.exitcode
+    return process
 
 
 def become(command, cwd, environment, *logs):
@@ -102,17 +125,6 @@ def become(command, cwd, environment, *logs):
     main.__file__ = command[0]
     sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # the latter of multiprocessing
     exec(compile(Path(command[0]).read_bytes(), command[0], "exec"), main.__dict__)
-
-
-def torchrun(script, *arguments, ranks=2, cwd="."):
-    """Run a script, ours or another that may import ours, under torchrun. ->
-    CompletedProcess, as of `run`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={ranks}", ROOT / script, *arguments]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200,
-                            cwd=cwd, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
-    return result
 
 
 def run_main(script, *arguments):

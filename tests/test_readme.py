@@ -201,26 +201,31 @@ def out_of(words):
 
 
 def execute_all(calls, world, folder):
-    """Run these commands in order. Of trainings and minings that have the same flags, the first
-    with each data set runs, and stands for the others."""
+    """Run these commands in order. Of minings and trainings, those that have a flag or a data set
+    that none before them had; the first with the same data stands for each other."""
     shutil.copytree(world / "here", folder, dirs_exist_ok=True)
     done = {}
+    seen = set()
     for call in calls:
+        script = call.script()
         if call in TOOLS or call.program == "#":
             continue
+        if script not in ("mine_pairs.py", "pretrain.py", "finetune.py") or not out_of(call.words):
+            execute(call, world / "home", folder)
+            continue
         words = call.words
-        key = call
-        if call.script() in ("mine_pairs.py", "pretrain.py", "finetune.py") and out_of(words):
-            data = words[words.index("--dataset") + 1] if "--dataset" in words else words[1]
-            flags = sorted({word for word in words if word.startswith("--") or word == "imagenet"})
-            key = call.program, call.script(), data, flags
-        if str(key) in done:
-            target = folder / out_of(words)
-            if not target.exists():  # other commands may read it
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to(folder / done[str(key)])
-        else:
-            done[str(key)] = execute(call, world / "home", folder)
+        data = words[words.index("--dataset") + 1] if "--dataset" in words else words[1]
+        key = (call.program, script, "" if script == "pretrain.py" else data)
+        flags = {word for word in words if word.startswith("--") and word not in SMALL[script]}
+        weights = "imagenet" if "imagenet" in words else "a file"
+        news = {key, *((*key[:2], flag) for flag in (*flags, weights))} - seen
+        if news:
+            result = execute(call, world / "home", folder)
+            done.setdefault(key, result)
+            seen |= news
+        elif not (folder / out_of(words)).exists():  # other commands may read it
+            (folder / out_of(words)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / out_of(words)).symlink_to(folder / done[key])
 
 
 def test_the_commands_of_the_stages_run(world, tmp_path):
@@ -258,7 +263,9 @@ def run_experiment(script, *arguments, cwd):
 
     def fork(command, log, environment):
         with one:  # processes of two threads get in each other's way
-            return conftest.fork(command, log, log)
+            process = conftest.fork(command, log, log)
+            process.join()
+            return process.exitcode
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
