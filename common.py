@@ -113,6 +113,12 @@ def normalise(images):
     return ((images.float() - mean) / deviation).permute(0, 3, 1, 2)
 
 
+def forward(net, images, precision):
+    """uint8 (N, H, W, 3) -> what a network makes of them."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return net(normalise(images))
+
+
 # ----------------------------------------------------------------------------- geometry and views
 
 # What is seen outside a picture. A straight black edge tells which way is up, and with that the
@@ -438,10 +444,21 @@ def save_array(path, array):
         np.save(file, array)
 
 
+def save_lines(path, lines):
+    """Write a text file; names may hold bytes that are not UTF-8."""
+    with atomic(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+
+
 def save_image(path, image):
     encoded = cv2.imencode(Path(path).suffix, image[:, :, ::-1])[1]
     with atomic(path) as file:
         file.write(encoded)
+
+
+def is_a(suffixes, name):
+    """Whether a file's name ends so; hidden ones do not count, such as a Mac's ._a.jpg."""
+    return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
 def read_picture(path):
@@ -607,6 +624,16 @@ def run_script(main, when_full=""):
         HELD.close()
 
 
+def add_machine_flags(flag):
+    """The flags of both trainings that do not concern the method."""
+    flag("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    flag("--device", help="cpu or cuda (default: the GPU when there is one)")
+    flag("--workers", type=int, default=min(16, CORES),
+         help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
+    flag("--save-minutes", type=float, default=10,
+         help="checkpoint this often, at the end, and when stopped by SIGTERM")
+
+
 def check_flags(args):
     """What holds for the flags of every script: numbers are finite and not negative."""
     for name, value in vars(args).items():
@@ -617,13 +644,6 @@ def check_flags(args):
                     f"{flag} is {value}, expected a number that is finite and not negative")
     device = getattr(args, "device", None) or "cpu"
     require(re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: expected cpu or cuda")
-
-
-def refuse_idle_flags(args, parser, names, reason):
-    """An InputError that names those of these flags that are given though they have no effect."""
-    for name in names:
-        require(getattr(args, name) == parser.get_default(name),
-                f"--{name.replace('_', '-')} has no effect {reason}")
 
 
 def print_settings(args, parser, **effective):
@@ -668,12 +688,23 @@ def open_folder(folder, rank=0, ranks=1):
     return lock
 
 
-def claim_folder(out, writes):
-    """Make and lock the folder of a training run, on the rank that writes."""
-    require(not (Path(out) / "keypoints.npy").exists(),
-            f"{out}: is a hands folder, choose another --out")
-    if writes:
-        open_folder(out)  # locked until the script ends
+@dataclasses.dataclass
+class Plan:
+    """How a training is divided over ranks, steps and processes."""
+    rank: int
+    ranks: int
+    device: torch.device
+    precision: str  # bf16 or fp32
+    workers: int  # loader processes of each rank
+    batch_size: int  # of a step, over all ranks
+    pieces: int = 1  # of a rank's share of a batch: they pass the network one after another
+    steps_per_epoch: int = 0
+    steps: int = 0
+
+    @property
+    def micro_batch(self):
+        """Items of a piece."""
+        return self.batch_size // self.ranks // self.pieces
 
 
 def start_ranks(device):
@@ -740,19 +771,29 @@ def end_ranks():
         dist.destroy_process_group()
 
 
+def over_ranks(tensor):
+    """The sum of all ranks' tensors, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def any_rank(*flags):
     """For each flag whether it is set on any rank: the same answer on all, so that all do the
     same."""
-    if not dist.is_initialized():
-        return flags
-    found = torch.tensor(flags).int()  # on the host: no device has to wait
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.bool().tolist()
+    return over_ranks(torch.tensor(flags).int()).bool().tolist()  # on the host: no device waits
 
 
-def save_checkpoint(folder, content):
-    with atomic(Path(folder) / "checkpoint.pt") as file:
-        torch.save(content, file)
+KEPT = "the checkpoint stays as it is; try a smaller --lr or --precision fp32 in another --out"
+
+
+def save_checkpoint(out, settings, data, step, model, optimizer, **more):
+    """Write all that a training needs to go on. data: a checksum of what it is trained on."""
+    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    require(finite, f"{out}: a weight is not finite after step {step}; {KEPT}")
+    with atomic(Path(out) / "checkpoint.pt") as file:
+        torch.save(dict(args=settings, data=data, step=step, model=model.state_dict(),
+                        optimizer=optimizer.state_dict(), **more), file)
 
 
 def plain(args, **effective):
@@ -761,23 +802,30 @@ def plain(args, **effective):
     return json.loads(json.dumps(vars(args) | effective, default=str))
 
 
-def resume(folder, settings, may_change):
-    """The checkpoint of a run, or None where there is none.
+def open_run(out, settings, data, may_change, rank):
+    """Make the folder of a training, and lock it until the script ends -> its checkpoint, or None
+    where there is none.
 
     may_change: names of settings that cannot change the result; any other that differs from the
-    checkpoint's is an error, and so is a checkpoint that not all ranks see.
+    checkpoint's is an error, and so are other data, and a checkpoint that not all ranks see.
     """
-    path = Path(folder) / "checkpoint.pt"
+    path = Path(out) / "checkpoint.pt"
+    require(not path.with_name("keypoints.npy").exists(),
+            f"{out}: is a hands folder, choose another --out")
+    if rank == 0:
+        open_folder(out)
     content = load_checkpoint(path) if path.exists() else None
     if content:
-        require(isinstance(content, dict) and {"args", "step"} <= content.keys(),
+        require(isinstance(content, dict) and {"args", "data", "step"} <= content.keys(),
                 f"{path}: not the checkpoint of such a run")
-        refuse_other_arguments(folder, content["args"], settings, may_change)
+        refuse_other_arguments(out, content["args"], settings, may_change)
+        require(content["data"] == data,
+                f"{out}: was trained on other hands, pairs or labels; choose another --out")
     step = content["step"] if content else 0
     if dist.is_initialized():
         least = torch.tensor([step, -step])
         dist.all_reduce(least, dist.ReduceOp.MIN)
-        require(least.sum() == 0, f"{folder}: one rank finds step {least[0]}, another "
+        require(least.sum() == 0, f"{out}: one rank finds step {least[0]}, another "
                 f"{-least[1]}; expected a folder that all nodes share")
     return content
 
@@ -825,17 +873,15 @@ def commit_of(folder):
     return found.stdout.strip() or None
 
 
-def start_log(folder, settings, step=0, packages=()):
-    """Start log.jsonl with the command, all settings, and what runs them (see `run_facts`, to
-    which `packages` go). -> the rows kept: those up to the checkpoint's step."""
-    path = Path(folder) / "log.jsonl"
+def start_log(folder, settings, step=0, packages=(), name="log.jsonl"):
+    """Start a log with the command, all settings, and what runs them (see `run_facts`, to which
+    `packages` go). -> the rows kept: those up to the checkpoint's step."""
+    path = Path(folder) / name
     first = {"command": shlex.join(sys.argv), "args": settings, "facts": run_facts(*packages)}
     rows = []
     if step and path.exists():
         rows = [row for row in read_log(path)[1:] if row.get("step", 0) <= step]
-    with atomic(path) as file:
-        for row in [first, *rows]:
-            file.write((json.dumps(row) + "\n").encode())
+    save_lines(path, map(json.dumps, [first, *rows]))
     return rows
 
 
@@ -847,8 +893,8 @@ def logged_settings(folder):
     return rows[0].get("args") if rows else None
 
 
-def write_log(folder, row):
-    with open(Path(folder) / "log.jsonl", "a") as file:
+def write_log(folder, row, name="log.jsonl"):
+    with open(Path(folder) / name, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -874,6 +920,34 @@ def catch_sigterm():
     return received
 
 
+def report(out, step, recent, optimizer, plan):
+    """A row of the log: the means of the recent steps' values, {name: tensor} each, over all
+    ranks. Here alone the host waits for the device."""
+    values = torch.stack([torch.stack(list(each.values())) for each in recent])
+    means = (over_ranks(values.double().mean(0)) / plan.ranks).tolist()
+    require(all(map(math.isfinite, means)), f"{out}: the loss is not finite by step {step}; {KEPT}")
+    return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
+            "lr": optimizer.param_groups[0]["lr"], **dict(zip(recent[0], means))}
+
+
+def items_of_steps(first, end, count, plan, seed):
+    """Yields the pieces of this rank's share of each batch, from step `first` on: lists of (epoch,
+    item), the items being 0 to count - 1.
+
+    Each epoch has a new order, in which each item comes at most once: what is left after the last
+    whole batch is left out.
+    """
+    order = None
+    share = plan.batch_size // plan.ranks
+    for step in range(first, end):
+        epoch, place = divmod(step, plan.steps_per_epoch)
+        if order is None or place == 0:
+            order = np.random.default_rng((seed, epoch)).permutation(count)
+        start = place * plan.batch_size + plan.rank * share
+        for k in range(start, start + share, plan.micro_batch):
+            yield [(epoch, item) for item in order[k:k + plan.micro_batch].tolist()]
+
+
 class Batches:
     """Item `batch`, a list of keys: collate([items[k] for k in batch]), or the InputError that was
     raised. torch would hand on only its text, from a loader process, in the midst of a traceback.
@@ -890,22 +964,21 @@ class Batches:
             return error
 
 
-def load_items(items, batches, workers, collate, **more):
+def load_items(items, batches, workers, collate, pin_memory=False):
     """Yields collate([items[k] for k in batch]) for each batch, made by `workers` processes.
 
     The global random state stays as it is. Where a process dies or complains, as where memory or
     /dev/shm is full, InputError is raised.
     """
-    if workers:
-        # A forked process has the items already. Any other start, Python's default from 3.14 on,
-        # would send each process a copy: of a memory-mapped crops.npy the whole file. Loader
-        # processes never touch CUDA, which a forked process could not use.
-        more["multiprocessing_context"] = "fork"
+    # A forked process has the items already. Any other start, Python's default from 3.14 on, would
+    # send each process a copy: of a memory-mapped crops.npy the whole file. Loader processes never
+    # touch CUDA, which a forked process could not use.
+    start = "fork" if workers else None
     try:
         loader = iter(torch.utils.data.DataLoader(
             Batches(items, collate), batch_size=None, sampler=batches, num_workers=workers,
-            collate_fn=lambda batch: batch, worker_init_fn=start_worker,
-            generator=torch.Generator(), **more))
+            collate_fn=lambda batch: batch, worker_init_fn=start_worker, pin_memory=pin_memory,
+            multiprocessing_context=start, generator=torch.Generator()))
         # torch's own handler would raise in the midst of whatever goes on when a process dies.
         # Without it, torch finds that out when it looks after them, every five seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -919,6 +992,10 @@ def load_items(items, batches, workers, collate, **more):
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise InputError(f"a loader process failed ({reason}); where memory or /dev/shm is full, "
                          "lower --workers")
+
+
+def to_device(batch, device):
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def start_worker(number):

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic, figure, load_array, read_log, require, run_facts, run_script
+from common import (atomic, figure, load_array, read_log, require, run_facts, run_script,
+                    save_lines)
 
 # Metrics of the table, by their keys in metrics.json.
 COLUMNS = {
@@ -119,7 +120,7 @@ def score_run(run, args):
     if without:
         print(f"{run.folder}: {without} of {len(poses.valid)} samples have no wrist to align by")
     content = json.dumps(run.metrics | {"facts": run_facts("scipy")}, indent=1)
-    write_text(run.folder / "metrics.json", f"{content}\n")
+    save_lines(run.folder / "metrics.json", [content])
 
 
 # ------------------------------------------------------------------------------------- the metrics
@@ -374,12 +375,7 @@ def claim(folder, names):
     foreign = [name for name in names if name not in ours and (folder / name).exists()]
     require(not foreign, f"{folder}: holds {', '.join(foreign)}, which evaluate.py did not write "
             "and would replace: move it away")
-    write_text(path, "".join(f"{name}\n" for name in sorted({*ours, *names})))
-
-
-def write_text(path, text):
-    with atomic(path) as file:
-        file.write(text.encode())
+    save_lines(path, sorted({*ours, *names}))
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -398,10 +394,11 @@ def write_tables(out, groups, args):
     if len(groups) > 1:
         legend += f" Gain: in MPJPE, over {args.baseline or 'the first'}"
         legend += "; p: Welch's two-sided t-test of it." if args.seeds else "."
-    print(markdown_table(rows, legend))
-    write_text(out / "table.md", markdown_table(rows, legend))
-    write_text(out / "table.csv", csv_table(rows))
-    write_text(out / "table.tex", latex_table(rows, legend))
+    markdown = markdown_table(rows, legend)
+    print(f"{markdown}\n")
+    save_lines(out / "table.md", [markdown])
+    save_lines(out / "table.csv", [csv_table(rows)])
+    save_lines(out / "table.tex", [latex_table(rows, legend)])
 
 
 def make_rows(groups, args):
@@ -471,7 +468,7 @@ def markdown_table(rows, legend):
     for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
         cells = [cell.replace("|", "\\|") for cell in row]
         text += f"| {' | '.join(cells)} |\n"
-    return f"{text}\n{legend}\n"
+    return f"{text}\n{legend}"
 
 
 def csv_table(rows):
@@ -487,7 +484,7 @@ def csv_table(rows):
             columns.append([f"{head} deviation", *(deviation for _, _, deviation in parts)])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(zip(*columns))
-    return text.getvalue()
+    return text.getvalue().strip()
 
 
 def latex_table(rows, legend):
@@ -501,7 +498,7 @@ def latex_table(rows, legend):
     numbers = len(rows[0]) - names
     return "\n".join([f"% {legend} Needs \\usepackage{{booktabs}}.",
                       rf"\begin{{tabular}}{{{'l' * names}{'r' * numbers}}} \toprule", *lines,
-                      r"\bottomrule \end{tabular}", ""])
+                      r"\bottomrule \end{tabular}"])
 
 
 # ------------------------------------------------------------------------------------------- plots

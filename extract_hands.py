@@ -46,10 +46,10 @@ import cv2
 import numpy as np
 
 from common import (BORDERS, HANDS_DTYPE, PICTURES, InputError, atomic, check_flags, draw_crop,
-                    find_ranks, load_hands, logged_settings, open_folder, plain, print_settings,
-                    progress, read_lines, read_log, read_picture, refuse_idle_flags,
+                    find_ranks, is_a, load_hands, logged_settings, open_folder, plain,
+                    print_settings, progress, read_lines, read_log, read_picture,
                     refuse_other_arguments, require, rescale_points, run_script, save_array,
-                    save_image, sheet, start_log)
+                    save_image, save_lines, sheet, start_log)
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".mts", ".m2ts", ".m2t",
           ".ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".mod", ".tod", ".3gp", ".3g2",
@@ -116,8 +116,6 @@ def parse_args():
     require(bool(args.videos) != bool(args.annotations) == bool(args.frames),
             "expected either videos, or --annotations with --frames")
     if args.annotations:
-        idle = ("fps", "all_frames", "max_hands", "min_score", "min_size", "mirrored", "model")
-        refuse_idle_flags(args, parser, idle, "with --annotations: its hands are found already")
         args.annotations = os.path.realpath(args.annotations)
         args.frames = os.path.realpath(args.frames)
     return args
@@ -241,7 +239,7 @@ def sample_video(path, fps, k, skip):
             # Measured on 1080p, ms of a core for each second of video: H.264 122 with all frames,
             # NONREF 67, BIDIR 40; of HEVC BIDIR leaves one frame in ninety, NONREF halves the time.
             codec.skip_frame = "BIDIR" if codec.name == "h264" else "NONREF"
-        wanted_from = due if skip else always
+        wanted_from = due if skip else None
         index = -1
         for seconds, frame in decode(video, wanted_from):
             if frame.is_corrupt or seconds < due():
@@ -254,11 +252,6 @@ def sample_video(path, fps, k, skip):
         if skip and video.first_after(due()) < math.inf:
             return k  # none of the last frames was decoded
         require_whole(video, k / fps)
-
-
-def always():
-    """The second from which frames are wanted where all are."""
-    return -math.inf
 
 
 @dataclasses.dataclass
@@ -301,13 +294,14 @@ def open_video(path):
         yield Video(container, stream, tick, start, float(rate), float(ratio))
 
 
-def decode(video, due=always):
+def decode(video, due=None):
     """Yields (seconds, frame) of a video, one after another, but no frame that cannot be decoded.
 
-    due: a function that says, at any time, before which second no frame is wanted. Packets are
-    held back until one of them is wanted; if a key frame comes first, they are dropped. Where key
-    frames are close, as in Motion JPEG and in many videos of phones, that saves most.
+    due: a function that says, at any time, before which second no frame is wanted (None: all are).
+    Packets are held back until one of them is wanted; if a key frame comes first, they are dropped.
+    Where key frames are close, as in Motion JPEG and in many videos of phones, that saves most.
     """
+    due = due or (lambda: -math.inf)
     held = collections.deque()
     dropped = False
     for packet in read_packets(video):
@@ -649,10 +643,6 @@ def search_folder(folder):
     return sources, others
 
 
-def is_a(suffixes, name):
-    return name.lower().endswith(suffixes) and not name.startswith(".")
-
-
 def lines(path):
     """The lines of a text file; none where it is missing."""
     return read_lines(path) if os.path.exists(path) else []
@@ -823,8 +813,7 @@ def merge_if_last(out, names, annotations, start, rank):
         else:
             part_path(out, name).unlink()  # so that it is tried again at the next call
     failed = [f"{name}\t{reasons[name]}" for name in [*merged, *new] if reasons.get(name)]
-    with atomic(out / "failed.txt") as file:
-        file.write(as_lines(failed).encode())
+    save_lines(out / "failed.txt", failed)
     found = sum(len(part.hands) for part in parts.values())
     require(merged or found, f"{out}: no hand found in {len(new)} videos; {len(failed)} could not "
             "be read, see failed.txt")
@@ -852,14 +841,10 @@ def merge(out, merged, parts, annotations, failed, start):
                 "hands_a_frame": round(len(rows) / max(frames, 1), 3),
                 "left": int(rows["left"].sum()), "failed": failed,
                 "seconds": round(time.time() - start, 1)})
-    (temporary / "videos.txt").write_text(as_lines(videos))
-    (temporary / "log.jsonl").write_text(as_lines(map(json.dumps, log)))
+    save_lines(temporary / "videos.txt", videos)
+    save_lines(temporary / "log.jsonl", map(json.dumps, log))
     os.rename(temporary, out / "merged")
     finish_merge(out)
-
-
-def as_lines(texts):
-    return "".join(f"{text}\n" for text in texts)
 
 
 def write_arrays(folder, out, merged, parts):
@@ -1087,27 +1072,17 @@ def find_model(given):
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         path = Path(cache, "simhand", "hand_landmarker.task")
-        if not is_model(path):
+        if not zipfile.is_zipfile(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.parent / ".lock", "w") as lock:
                 fcntl.lockf(lock, fcntl.LOCK_EX)  # who waited here finds the model made
-                if not is_model(path):
+                if not zipfile.is_zipfile(path):
                     make_model(path)
     except (InputError, OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         raise InputError(f"{path}: MediaPipe's hand model could not be made here ({error}); copy "
                          "this file from another machine, or download hand_landmarker.task as "
                          "MediaPipe's documentation says, and give it with --model")
     return str(path)
-
-
-def is_model(path):
-    """Whether a bundle is there and whole."""
-    try:
-        with zipfile.ZipFile(path) as bundle:
-            return all(hashlib.sha256(bundle.read(name)).hexdigest() == digest
-                       for name, (_, digest) in MODEL_FILES.items())
-    except Exception:  # what a damaged file raises depends on where it is damaged
-        return False
 
 
 def make_model(path):

@@ -36,24 +36,23 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate as collate
 
-from common import (BACKBONES, BORDERS, CORES, PARENTS, PICTURES, Hands, InputError, View,
-                    any_rank, apply_view, atomic, average_statistics, catch_sigterm, check_flags,
-                    claim_folder, crop_matrix, draw_hand, end_ranks, load_array, load_backbone,
-                    load_checkpoint, load_hands, load_items, move_points, normalise, plain,
-                    plot_curves, print_settings, progress, read_crop, read_log, read_picture,
-                    require, rescale_points, resume, run_script, save_array, save_checkpoint,
-                    save_image, sheet, spread, start_log, start_ranks, write_log)
+from common import (BACKBONES, BORDERS, KEPT, PARENTS, PICTURES, Hands, InputError, Plan, View,
+                    add_machine_flags, any_rank, apply_view, atomic, average_statistics,
+                    catch_sigterm, check_flags, crop_matrix, draw_hand, end_ranks, forward, is_a,
+                    items_of_steps, load_array, load_backbone, load_checkpoint, load_hands,
+                    load_items, move_points, open_run, over_ranks, plain, plot_curves,
+                    print_settings, progress, read_crop, read_log, read_picture, report, require,
+                    rescale_points, run_script, save_array, save_checkpoint, save_image,
+                    save_lines, sheet, spread, start_log, start_ranks, to_device, write_log)
 
 MAY_CHANGE_ON_RESUME = ("out", "labels", "device", "workers", "save_minutes")
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and
 # 100 px at least).
 CROP = {"freihand": 2.0, "dexycb": 1.75, "assemblyhands": 1.75}
-RETRY = "try a smaller --lr or --precision fp32 in another --out"
 
 
 def make_parser():
@@ -107,12 +106,7 @@ def add_training_flags(flag):
     flag("--backbone-lr", type=float, help="the same for the backbone alone (default: --lr)")
     flag("--seed", type=int, default=0, help="of all that is random")
     # machine
-    flag("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    flag("--device", help="cpu or cuda (default: the GPU when there is one)")
-    flag("--workers", type=int, default=min(16, CORES),
-         help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
-    flag("--save-minutes", type=float, default=10,
-         help="checkpoint this often, at the end, and when stopped by SIGTERM")
+    add_machine_flags(flag)
 
 
 def parse_args():
@@ -143,19 +137,6 @@ def parse_args():
     return args
 
 
-@dataclasses.dataclass
-class Plan:
-    """How the work is divided over steps, ranks and processes."""
-    rank: int
-    ranks: int
-    device: torch.device
-    precision: str
-    batch_size: int  # pictures, over all ranks
-    workers: int  # loader processes of each rank
-    steps_per_epoch: int = 0
-    steps: int = 0
-
-
 def main():
     args = parse_args()
     if args.predict:
@@ -163,18 +144,15 @@ def main():
     # Before the ranks meet: the labels may take longer than ranks wait for each other.
     data = load_data(args)
     plan = make_plan(args, len(data.train))
-    claim_folder(args.out, plan.rank == 0)
     torch.manual_seed(args.seed)
     settings = plain(args, ranks=plan.ranks, precision=plan.precision)
-    kept = resume(args.out, settings, MAY_CHANGE_ON_RESUME)
+    kept = open_run(args.out, settings, data.digest, MAY_CHANGE_ON_RESUME, plan.rank)
     model = NETWORKS[args.head](args.backbone, "none" if kept else args.weights)
     model = model.to(plan.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.lr, None if args.freeze else args.backbone_lr)
     step = 0
     best = dict(error=math.inf, weights=None)
     if kept:
-        require(kept["data"] == data.digest,
-                f"{args.out}: was trained on other labels; choose another --out")
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step = kept["step"]
@@ -183,11 +161,11 @@ def main():
     rows = start_run(settings, data, step, model, plan, args) if plan.rank == 0 else []
 
     crops = make_crops(args)
-    batches = rows_of_steps(step, len(data.train), plan, args.seed)
+    batches = items_of_steps(step, plan.steps, len(data.train), plan, args.seed)
     loader = load_items(Pictures(data.train, crops), batches, plan.workers, collate,
                         pin_memory=plan.device.type == "cuda")
     report_every = max(1, min(10, plan.steps_per_epoch // 4))
-    recent = []  # losses of the steps since the last report
+    recent = []  # values of the steps since the last report
     stop = catch_sigterm()
     saved = since = time.time()
     bar = progress(total=plan.steps, initial=step, unit="step",
@@ -198,7 +176,7 @@ def main():
         if args.freeze:
             model.backbone.eval()
         batch = to_device(next(loader), plan.device)
-        recent.append(train_step(net, optimizer, batch, LOSSES[args.head], plan))
+        recent.append({"loss": train_step(net, optimizer, batch, LOSSES[args.head], plan)})
         step += 1
         bar.update()
 
@@ -206,7 +184,8 @@ def main():
         overdue = time.time() - saved >= 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), overdue or step == plan.steps)
         if stopping or due or end_of_epoch or step % report_every == 0:
-            row = report(step, recent, since, optimizer, plan, args.out)
+            row = report(args.out, step, recent, optimizer, plan)
+            row["pictures_per_s"] = args.batch_size * len(recent) / (time.time() - since)
             if end_of_epoch:
                 error = validate(model, data.validation, crops, plan)
                 row["validation_error"] = error
@@ -217,13 +196,14 @@ def main():
             recent = []
             since = time.time()
         if stopping or due:
-            save(settings, data, step, best, model, optimizer, plan, args.out)
+            if plan.rank == 0:
+                save_checkpoint(args.out, settings, data.digest, step, model, optimizer, best=best)
             saved = time.time()
         if stopping:
             break
     bar.close()
-    if args.head == "knn":  # so that other arguments are refused here too
-        save(settings, data, step, best, model, optimizer, plan, args.out)
+    if args.head == "knn" and plan.rank == 0:  # so that other arguments are refused here too
+        save_checkpoint(args.out, settings, data.digest, step, model, optimizer, best=best)
     if step == plan.steps:
         finish(rows, best, model, data, crops, plan, args)
     elif plan.rank == 0:
@@ -322,12 +302,6 @@ class LinearNet(nn.Module):
 
 # knn uses the backbone alone.
 NETWORKS = {"detnet": DetNet, "linear": LinearNet, "knn": DetNet}
-
-
-def forward(net, images, precision):
-    """uint8 (N, S, S, 3) -> what the network makes of them."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return net(normalise(images))
 
 
 # ------------------------------------------------------------------------------ the method: loss
@@ -449,30 +423,6 @@ def make_optimizer(model, lr, backbone_lr):
     if backbone_lr is not None:
         groups.append(dict(params=list(model.backbone.parameters()), peak=backbone_lr))
     return torch.optim.Adam(groups, fused=True)
-
-
-def rows_of_steps(step, count, plan, seed):
-    """Yields this rank's share of each batch from `step` on: a list of (epoch, row of the training
-    set). Each epoch has a new order; what is left of it after its last whole batch is not used."""
-    order = None
-    share = plan.batch_size // plan.ranks
-    for step in range(step, plan.steps):
-        epoch, place = divmod(step, plan.steps_per_epoch)
-        if order is None or place == 0:
-            order = np.random.default_rng((seed, epoch)).permutation(count)
-        start = place * plan.batch_size + plan.rank * share
-        yield [(epoch, row) for row in order[start:start + share].tolist()]
-
-
-def to_device(batch, device):
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
-def over_ranks(tensor):
-    """The sum of all ranks' tensors."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 # --------------------------------------------------------------------------- the method: testing
@@ -680,7 +630,7 @@ def make_plan(args, pictures=0):
         require(steps_per_epoch, f"{args.root}: {pictures} training pictures, fewer than "
                 f"--batch-size {args.batch_size}")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    return Plan(rank, ranks, device, precision, args.batch_size, args.workers, steps_per_epoch,
+    return Plan(rank, ranks, device, precision, args.workers, args.batch_size, 1, steps_per_epoch,
                 args.epochs * steps_per_epoch)
 
 
@@ -710,17 +660,6 @@ def note_pretraining(out, weights):
         write_log(out, {"pretraining": {"args": first.get("args"), "hands": hands}})
 
 
-def report(step, recent, since, optimizer, plan, out):
-    """A row of the log, with the mean loss of the recent steps. Between reports the host never
-    waits for the device."""
-    mean = over_ranks(torch.stack(recent).mean()).item() / plan.ranks
-    require(math.isfinite(mean),
-            f"{out}: the loss is not finite by step {step}; the checkpoint stays as it is; {RETRY}")
-    return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
-            "lr": optimizer.param_groups[0]["lr"], "loss": mean,
-            "pictures_per_s": plan.batch_size * len(recent) / (time.time() - since)}
-
-
 def show(row, best, bar, plan, out):
     """Write a row into the log and beside the progress bar, on the rank that writes."""
     if plan.rank == 0:
@@ -729,23 +668,13 @@ def show(row, best, bar, plan, out):
                         f"{row['pictures_per_s']:.0f} pictures/s", refresh=False)
 
 
-def save(settings, data, step, best, model, optimizer, plan, out):
-    """Write the checkpoint, on the rank that writes."""
-    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    require(finite, f"{out}: a weight is not finite after step {step}; the checkpoint stays as it "
-            f"is; {RETRY}")
-    if plan.rank == 0:
-        save_checkpoint(out, dict(args=settings, data=data.digest, step=step, best=best,
-                                  model=model.state_dict(), optimizer=optimizer.state_dict()))
-
-
 def finish(rows, best, model, data, crops, plan, args):
     """Predict the test split by the chosen model, and write the files of the run."""
     if args.head == "knn":
         uv, pose = nearest(model.backbone, data, crops, plan)
     else:
         require(best["weights"],
-                f"{args.out}: no epoch had a finite validation error to choose a model by; {RETRY}")
+                f"{args.out}: no epoch had a finite validation error to choose a model by; {KEPT}")
         model.load_state_dict(best["weights"])
         if plan.rank == 0:
             save_model(model, data.train, args)
@@ -800,11 +729,11 @@ def write_predictions(samples, uv, pose, bones, crops, root, out):
     out = Path(out)
     xyz = pose * bones[:, None, None] + samples.xyz[:, :1]
     save_array(out / "pred_uv.npy", uv.astype(np.float32))
-    with atomic(out / "names.txt") as file:
-        for sample in samples:
-            path = os.path.join(root, os.fsdecode(sample.path))
-            side = "left" if sample.left else "right"
-            file.write(os.fsencode(f"{sample.index}\t{path}\t{side}\n"))
+    names = []
+    for sample in samples:
+        path = os.path.join(root, os.fsdecode(sample.path))
+        names.append(f"{sample.index}\t{path}\t{'left' if sample.left else 'right'}")
+    save_lines(out / "names.txt", names)
     draw_overlay(out / "overlay.jpg", samples, uv, sample_errors(pose, samples), crops)
     save_array(out / "pred_xyz.npy", xyz.astype(np.float32))  # last: where it is, all is
     print(f"{len(samples)} pictures; wrote {out}/pred_xyz.npy, see overlay.jpg beside it")
@@ -839,11 +768,10 @@ def predict_folder(args):
     content, model = load_model(args.weights, plan.device)
     samples, source = samples_of_folder(Path(args.predict), content["crop"])
     crops = Crops(source, content["input_size"], content["border"])
-    claim_folder(args.out, plan.rank == 0)
+    settings = plain(args, backbone=content["backbone"], head=content["head"],
+                     input_size=crops.side, border=crops.border, precision=plan.precision)
+    open_run(args.out, settings, None, MAY_CHANGE_ON_RESUME, plan.rank)
     if plan.rank == 0:
-        settings = plain(args, backbone=content["backbone"], head=content["head"],
-                         input_size=crops.side, border=crops.border, precision=plan.precision)
-        resume(args.out, settings, MAY_CHANGE_ON_RESUME)  # refuses the folder of a training run
         start_log(args.out, settings)
         print_settings(argparse.Namespace(**settings), make_parser(), pictures=len(samples),
                        device=plan.device)
@@ -872,11 +800,7 @@ def samples_of_folder(folder, crop):
         samples = make_samples(crop, path=["crops.npy"] * len(hands.rows), uv=hands.keypoints,
                                left=hands.rows["left"])
         return samples, hands
-    names = []
-    for name in sorted(os.listdir(folder)):
-        # A Mac leaves ._a.jpg beside a.jpg.
-        if name.lower().endswith(PICTURES) and not name.startswith("."):
-            names.append(name)
+    names = sorted(name for name in os.listdir(folder) if is_a(PICTURES, name))
     require(names, f"{folder}: holds neither keypoints.npy nor a picture ({', '.join(PICTURES)})")
     samples = make_samples(1, path=names)
     for row, sample in enumerate(samples):

@@ -18,7 +18,6 @@ is engineering, not method; whoever trusts brute force may stop at its banner.
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +29,10 @@ import torch
 import torch.distributed as dist
 from sklearn.decomposition import PCA
 
-from common import (atomic, check_flags, draw_crop, end_ranks, figure, load_hands, logged_settings,
-                    open_folder, pair_turns, plain, print_settings, progress, require, run_facts,
-                    run_script, save_array, save_image, sheet, start_ranks, upright)
+from common import (check_flags, draw_crop, end_ranks, figure, load_hands, logged_settings,
+                    open_folder, over_ranks, pair_turns, plain, print_settings, progress, require,
+                    run_script, save_array, save_image, sheet, start_log, start_ranks, upright,
+                    write_log)
 
 
 def make_parser():
@@ -230,9 +230,7 @@ def thumbnails(hands, rows, rank, ranks):
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, bar:
         for done in pool.map(make, parts):
             bar.update(done)
-    if ranks > 1:
-        dist.all_reduce(torch.from_numpy(pictures))
-    return pictures
+    return over_ranks(torch.from_numpy(pictures)).numpy()
 
 
 def same_picture(pictures, rows, found):
@@ -504,10 +502,8 @@ def write(out, hands, pca, embeddings, pairs, explained, mined, args):
                "neighbours_from_videos": len(np.unique(hands.rows["video"][first])),
                "most_often_chosen": int(np.bincount(first).max()),
                "median_distance": round(float(np.median(distances)), 4)}
-    with atomic(out / "mining.jsonl") as file:
-        header = {"command": shlex.join(sys.argv), "args": plain(args), "facts": run_facts()}
-        for row in (header, summary):
-            file.write((json.dumps(row) + "\n").encode())
+    start_log(out, plain(args), name="mining.jsonl")
+    write_log(out, summary, name="mining.jsonl")
     print("  ".join(f"{key} {value}" for key, value in summary.items()))
     if len(twice):
         one, other = hands.rows["video"][[twice[0], pairs.copies[twice[0]]]]

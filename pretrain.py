@@ -32,14 +32,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from common import (BACKBONES, BORDERS, CORES, any_rank, apply_view, atomic, average_statistics,
-                    batchnorms, catch_sigterm, check_flags, claim_folder, crop_matrix, draw_hand,
-                    end_ranks, load_array, load_backbone, load_hands, load_items, move_points,
-                    normalise, nt_xent, pair_turns, pair_weights, plain, plot_curves,
-                    print_settings, progress, read_crop, refuse_idle_flags, require,
-                    rescale_points, resume, run_script, sample_view, save_checkpoint, save_image,
-                    sheet, soft_targets, spread, start_log, start_ranks, undo_view, upright,
-                    write_log)
+from common import (BACKBONES, BORDERS, Plan, add_machine_flags, any_rank, apply_view, atomic,
+                    average_statistics, batchnorms, catch_sigterm, check_flags, crop_matrix,
+                    draw_hand, end_ranks, forward, items_of_steps, load_array, load_backbone,
+                    load_hands, load_items, move_points, normalise, nt_xent, open_run, pair_turns,
+                    pair_weights, plain, plot_curves, print_settings, progress, read_crop, report,
+                    require, rescale_points, run_script, sample_view, save_checkpoint, save_image,
+                    sheet, soft_targets, spread, start_log, start_ranks, to_device, undo_view,
+                    upright, write_log)
 
 # What --paper sets, where no flag says otherwise.
 PAPER = {"border": "black", "crop_move": 15 / 224}
@@ -143,14 +143,9 @@ def add_training_flags(flag):
          help="linear warm-up (default: a tenth of the epochs; paper: 10)")
     flag("--seed", type=int, default=0, help="of the new layers, the order and the views")
     # machine
-    flag("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    flag("--device", help="cpu or cuda (default: the GPU when there is one)")
-    flag("--workers", type=int, default=min(16, CORES),
-         help="loader processes of each rank, 0: none (default: one a core, 16 at most)")
+    add_machine_flags(flag)
     flag("--compile", action="store_true", help="compile the network (torch.compile): minutes at "
          "the start, and then less time a step")
-    flag("--save-minutes", type=float, default=10,
-         help="checkpoint this often, at the end, and when SIGTERM stops the run")
     flag("--probe", type=int, default=2000, metavar="HANDS", help="keep the hands of a twentieth "
          "of the videos (from 40 on), at most so many, out of the training, and after each epoch "
          "say how alike the poses are that they find among each other by frozen features: 0 as by "
@@ -209,22 +204,9 @@ def refuse_flags_without_effect(args, parser):
         (args.weighting != "nonlinear", ("slope_pos", "slope_neg"),
          "without --weighting nonlinear")]
     for ignored, names, reason in rules:
-        if ignored:
-            refuse_idle_flags(args, parser, names, reason)
-
-
-@dataclasses.dataclass
-class Plan:
-    """What follows from the arguments, the hands and the machine."""
-    rank: int
-    ranks: int
-    micro_batch: int  # pairs that pass the network together
-    pieces: int  # micro-batches of a step on one rank
-    steps_per_epoch: int
-    steps: int
-    warmup_steps: int
-    report_every: int  # steps
-    precision: str
+        for name in names:
+            require(not ignored or getattr(args, name) == parser.get_default(name),
+                    f"--{name.replace('_', '-')} has no effect {reason}")
 
 
 def main():
@@ -234,26 +216,30 @@ def main():
     plan = make_plan(args, len(data.pool), rank, ranks, device)
     torch.manual_seed(args.seed)
     if args.steps:
-        return dry_run(data, plan, device, args)
+        return dry_run(data, plan, args)
 
     stop = catch_sigterm()
     writes = rank == 0
-    claim_folder(args.out, writes)
     settings = plain(args, micro_batch=plan.micro_batch, precision=plan.precision)
-    kept = resume(args.out, settings, MAY_CHANGE_ON_RESUME)
+    kept = open_run(args.out, settings, data.digest, MAY_CHANGE_ON_RESUME, rank)
     model = make_model("none" if kept else args.weights, device, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr)
-    step = restore(kept, model, optimizer, data, args) if kept else 0
+    step = 0
+    if kept:
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        step = kept["step"]
     net = spread(model, device).train()
-    rows = start_run(settings, data, plan, model, step, device, args) if writes else []
+    rows = start_run(settings, data, plan, model, step, args) if writes else []
     probe = load_probe(data, args) if len(data.probe) and writes else None
-    loader = load_batches(data, step, plan.steps, plan, device, args)
+    loader = load_batches(data, step, plan.steps, plan, args)
 
+    report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # values of the steps since the last report
     saved = since = time.time()
     bar = progress(total=plan.steps, initial=step, unit="step", disable=not writes)
     for batch in loader:
-        set_learning_rate(optimizer, step, plan, args.lr)
+        set_learning_rate(optimizer, step, plan, args.warmup_epochs, args.lr)
         recent.append(train_step(net, optimizer, batch, data.pca, plan, args))
         step += 1
         bar.update()
@@ -261,8 +247,9 @@ def main():
         end_of_epoch = step % plan.steps_per_epoch == 0
         overdue = time.time() - saved >= 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), step == plan.steps or overdue)
-        if step % plan.report_every == 0 or end_of_epoch or due or stopping:
-            row = report(step, recent, since, optimizer, plan, args)
+        if step % report_every == 0 or end_of_epoch or due or stopping:
+            row = report(args.out, step, recent, optimizer, plan)
+            row["views_per_s"] = 2 * args.batch_size * len(recent) / (time.time() - since)
             if end_of_epoch and probe:
                 row["probe"] = probe_score(model.backbone, probe, device)
             rows.append(row)
@@ -275,13 +262,14 @@ def main():
             since = time.time()
         if due or stopping:
             if writes:
-                save(args.out, settings, data, step, model, optimizer, rows)
+                save_checkpoint(args.out, settings, data.digest, step, model, optimizer)
+                draw_curves(args.out, rows)
             saved = since = time.time()
         if stopping:
             break
     bar.close()
     if writes:
-        finish(step, rows, model, plan, device, args)
+        finish(step, rows, model, plan, args)
     end_ranks()
 
 
@@ -368,24 +356,6 @@ def collate(pairs):
     return batch
 
 
-def hands_of_steps(first, end, count, plan, args):
-    """Yields the micro-batches of this rank from step `first` on: lists of (epoch, hand of
-    the pool).
-
-    Each epoch has a new order, in which each hand comes at most once: the last part of a batch is
-    left out.
-    """
-    order = None
-    for step in range(first, end):
-        epoch, place = divmod(step, plan.steps_per_epoch)
-        if order is None or place == 0:
-            order = np.random.default_rng((args.seed, epoch)).permutation(count)
-        share = place * args.batch_size + plan.rank * plan.pieces * plan.micro_batch
-        for piece in range(plan.pieces):
-            start = share + piece * plan.micro_batch
-            yield [(epoch, hand) for hand in order[start:start + plan.micro_batch].tolist()]
-
-
 def disturb(image, rng, args):
     """The extra augmentations, each for the share of all views that its flag says."""
     shares = [getattr(args, name) for name in EXTRA_AUGMENTATIONS]
@@ -469,9 +439,7 @@ def embed(net, piece, equivariance, precision):
     """A piece of n pairs -> (2n, C) float32, first views before second: L2-normalised embeddings
     (128 columns), regressed keypoints (42), or the one beside the other, as the network has
     them."""
-    images = normalise(piece["image"])
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        projection, keypoints = net(images)
+    projection, keypoints = forward(net, piece["image"], precision)
     outputs = []
     if projection is not None:
         z = F.normalize(projection.float(), dim=1)
@@ -609,9 +577,10 @@ class SimHandModel(nn.Module):
 
 # ------------------------------------------------------------------------ the method: optimisation
 
-def set_learning_rate(optimizer, step, plan, peak):
+def set_learning_rate(optimizer, step, plan, warmup, peak):
+    """warmup: epochs."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, plan.steps, plan.warmup_steps, peak)
+        group["lr"] = learning_rate(step, plan.steps, warmup * plan.steps_per_epoch, peak)
 
 
 def learning_rate(step, total, warmup, peak):
@@ -817,29 +786,18 @@ def make_plan(args, pool, rank, ranks, device):
     steps_per_epoch = pool // args.batch_size
     require(steps_per_epoch, f"{', '.join(args.hands)}: {pool} hands that can be used, fewer than "
             f"--batch-size {args.batch_size}; lower it, or extract and mine more")
-    return Plan(rank=rank, ranks=ranks, micro_batch=micro, pieces=share // micro,
-                steps_per_epoch=steps_per_epoch, steps=args.epochs * steps_per_epoch,
-                warmup_steps=args.warmup_epochs * steps_per_epoch,
-                report_every=max(1, min(10, steps_per_epoch // 4)),
-                precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"))
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    return Plan(rank, ranks, device, precision, args.workers, args.batch_size, share // micro,
+                steps_per_epoch, args.epochs * steps_per_epoch)
 
 
-def restore(kept, model, optimizer, data, args):
-    """Put a checkpoint's content into its places -> the step that it was written after."""
-    require(kept["data"] == data.digest, f"{args.out}: was trained on other hands or pairs than "
-            f"those in {', '.join(args.hands)}; choose another --out")
-    model.load_state_dict(kept["model"])
-    optimizer.load_state_dict(kept["optimizer"])
-    return kept["step"]
-
-
-def start_run(settings, data, plan, model, step, device, args):
+def start_run(settings, data, plan, model, step, args):
     """Print the settings, start the log, and at the first start draw the views. -> the log's rows
     so far."""
     parameters = sum(p.numel() for p in model.parameters())
     print_settings(args, make_parser(), hands=sum(len(f.keypoints) for f in data.folders),
                    pool=len(data.pool), probe_hands=len(data.probe), ranks=plan.ranks,
-                   device=device, precision=plan.precision, micro_batch=plan.micro_batch,
+                   device=plan.device, precision=plan.precision, micro_batch=plan.micro_batch,
                    negatives=2 * args.batch_size - 2, steps=plan.steps, start=step,
                    parameters=f"{parameters / 1e6:.1f}M")
     rows = start_log(args.out, settings, step)
@@ -850,49 +808,23 @@ def start_run(settings, data, plan, model, step, device, args):
     return rows
 
 
-def load_batches(data, first, end, plan, device, args):
+def load_batches(data, first, end, plan, args):
     """Yields this rank's pieces of each step from `first` on, on the device."""
-    hands = hands_of_steps(first, end, len(data.pool), plan, args)
-    loader = load_items(Pairs(data, args), hands, args.workers, collate,
-                        pin_memory=device.type == "cuda")
+    hands = items_of_steps(first, end, len(data.pool), plan, args.seed)
+    loader = load_items(Pairs(data, args), hands, plan.workers, collate,
+                        pin_memory=plan.device.type == "cuda")
     for _ in range(first, end):
         pieces = itertools.islice(loader, plan.pieces)
-        yield [to_device(piece, device) for piece in pieces]
+        yield [to_device(piece, plan.device) for piece in pieces]
 
 
-def to_device(batch, device):
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
-def report(step, recent, since, optimizer, plan, args):
-    """A row of the log: the means of the recent steps' values. Here alone the host waits for the
-    device."""
-    steps = [torch.stack(list(values.values())) for values in recent]
-    table = torch.stack(steps).tolist()
-    for k, values in enumerate(table, step - len(table) + 1):
-        require(all(map(math.isfinite, values)),
-                f"{args.out}: the loss is not finite at step {k}; the checkpoint stays as it is; "
-                "try a smaller --lr or --precision fp32 in another --out")
-    means = dict(zip(recent[0], map(statistics.fmean, zip(*table))))
-    seconds = time.time() - since
-    return {"step": step, "epoch": round(step / plan.steps_per_epoch, 3),
-            "lr": optimizer.param_groups[0]["lr"], **means,
-            "views_per_s": 2 * args.batch_size * len(recent) / seconds}
-
-
-def save(out, settings, data, step, model, optimizer, rows):
-    """Write the checkpoint and the curves."""
-    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    require(finite, f"{out}: a weight is not finite after step {step}; the checkpoint stays as it "
-            "is; try a smaller --lr in another --out")
-    save_checkpoint(out, dict(args=settings, data=data.digest, step=step, model=model.state_dict(),
-                              optimizer=optimizer.state_dict()))
+def draw_curves(out, rows):
     plot_curves(Path(out) / "curves.png", rows, [
         ["loss", "keypoint_error"], ["lr"], ["positive_similarity", "negative_similarity"],
         ["mean_pos_weight", "mean_neg_weight"], ["probe"]])
 
 
-def finish(step, rows, model, plan, device, args):
+def finish(step, rows, model, plan, args):
     """Say how the run ended; write backbone.pt where it is complete."""
     if step < plan.steps:
         print(f"stopped by SIGTERM after step {step} of {plan.steps}; the same command goes on")
@@ -903,7 +835,7 @@ def finish(step, rows, model, plan, device, args):
     last = rows[-1] if rows else {}  # empty where the log is gone
     for name, value in last.items():
         print(f"{name}: {value:g}")
-    print(f"memory_gb: {peak_memory(device):.2f}")
+    print(f"memory_gb: {peak_memory(plan.device):.2f}")
     print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
           f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
           f"--backbone {args.backbone} --input-size {args.input_size} --out RUN")
@@ -916,17 +848,17 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def dry_run(data, plan, device, args):
+def dry_run(data, plan, args):
     """Take --steps steps; print rate, memory, and how long the whole run would take. Writes
     nothing."""
-    model = make_model(args.weights, device, args)
+    model = make_model(args.weights, plan.device, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr)
-    net = spread(model, device).train()
+    net = spread(model, plan.device).train()
     half = args.steps // 2
-    batches = load_batches(data, 0, args.steps, plan, device, args)
+    batches = load_batches(data, 0, args.steps, plan, args)
     start = time.time()
     for step, batch in enumerate(progress(batches, total=args.steps, disable=plan.rank != 0), 1):
-        set_learning_rate(optimizer, step - 1, plan, args.lr)
+        set_learning_rate(optimizer, step - 1, plan, args.warmup_epochs, args.lr)
         values = train_step(net, optimizer, batch, data.pca, plan, args)
         if step in (half, args.steps):
             values["loss"].item()  # waits for the device
@@ -935,8 +867,8 @@ def dry_run(data, plan, device, args):
     seconds = (time.time() - start) / (args.steps - half)
     if plan.rank == 0:
         print(f"dry run: {2 * args.batch_size / seconds:.0f} views/s, {seconds:.3f} s a step, "
-              f"{peak_memory(device):.2f} GB of {device.type} memory (loader processes apart) at "
-              f"--micro-batch {plan.micro_batch}; the whole run, {plan.steps} steps, would take "
+              f"{peak_memory(plan.device):.2f} GB of {plan.device.type} memory (loader processes "
+              f"apart) at --micro-batch {plan.micro_batch}; all {plan.steps} steps would take "
               f"{plan.steps * seconds / 3600:.2f} hours")
     end_ranks()
 

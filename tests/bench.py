@@ -300,7 +300,7 @@ def loader(folder, micro=128, batches=20 * CORES):
     args = pretrain.parse_args()
     data = pretrain.load_data(args)
     plan = pretrain.make_plan(args, len(data.pool), 0, 1, CPU)
-    rate = views_a_second(pretrain.load_batches(data, 0, batches, plan, CPU, args), 2 * micro)
+    rate = views_a_second(pretrain.load_batches(data, 0, batches, plan, args), 2 * micro)
     pictures = folder / "pictures" / "hands"
     pictures.mkdir(parents=True)
     for k, (start, end) in enumerate(itertools.pairwise(data.folders[0].offsets)):

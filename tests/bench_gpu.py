@@ -164,7 +164,7 @@ def make_pieces(data, plan, args, device):
     """The micro-batches of the first step, on the device."""
     pairs = pretrain.Pairs(data, args)
     return [pretrain.to_device(pretrain.collate([pairs[item] for item in items]), device)
-            for items in pretrain.hands_of_steps(0, 1, len(data.pool), plan, args)]
+            for items in pretrain.items_of_steps(0, 1, len(data.pool), plan, args.seed)]
 
 
 def tuning_gradient(run, head, device):
@@ -276,7 +276,7 @@ def loader_speed(run):
     args = pretrain_args(run, micro, micro, "--input-size", run.side)
     data = pretrain.load_data(args)
     plan = pretrain.make_plan(args, len(data.pool), 0, 1, run.device)
-    items = pretrain.hands_of_steps(0, 75 * run.steps, len(data.pool), plan, args)
+    items = pretrain.items_of_steps(0, 75 * run.steps, len(data.pool), plan, args.seed)
     batches = common.load_items(pretrain.Pairs(data, args), items, args.workers, pretrain.collate)
     first = 4 * args.workers  # those that were made while the processes started
     for _ in range(first):
@@ -297,7 +297,7 @@ def step_speed(run, batch, micro, compiled):
     args = pretrain_args(run, batch, micro, "--backbone", run.backbone, "--input-size", run.side,
                          *(["--compile"] if compiled else []))
     model, optimizer, data, plan = set_up(run, args)
-    batches = pretrain.load_batches(data, 0, steps, plan, run.device, args)
+    batches = pretrain.load_batches(data, 0, steps, plan, args)
     for done, pieces in enumerate(batches, 1):
         pretrain.train_step(model, optimizer, pieces, data.pca, plan, args)
         if done == steps // 2:  # by now the kernels are chosen and the loader runs

@@ -724,14 +724,35 @@ def settings_of(**values):
     return common.plain(argparse.Namespace(**values), micro_batch=8)
 
 
+def save_checkpoint(folder, settings, step):
+    model = torch.nn.Linear(9, 9)
+    adam = torch.optim.Adam(model.parameters())
+    common.save_checkpoint(folder, settings, 1234, step, model, adam)
+
+
+def open_run(folder, settings, may_change=(), data=1234):
+    """As a rank that does not write: no lock is left."""
+    return common.open_run(folder, settings, data, may_change, rank=1)
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
     settings = settings_of(lr=1.0, workers=2, out=tmp_path)
-    assert common.resume(tmp_path, settings, ("workers", "out")) is None
+    assert open_run(tmp_path, settings, ("workers", "out")) is None
     for step in (1, 2):
-        common.save_checkpoint(tmp_path, dict(args=settings, step=step))
+        save_checkpoint(tmp_path, settings, step)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     other_workers = settings_of(lr=1.0, workers=9, out=tmp_path)
-    assert common.resume(tmp_path, other_workers, ("workers", "out"))["step"] == 2
+    assert open_run(tmp_path, other_workers, ("workers", "out"))["step"] == 2
+    with pytest.raises(InputError, match="was trained on other hands, pairs or labels"):
+        open_run(tmp_path, settings, data=1235)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.bias.data[0] = torch.nan
+    with pytest.raises(InputError, match="a weight is not finite after step 7"):
+        common.save_checkpoint(tmp_path, {}, None, 7, model, None)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change, words", [
@@ -741,9 +762,9 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
     (dict(lr=2.0, seed=1), r"\(--lr was 1.0, is 2.0; --seed was 0, is 1\)")])
 def test_other_settings_are_another_run_and_are_named(tmp_path, change, words):
     settings = settings_of(lr=1.0, seed=0, workers=2)
-    common.save_checkpoint(tmp_path, dict(args=settings, step=1))
+    save_checkpoint(tmp_path, settings, 1)
     with pytest.raises(InputError, match=words):
-        common.resume(tmp_path, settings | change | dict(workers=9), ("workers",))
+        open_run(tmp_path, settings | change | dict(workers=9), ("workers",))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1])
@@ -751,17 +772,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path, cut):
     settings = settings_of(lr=1.0)
     path = tmp_path / "checkpoint.pt"
     for step in (1, 2):  # an earlier one does not stand in for it
-        common.save_checkpoint(tmp_path, dict(args=settings, step=step, model=torch.zeros(99)))
+        save_checkpoint(tmp_path, settings, step)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(InputError, match=rf"^{path}: truncated, or not a checkpoint") as error:
-        common.resume(tmp_path, settings, ())
+        open_run(tmp_path, settings)
     assert "\n" not in str(error.value)
 
 
 def test_the_checkpoint_of_something_else_is_named(tmp_path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="checkpoint.pt: not the checkpoint of such a run"):
-        common.resume(tmp_path, settings_of(lr=1.0), ())
+        open_run(tmp_path, settings_of(lr=1.0))
 
 
 def test_the_log_goes_on_after_the_checkpoint(tmp_path):

@@ -24,8 +24,8 @@ from datasets import TINY, parse, split, test_crops
 from test_pretrain import same
 
 
-PLAN = finetune.Plan(rank=0, ranks=1, device=torch.device("cpu"), precision="fp32", batch_size=10,
-                     workers=0)
+PLAN = finetune.Plan(rank=0, ranks=1, device=torch.device("cpu"), precision="fp32", workers=0,
+                     batch_size=10)
 
 
 def predict(net, samples, args):
@@ -36,7 +36,7 @@ def predict(net, samples, args):
 def first_batch(train, args):
     """The first batch of a training -> its (epoch, row) and its tensors."""
     plan = finetune.make_plan(args, len(train))
-    rows = next(finetune.rows_of_steps(0, len(train), plan, args.seed))
+    rows = next(finetune.items_of_steps(0, 1, len(train), plan, args.seed))
     pictures = finetune.Pictures(train, finetune.make_crops(args))
     return rows, finetune.collate([pictures[row] for row in rows])
 
@@ -428,7 +428,7 @@ train.valid[::3, 0] = False  # no pose, so that shares differ in how many have o
 plan = finetune.make_plan(args, len(train))
 torch.manual_seed(0)
 pictures = finetune.Pictures(train, finetune.make_crops(args))
-rows = next(finetune.rows_of_steps(0, len(train), plan, args.seed))
+rows = next(finetune.items_of_steps(0, 1, len(train), plan, args.seed))
 batch = finetune.collate([pictures[row] for row in rows])
 with_bone = finetune.has_wrist_and_bone(batch["valid"]).sum()
 share = finetune.over_ranks(with_bone.float()) / plan.ranks
@@ -604,7 +604,7 @@ def test_a_linear_probe_leaves_the_backbone_and_predicts_what_it_says(rendered, 
     of the time where epochs are short, and --save-minutes tells when."""
     saved = []
     monkeypatch.setattr(finetune, "save_checkpoint",
-                        lambda folder, content: saved.append(content["step"]))
+                        lambda out, settings, data, step, *more, **best: saved.append(step))
     torch.manual_seed(1)
     start = finetune.LinearNet("resnet18", "none")
     torch.save(start.backbone.state_dict(), tmp_path / "backbone.pt")

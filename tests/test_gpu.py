@@ -111,8 +111,8 @@ def pretraining(monkeypatch, device, words, pieces=1, precision="bf16"):
     flags = ["--out", "unused", "--backbone", "resnet18", "--input-size", "64", *words]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "unused", *flags])
     args = pretrain.parse_args()
-    plan = pretrain.Plan(rank=0, ranks=1, micro_batch=4, pieces=pieces, steps_per_epoch=10,
-                         steps=100, warmup_steps=10, report_every=1, precision=precision)
+    plan = pretrain.Plan(rank=0, ranks=1, device=device, precision=precision, workers=0,
+                         batch_size=4 * pieces, pieces=pieces)
     with device:  # as make_model has it: tensors that hold no data cannot be moved
         model = pretrain.SimHandModel("resnet18", "none", contrast=args.method != "keypoints",
                                       regress=args.keypoint_loss > 0)
