@@ -156,9 +156,9 @@ PALM = (5, 9, 13, 17)  # the joints whose mean, seen from the wrist, says where 
 
 
 def upright(keypoints):
-    """What is left of hands (N, 21, 2) without their place, size and direction -> (N, 21, 2)
-    float64: the mean is 0, the root mean square distance from it 1, and the mean of joints 5, 9,
-    13 and 17 lies above the wrist."""
+    """Hands (N, 21, 2) without their place, size and direction -> (N, 21, 2) float64: the mean is
+    0, the root mean square distance from it 1, and the mean of joints 5, 9, 13 and 17 lies above
+    the wrist."""
     points = keypoints - keypoints.mean(1, keepdims=True, dtype=np.float64)
     size = np.sqrt(np.square(points).sum(2).mean(1))
     points /= np.maximum(size, 1e-9)[:, None, None]
@@ -669,8 +669,8 @@ def open_folder(folder, rank=0, ranks=1):
     """Make an output folder, lock it until the script ends, and clear what a killed run left. ->
     the lock.
 
-    Of several ranks each locks its own share of the lock file's bytes, so that ranks do not
-    exclude each other, while the shares of another run overlap with theirs.
+    Each rank locks its own share of the lock file's bytes: the ranks of a run do not exclude each
+    other, but another run does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -950,8 +950,7 @@ def items_of_steps(first, end, count, plan, seed):
 
 class Batches:
     """Item `batch`, a list of keys: collate([items[k] for k in batch]), or the InputError that was
-    raised. torch would hand on only its text, from a loader process, in the midst of a traceback.
-    """
+    raised: from a loader process torch would pass on its text alone, inside a traceback."""
 
     def __init__(self, items, collate):
         self.items = items
@@ -967,8 +966,8 @@ class Batches:
 def load_items(items, batches, workers, collate, pin_memory=False):
     """Yields collate([items[k] for k in batch]) for each batch, made by `workers` processes.
 
-    The global random state stays as it is. Where a process dies or complains, as where memory or
-    /dev/shm is full, InputError is raised.
+    Leaves the global random state alone. Raises InputError where a process dies, as when memory or
+    /dev/shm is full.
     """
     # A forked process has the items already. Any other start, Python's default from 3.14 on, would
     # send each process a copy: of a memory-mapped crops.npy the whole file. Loader processes never

@@ -70,37 +70,36 @@ def make_parser():
          "one video, in name order); single videos; .txt files with one such path a line")
     flag("--out", required=True, help="hands folder to write")
     flag("--paper", action="store_true", help="take the paper's values where ours differ: --margin "
-         "1.3 --border black; a flag that is given still counts")
+         "1.3 --border black; other flags override it")
     # what is sampled and kept
-    flag("--fps", type=float, default=1.0, help="frames a second that are looked at, by the "
-         "stream's own time; stills are all looked at (paper: 1)")
-    flag("--all-frames", action="store_true", help="decode every frame, also at 2 a second and "
-         "below, where a sample may otherwise come a quarter of the interval later")
-    flag("--max-hands", type=int, default=2, help="hands in a frame at most (paper: 2)")
-    flag("--min-score", type=float, default=0.5, help="MediaPipe's detection confidence, 0 to 1, "
-         "below which nothing is a hand (default: 0.5)")
-    flag("--min-size", type=float, default=32, help="pixels of the source that the longer side of "
-         "the box around a hand's keypoints must have")
-    flag("--mirrored", action="store_true", help="the videos are selfies, shown as in a mirror: "
-         "left and right are exchanged")
+    flag("--fps", type=float, default=1.0, help="frames sampled per second of video, by their time "
+         "stamps; all stills are sampled (paper: 1)")
+    flag("--all-frames", action="store_true", help="decode every frame; at 2 a second and below a "
+         "sample may otherwise come up to a quarter of the interval late")
+    flag("--max-hands", type=int, default=2, help="most hands in a frame (paper: 2)")
+    flag("--min-score", type=float, default=0.5,
+         help="lowest detection confidence of MediaPipe, 0 to 1 (default: 0.5)")
+    flag("--min-size", type=float, default=32, help="smallest hand: the longer side of the box "
+         "around its keypoints, in pixels of the source")
+    flag("--mirrored", action="store_true",
+         help="selfie videos, shown as in a mirror: left and right are exchanged")
     flag("--model", metavar="FILE", help="MediaPipe's hand_landmarker.task (default: the one in "
          "~/.cache/simhand, which the first call makes from mediapipe 0.10.21, 36 MB by pip)")
     # the authors' own hands instead
-    flag("--annotations", metavar="JSON", help="SiMHand's published Hand100M file: its hands and "
-         "pairs instead of MediaPipe's. Needs --frames, takes no videos")
-    flag("--frames", metavar="FOLDER", help="where the pictures lie that --annotations names: for "
-         "NAME/frame_000030.jpg the folder NAME, or the video NAME.mp4, whose frame 30 it is")
+    flag("--annotations", metavar="JSON", help="take hands and pairs from SiMHand's published "
+         "Hand100M file, instead of MediaPipe. Needs --frames, takes no videos")
+    flag("--frames", metavar="FOLDER", help="folder of the pictures that --annotations names: for "
+         "NAME/frame_000030.jpg it holds that file, or NAME.mp4, whose frame 30 it is")
     # the crops
     flag("--size", type=int, default=224, help="side of the crops in pixels (paper: 224)")
     flag("--margin", type=float, default=2.6, help="side of the square that a crop shows, over the "
          "longer side of the box around the keypoints (default: 2.6; paper: 1.3)")
     flag("--border", choices=sorted(BORDERS), default="mirror", help="what a crop shows beyond the "
-         "frame: the mirrored picture, its edge stretched, or black (default: mirror; paper: "
-         "black)")
+         "frame: its mirror image, its stretched edge, or black (default: mirror; paper: black)")
     flag("--quality", type=int, default=95, help="JPEG quality of the crops, 1 to 100")
     # the machine
-    flag("--workers", type=int, help="processes; each takes one video at a time (default: one a "
-         "core)")
+    flag("--workers", type=int,
+         help="processes; each takes one video at a time (default: one a core)")
     return parser
 
 
@@ -182,7 +181,7 @@ class Frame:
 
 
 class BrokenVideo(Exception):
-    """A source that cannot be opened, or that ends before its own length says."""
+    """A source that cannot be opened, or that ends earlier than its file says."""
 
 
 def read_video(path, given, detector, args):
@@ -226,9 +225,8 @@ def sample_frames(path, fps, all_frames=False):
 
 
 def sample_video(path, fps, k, skip):
-    """Yields the Frames of a video from the k-th sample on. -> None, or the k that takes decoding
-    without skips.
-    """
+    """Yields the Frames of a video from the k-th sample on. -> None, or the k from which on all
+    frames must be decoded."""
     def due():
         return k / fps - 1e-4  # time stamps are rounded to the stream's tick
 
@@ -740,7 +738,7 @@ def start_worker(core, args):
 
 
 def prepare_worker(core, out):
-    """The first that a worker process does."""
+    """What a worker process does first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent decides, and takes its workers with it
     threading.Thread(target=leave_with_parent, daemon=True).start()

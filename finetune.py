@@ -70,7 +70,7 @@ def make_parser():
          "needs frames cut from its videos, and the calibration as json, laid out like that of ego")
     flag("--predict", metavar="FOLDER", help="no data set: apply the trained --weights "
          "RUN/model.pt to pictures, each of one right hand that fills about half of the longer "
-         "side, or to a hands folder. Wrists then lie at 0, and the bone 0-9 has the training "
+         "side, or to a hands folder. Wrists are then at 0, and the bone 0-9 has the training "
          "set's median length")
     # network
     flag("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
@@ -78,8 +78,8 @@ def make_parser():
     flag("--head", choices=NETWORKS, default="detnet", help="detnet: the paper's; linear: one "
          "layer on the backbone's averaged features, which needs fewer steps; knn: no training, "
          "but the pose of the training picture with the most similar features")
-    flag("--freeze", action="store_true", help="keep the backbone as it is; with --head linear "
-         "this is a linear probe")
+    flag("--freeze", action="store_true",
+         help="keep the backbone as it is; with --head linear this is a linear probe")
     flag("--input-size", type=int, default=128,
          help="side of the network's input in pixels; for detnet a multiple of 32 (default: 128)")
     add_training_flags(flag)
@@ -88,8 +88,8 @@ def make_parser():
 
 def add_training_flags(flag):
     # labels
-    flag("--labels", metavar="FOLDER", help="keep what the label files say here, and read it from "
-         "here in later runs; with --dataset own, the labels that you made")
+    flag("--labels", metavar="FOLDER",
+         help="cache of the data set's labels; with --dataset own, the labels that you made")
     flag("--label-fraction", type=float, default=1.0, help="share of the unique training samples "
          "to use, drawn by --seed; a larger share contains a smaller one")
     # pictures
@@ -103,8 +103,8 @@ def add_training_flags(flag):
          "BatchNorm sees a rank's share (paper: 128)")
     flag("--lr", type=float, default=1e-3,
          help="Adam's learning rate; a tenth of it from half of the epochs on (DetNet)")
-    flag("--backbone-lr", type=float, help="the same for the backbone alone (default: --lr)")
-    flag("--seed", type=int, default=0, help="of all that is random")
+    flag("--backbone-lr", type=float, help="learning rate of the backbone (default: --lr)")
+    flag("--seed", type=int, default=0, help="seed of everything random")
     # machine
     add_machine_flags(flag)
 
@@ -128,10 +128,8 @@ def parse_args():
             f"--input-size must be a multiple of 32, not {args.input_size}, with --head detnet")
     if args.root:
         args.root = os.path.normpath(args.root)
-    if args.dataset == "dexycb" and not args.setup:
-        args.setup = "s1"
-    if args.dataset == "assemblyhands" and not args.modality:
-        args.modality = "ego"
+    args.setup = args.setup or {"dexycb": "s1"}.get(args.dataset)
+    args.modality = args.modality or {"assemblyhands": "ego"}.get(args.dataset)
     if args.backbone_lr is None:
         args.backbone_lr = args.lr
     return args

@@ -44,19 +44,19 @@ def make_parser():
     flag("--dims", type=int, default=14,
          help="dimensions of the PCA embedding, 1 to 42 (paper: 14)")
     # which pairs
-    flag("--paper", action="store_true", help="take the paper's value where ours differs: "
-         "--no-rotation-free; a flag that is given still counts")
+    flag("--paper", action="store_true",
+         help="take the paper's value where ours differs: --no-rotation-free")
     flag("--top-k", type=int, default=1, help="neighbours kept for each hand (paper: 1)")
     flag("--rotation-free", action=argparse.BooleanOptionalAction, help="compare hands turned "
          "upright and of one size; turns.npy says how a neighbour must be turned to lie as the "
          "hand does (default: --rotation-free; paper: hands as they lie in their crops)")
     flag("--same-video", action="store_true", help="let a neighbour come from the hand's own video "
          "(ablation: mostly near-duplicates)")
-    flag("--temporal", action="store_true", help="instead of similar hands: the hand of the same "
-         "side with the nearest box in the next sampled frame of the same video (as in TempCLR)")
-    flag("--limit", type=int, help="mine within so many hands, drawn at random, as if there were "
-         "no others; of one seed the smaller set lies in the larger (default: all)")
-    flag("--seed", type=int, default=0, help="seed of the random choice of --limit")
+    flag("--temporal", action="store_true", help="pair each hand with that of the same side and "
+         "the nearest box in the next sampled frame of its video, as in TempCLR")
+    flag("--limit", type=int, help="mine this many hands alone, drawn at random; with the same "
+         "seed a larger set contains a smaller one (default: all)")
+    flag("--seed", type=int, default=0, help="seed of --limit's random choice")
     # the machine
     flag("--device",
          help="cpu or cuda (default: the GPU when there is one); the result is the same")
@@ -178,8 +178,8 @@ def fit_pca(poses, dims):
 
 
 def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device):
-    """The paper's pairs: for each mined hand the most similar hands of other videos, but none that
-    shows the same picture, as where a video lies there twice -> Pairs.
+    """The paper's pairs: for each mined hand the most similar hands of other videos, without copies
+    of its own picture, as in a video that was uploaded twice -> Pairs.
 
     pictures: the thumbnails of the mined hands.
     """

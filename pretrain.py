@@ -45,12 +45,13 @@ from common import (BACKBONES, BORDERS, Plan, add_machine_flags, any_rank, apply
 PAPER = {"border": "black", "crop_move": 15 / 224}
 WEIGHTINGS = ("none", "linear", "nonlinear", "balanced", "soft")
 MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes")
+CURVES = (("loss", "keypoint_error"), ("lr",), ("positive_similarity", "negative_similarity"),
+          ("mean_pos_weight", "mean_neg_weight"), ("probe",))
 EXTRA_AUGMENTATIONS = {
-    "colour_drop": "share of the views, 0 to 1, that become grey (default of this and the next "
-                   "four: 0)",
+    "colour_drop": "share of the views, 0 to 1, that turn grey (like the next four: 0 by default)",
     "blur": "share that is blurred, by a Gaussian of up to 2 px (at 128 px)",
     "noise": "share that gets Gaussian noise, of up to 25 of 255",
-    "sobel": "share that shows its edges alone",
+    "sobel": "share that shows edges only",
     "cut_out": "share that loses a square of 0.1 to 0.4 of its side"}
 
 
@@ -63,8 +64,8 @@ def make_parser():
          "(default: the hands folders themselves)")
     flag("--out", required=True, help="folder of this run")
     flag("--paper", action="store_true", help="take the paper's values where ours differ: "
-         "--weighting linear (of simhand), --border black, --crop-move 15/224; a flag that is "
-         "given still counts. Extract and mine with --paper too")
+         "--weighting linear (with simhand), --border black, --crop-move 15/224; other flags "
+         "override it. Extract and mine with --paper too")
     add_method_flags(flag)
     add_view_flags(flag)
     add_training_flags(flag)
@@ -73,45 +74,44 @@ def make_parser():
 
 def add_method_flags(flag):
     flag("--method", choices=("simhand", "peclr", "simclr", "keypoints"), default="simhand",
-         help="simhand: the positive is the mined neighbour; peclr: the same picture once more; "
-         "simclr: the same, without equivariance and rotation; keypoints: no contrast, one linear "
-         "layer learns where the detector saw the 21 keypoints in a view (a baseline)")
+         help="simhand: the positive is the mined neighbour; peclr: another view of the hand; "
+         "simclr: the same, without equivariance and rotation; keypoints: no contrast, a linear "
+         "layer regresses the 21 keypoints that the detector saw (a baseline)")
     flag("--weighting", choices=WEIGHTINGS,
-         help="how the distance between two hands' keypoints enters the loss. soft: each view's "
-         "similarities shall be spread over the others as the hands are alike; linear, nonlinear: "
-         "it weights the pairs; balanced: linear weights over their mean (default: soft; of "
-         "peclr and simclr none; paper: linear)")
+         help="what the distance between two hands' keypoints does. soft: the closer they are, the "
+         "more similar their views should become; linear, nonlinear: it weights the pairs; "
+         "balanced: linear weights over their mean (default: soft with --method simhand, else "
+         "none; paper: linear)")
     flag("--weight-on", choices=("both", "pos", "neg"), default="both",
-         help="pairs that are weighted")
+         help="which pairs are weighted")
     flag("--weight-keypoints", choices=("augmented", "original"),
-         help="keypoints that the distance is taken between: the views', or the crops' before any "
-         "view (default: augmented; soft: original)")
-    flag("--weight-pca", action="store_true", help="measure the distance in the PCA embedding of "
-         "mining instead of over the joints: by pca.npy of the first folder")
+         help="measure that distance between the views, or between the crops before any "
+         "augmentation (default: augmented; with soft targets original)")
+    flag("--weight-pca", action="store_true", help="measure it in mining's PCA embedding instead "
+         "of over the joints, with pca.npy of the first folder")
     flag("--slope-pos", type=float, default=1.0,
-         help="nonlinear weights of positives: slope per pixel")
+         help="slope of the nonlinear weights of positives, per pixel")
     flag("--slope-neg", type=float, default=0.05,
-         help="nonlinear weights of all pairs: slope per pixel")
-    flag("--target-temperature", type=float, default=0.06, help="of soft targets, in root mean "
-         "square sizes of a hand: the smaller, the fewer hands of the batch share a target")
-    flag("--keypoint-loss", type=float, metavar="LAMBDA", help="add so many times the loss of "
-         "--method keypoints to the contrastive one (default: 0)")
-    flag("--top-k", type=int, default=1, help="draw the positive among the first k neighbours")
-    flag("--temperature", type=float, help="of NT-Xent (default: 0.2 with soft targets, "
-         "else the paper's 0.5)")
+         help="slope of the nonlinear weights of all pairs, per pixel")
+    flag("--target-temperature", type=float, default=0.06, help="temperature of the soft targets, "
+         "in units of a hand's root mean square size")
+    flag("--keypoint-loss", type=float, metavar="LAMBDA",
+         help="weight of the loss of --method keypoints beside the contrastive one (default: 0)")
+    flag("--top-k", type=int, default=1, help="draw the positive from the first k neighbours")
+    flag("--temperature", type=float, help="temperature of NT-Xent (default: 0.2 with soft "
+         "targets, else the paper's 0.5)")
     flag("--shift-unit", choices=("side", "hand"), default="side",
-         help="side: undo a view's shift as a share of the view's side (paper); hand: as a share "
-         "of the hand's own extent, which undoes it exactly for a projection that is the keypoints")
+         help="undo a view's shift as a share of the view's side (paper), or of the hand's own "
+         "extent, which is exact where the projection is the keypoints")
     flag("--equivariance", choices=("both", "rotation", "shift", "none"),
-         help="what of a view is undone on the projection before the loss (default: both; simclr: "
-         "none)")
+         help="what is undone on the projection before the loss (default: both; simclr: none)")
 
 
 def add_view_flags(flag):
     flag("--input-size", type=int, default=128, help="side of a view in pixels (paper: 128)")
     flag("--rotation", type=float, help="degrees to either side (default: 45; simclr: 0)")
     flag("--crop-margin", type=float, nargs=2, metavar=("LOW", "HIGH"),
-         help="half side of the view, in largest distances of a keypoint from the keypoints' mean "
+         help="half the view's side over the largest distance of a keypoint from their mean "
          "(default: 0.9 1.5; simclr: 1.25 1.25)")
     flag("--crop-move", type=float, default=15 / 448, help="largest shift of the view per axis, as "
          "a share of the crop's side (default: 15/448; paper: 15/224, of crops half as wide)")
@@ -129,29 +129,27 @@ def add_training_flags(flag):
          help="start from imagenet, none (random weights), or a file")
     # optimisation
     flag("--epochs", type=int, default=100, help="(paper: 100)")
-    flag("--batch-size", type=int, default=8192, help="pairs a step over all ranks; each view has "
-         "2 x this - 2 negatives (paper: 8192)")
-    flag("--micro-batch", type=int, help="pairs that pass the network together on one rank: less "
-         "memory, more time (all are embedded twice), the gradient of the whole batch. "
-         "BatchNorm's statistics are those of a micro-batch (default: the largest divisor of the "
-         "rank's share up to 512)")
+    flag("--batch-size", type=int, default=8192, help="pairs a step over all ranks (paper: 8192)")
+    flag("--micro-batch", type=int, help="pairs that pass the network together on one rank: takes "
+         "less memory and more time, and the gradient stays that of the whole batch. BatchNorm "
+         "sees a micro-batch (default: the largest divisor of the rank's share up to 512)")
     flag("--optimizer", choices=("lars-adam", "adam", "lars"), default="lars-adam",
          help="lars-adam: LARS around Adam (paper); lars: around SGD with momentum 0.9")
     flag("--lr", type=float, default=3.2e-3, help="peak learning rate (paper: 1e-4 x sqrt(1024))")
     flag("--weight-decay", type=float, default=1e-6, help="(paper: 1e-6)")
     flag("--warmup-epochs", type=int,
          help="linear warm-up (default: a tenth of the epochs; paper: 10)")
-    flag("--seed", type=int, default=0, help="of the new layers, the order and the views")
+    flag("--seed", type=int, default=0, help="seed of the new layers, the order and the views")
     # machine
     add_machine_flags(flag)
-    flag("--compile", action="store_true", help="compile the network (torch.compile): minutes at "
-         "the start, and then less time a step")
-    flag("--probe", type=int, default=2000, metavar="HANDS", help="keep the hands of a twentieth "
-         "of the videos (from 40 on), at most so many, out of the training, and after each epoch "
-         "say how alike the poses are that they find among each other by frozen features: 0 as by "
-         "chance, 1 the nearest there are (0: off)")
-    flag("--steps", type=int, help="dry run: take so many steps, print rate, memory and the time "
-         "that the whole run would take, write nothing")
+    flag("--compile", action="store_true",
+         help="compile the network (torch.compile): starts minutes later, then runs faster")
+    flag("--probe", type=int, default=2000, metavar="HANDS", help="hold out a twentieth of the "
+         "videos (of 40 or more), and at most this many of their hands. After each epoch each "
+         "finds another by frozen features: how alike are their poses? 0: as by chance, 1: as the "
+         "nearest there are (0 hands: off)")
+    flag("--steps", type=int, help="dry run: take this many steps, print speed, memory and the "
+         "time that the whole run would take, and write nothing")
 
 
 def parse_args():
@@ -263,7 +261,7 @@ def main():
         if due or stopping:
             if writes:
                 save_checkpoint(args.out, settings, data.digest, step, model, optimizer)
-                draw_curves(args.out, rows)
+                plot_curves(Path(args.out) / "curves.png", rows, CURVES)
             saved = since = time.time()
         if stopping:
             break
@@ -285,7 +283,7 @@ class PairView:
     weight_keypoints: np.ndarray  # (21, 2), what weights and soft targets are computed from
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs:
     """Item (epoch, hand), a hand of the pool -> its pair: two PairViews."""
 
     def __init__(self, data, args):
@@ -315,8 +313,8 @@ def make_pair(data, hand, epoch, args):
 
 
 def make_view(rng, hands, row, turn, args):
-    """A random view of a hand of a hands folder, turned by `turn` degrees beside the
-    sampled angle, so that it lies as its partner does -> PairView."""
+    """A random view of a hand of a hands folder -> PairView. turn: degrees, on top of the sampled
+    angle, that bring the hand to lie as its partner does."""
     size = args.input_size
     points = hands.keypoints[row]
     view = sample_view(rng, points, hands.side, size, rotation=args.rotation,
@@ -357,7 +355,7 @@ def collate(pairs):
 
 
 def disturb(image, rng, args):
-    """The extra augmentations, each for the share of all views that its flag says."""
+    """The extra augmentations, each for its flag's share of the views."""
     shares = [getattr(args, name) for name in EXTRA_AUGMENTATIONS]
     if not any(shares):
         return image
@@ -437,8 +435,7 @@ def add_gradient(net, pieces, pca, plan, args):
 
 def embed(net, piece, equivariance, precision):
     """A piece of n pairs -> (2n, C) float32, first views before second: L2-normalised embeddings
-    (128 columns), regressed keypoints (42), or the one beside the other, as the network has
-    them."""
+    (128 columns), regressed keypoints (42), or both side by side."""
     projection, keypoints = forward(net, piece["image"], precision)
     outputs = []
     if projection is not None:
@@ -486,8 +483,8 @@ def batch_loss(first, second, pieces, pca, args):
 
 
 def weigh(keypoints1, keypoints2, kind, weight_on, slopes, pca=None):
-    """(N, 21, 2) twice, network-input pixels -> the weights that nt_xent shall take, by name:
-    of the positives, of all pairs. pca: components (D, 42), to measure distances in."""
+    """(N, 21, 2) twice, network-input pixels -> the weights for nt_xent, by name. pca: components
+    (D, 42), to measure distances in."""
     if pca is not None:
         pca = pca.to(keypoints1.device)
         keypoints1 = (keypoints1.flatten(1) @ pca.T)[:, None]
@@ -635,7 +632,7 @@ class Probe:
 
 
 def load_probe(data, args):
-    """One view of each hand of data.probe, without chance -> Probe."""
+    """A view without augmentation of each hand of data.probe -> Probe."""
     margin = statistics.fmean(args.crop_margin)
     rng = np.random.default_rng(0)
     images = []
@@ -658,9 +655,8 @@ def load_probe(data, args):
 
 @torch.no_grad()
 def probe_score(backbone, probe, device):
-    """Each hand takes the one of another video whose frozen features are the most alike. How far
-    off is its pose, in the mean? -> 1: not further than the nearest pose; 0: as far as chance
-    is."""
+    """Each hand takes the one of another video whose features are the most alike. How far off is
+    its pose, on average? -> 1: no further than the nearest pose; 0: as far as by chance."""
     backbone.eval()
     features = torch.cat([backbone(normalise(images.to(device))).cpu()
                           for images in probe.images.split(256)])
@@ -734,9 +730,8 @@ def load_data(args):
 
 
 def hold_out(video, limit, seed):
-    """Which hands of a folder the probe keeps -> bool (N,): all those of some of its videos, a
-    twentieth at most, and no more videos than `limit` hands need. None where that leaves one
-    video or none, which has no other to find its like in."""
+    """Which hands of a folder the probe keeps -> bool (N,): all those of a twentieth of its videos
+    at most, and of no more videos than `limit` hands need; none where that is a single video."""
     videos, counts = np.unique(video, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(videos))[:len(videos) // 20]
     enough = np.searchsorted(np.cumsum(counts[order]), limit) + 1
@@ -816,12 +811,6 @@ def load_batches(data, first, end, plan, args):
     for _ in range(first, end):
         pieces = itertools.islice(loader, plan.pieces)
         yield [to_device(piece, plan.device) for piece in pieces]
-
-
-def draw_curves(out, rows):
-    plot_curves(Path(out) / "curves.png", rows, [
-        ["loss", "keypoint_error"], ["lr"], ["positive_similarity", "negative_similarity"],
-        ["mean_pos_weight", "mean_neg_weight"], ["probe"]])
 
 
 def finish(step, rows, model, plan, args):

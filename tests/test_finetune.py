@@ -18,7 +18,7 @@ import torch
 
 import evaluate
 import finetune
-from common import load_checkpoint
+from common import load_checkpoint, normalise
 from conftest import ENVIRONMENT, ROOT, refused, run, run_here, torchrun
 from datasets import TINY, parse, split, test_crops
 from test_pretrain import same
@@ -399,7 +399,7 @@ def test_knn_is_brute_force_on_the_backbones_features(rendered, straight, tmp_pa
     net = finetune.load_backbone("resnet18", tmp_path / "backbone.pt").eval()
     labelled, asked = test_crops(train, args), test_crops(test, args)
     with torch.no_grad():
-        keys, queries = (net(finetune.normalise(part["image"])).double()
+        keys, queries = (net(normalise(part["image"])).double()
                          for part in (labelled, asked))
     predicted, truth, uv = (np.load(tmp_path / "run" / f"{name}.npy")
                             for name in ("pred_xyz", "gt_xyz", "pred_uv"))
@@ -543,7 +543,7 @@ def test_a_users_own_pictures(rendered, straight, tmp_path):
         matrix = np.array([[1, 0, columns / 2 / 7], [0, 1, rows / 2 / 7]])  # 224 -> 32 pixels
         made = torch.from_numpy(cv2.warpAffine(block_means(image, 7), matrix, (32, 32)))[None]
         with torch.no_grad():
-            heat, _, location = net(finetune.normalise(made))
+            heat, _, location = net(normalise(made))
         for j in range(21):
             row, column = np.unravel_index(heat[0, j].numpy().argmax(), (8, 8))
             assert np.allclose(uv[k, j], (column * 4 + 1.5, row * 4 + 1.5))
@@ -625,7 +625,7 @@ def test_a_linear_probe_leaves_the_backbone_and_predicts_what_it_says(rendered, 
     picture = cv2.imread(str(sorted(folder.iterdir())[3]))
     small = block_means(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), 4)[None]
     with torch.no_grad():
-        uv, pose = net(finetune.normalise(torch.from_numpy(small.astype(np.uint8))))
+        uv, pose = net(normalise(torch.from_numpy(small.astype(np.uint8))))
     assert np.allclose(np.load(tmp_path / "mine" / "pred_uv.npy")[3], uv[0], atol=1e-3)
     assert np.allclose(xyz[3], kept["bone"] * (pose[0] - pose[0, :1]), atol=0.05)
 
@@ -688,7 +688,7 @@ def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
         matrix = np.concatenate([np.eye(2) * scale * times, move[:, None]], 1)
         made = cv2.warpAffine(block_means(finetune.read_crop(opened, i), times), matrix, (32, 32))
         with torch.no_grad():
-            heat = net(finetune.normalise(torch.from_numpy(made)[None]))[0][0]
+            heat = net(normalise(torch.from_numpy(made)[None]))[0][0]
         found = [np.unravel_index(heat[j].numpy().argmax(), (8, 8)) for j in range(21)]
         assert np.allclose(uv[i], [(column * 4 + 1.5, row * 4 + 1.5) for row, column in found])
     (hands / "keypoints.npy").write_bytes(b"")
