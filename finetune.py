@@ -93,6 +93,10 @@ def add_training_flags(flag):
     flag("--label-fraction", type=float, default=1.0, help="share of the unique training samples "
          "to use, drawn by --seed; a larger share contains a smaller one")
     # pictures
+    flag("--crop", type=float, help="side of the test crop over the longer extent of the true "
+         "joints, AssemblyHands: of its box (default: freihand 2, dexycb and assemblyhands 1.75). "
+         "Pre-training's views are 1.1 to 1.9 wide: what a frozen backbone tells apart falls off "
+         "beyond")
     flag("--border", choices=sorted(BORDERS), default="black",
          help="what a crop shows beyond the picture: the mirrored picture, or black (default)")
     flag("--rotation", type=float, default=90.0, help="degrees to either side (DetNet: 90)")
@@ -121,6 +125,8 @@ def parse_args():
             "--modality belongs to --dataset assemblyhands")
     require(args.dataset != "own" or args.labels,
             "--dataset own: expected --labels FOLDER with train.npy and test.npy")
+    require(args.dataset in CROP or not args.crop,
+            "--crop belongs to --dataset freihand, dexycb and assemblyhands")
     above = min(args.epochs, args.batch_size, args.lr, args.input_size)
     require(0 < args.label_fraction <= 1 and above > 0, "--label-fraction must lie in 0..1, "
             "--epochs, --batch-size, --lr and --input-size above 0")
@@ -130,6 +136,7 @@ def parse_args():
         args.root = os.path.normpath(args.root)
     args.setup = args.setup or {"dexycb": "s1"}.get(args.dataset)
     args.modality = args.modality or {"assemblyhands": "ego"}.get(args.dataset)
+    args.crop = args.crop or CROP.get(args.dataset)
     if args.backbone_lr is None:
         args.backbone_lr = args.lr
     return args
@@ -690,9 +697,7 @@ def finish(rows, best, model, data, crops, plan, args):
 def save_model(model, train, args):
     """model.pt: the weights, and what --predict needs beside them."""
     bones = bone_length(train.xyz[has_wrist_and_bone(train.valid)])
-    crop = CROP.get(args.dataset)
-    if not crop:
-        crop = float(np.median(train.side / np.ptp(train.uv, axis=1).max(1)))
+    crop = args.crop or float(np.median(train.side / np.ptp(train.uv, axis=1).max(1)))
     content = dict(head=args.head, backbone=args.backbone, input_size=args.input_size,
                    border=args.border, crop=crop, bone=float(np.median(bones)),
                    model=model.state_dict())
@@ -843,6 +848,7 @@ def load_data(args):
     for samples in (labels.train, labels.validation, labels.test):
         if samples is not None:
             check_bones(samples, labels.notes, args.root)
+            samples.side *= args.crop / CROP[args.dataset] if args.crop else 1
             flip_left_hands(samples)
     used, note = draw_labels(labels.train, args.label_fraction, args.seed)
     if args.head == "knn":  # no model to choose; only a whole pose can be aligned and scaled

@@ -279,14 +279,15 @@ def digits_of(out, hands):
 
 
 def embed(backbone, hands, border, rotation):
-    """Frozen features of all hands of a folder, each in one view like those of the middle of
-    pre-training, turned by up to `rotation` degrees, colours as they are -> (N, 512), of length 1,
-    and the keypoints in the views (N, 21, 2). All methods see the same views."""
+    """Frozen features of all hands of a folder, each in one view, turned by up to `rotation`
+    degrees, colours as they are -> (N, 512), of length 1, and the keypoints in the views (N, 21, 2).
+    The circle about a hand's keypoints touches the view's edges: in 64 px each finger counts. All
+    methods see the same views."""
     images = []
     points = []
     for row, keypoints in enumerate(hands.keypoints):
         view = common.sample_view(np.random.default_rng(row), keypoints, hands.side, SIDE,
-                                  rotation=rotation, move=0, half_side=(1.2, 1.2), colour=False)
+                                  rotation=rotation, move=0, half_side=(1, 1), colour=False)
         image, seen = common.apply_view(view, common.read_crop(hands, row), keypoints, SIDE, border)
         images.append(image)
         points.append(seen)

@@ -48,6 +48,17 @@ def test_freihand_is_read_to_the_letter(freihand):
     assert np.array_equal(finetune.read_freihand(args).test.xyz, test.xyz)
 
 
+def test_crop_sets_the_side_of_the_test_crops(freihand, tmp_path):
+    tight = split(parse("--root", freihand, "--out", "x", "--crop", 1.25))[2]
+    assert np.allclose(tight.side, 1.25 * np.ptp(tight.uv, axis=1).max(1))
+    usual = split(parse("--root", freihand, "--out", "x"))[2]
+    assert np.allclose(usual.side, 2 * np.ptp(usual.uv, axis=1).max(1))
+    assert np.array_equal(tight.centre, usual.centre)
+    words = refused("finetune.py", "--dataset", "own", "--root", freihand, "--labels", tmp_path,
+                    "--out", tmp_path / "run", "--crop", 1.25)
+    assert "--crop belongs to" in words
+
+
 def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     def line(root=freihand):
         return refused("finetune.py", "--dataset", "freihand", "--root", root,
