@@ -217,8 +217,8 @@ def sample_view(rng, keypoints, crop_side, view_side, *, rotation=45.0, half_sid
     keypoints (21, 2) in crop pixels. rotation: largest angle, degrees. half_side: range of half
     the view's side, in largest distances of a keypoint from the keypoints' mean. move: largest
     shift per axis, as a share of the crop's side. turn: degrees that bring the hand to lie as its
-    partner does; the picture is turned by angle + turn, and the equivariance undoes the angle
-    alone.
+    partner does; the picture is turned by angle + turn, and the equivariance undoes only the
+    angle.
     """
     draws = iter(rng.random(8).tolist())
 
@@ -569,7 +569,7 @@ def load_checkpoint(path):
         thing = re.search(r"GLOBAL (\S+)", str(error))
         if thing:
             raise InputError(f"{path}: holds pickled objects ({thing[1]}), which are never loaded; "
-                             "if you trust it, save its tensors alone: torch.save(torch.load(FILE, "
+                             "if you trust it, save only its tensors: torch.save(torch.load(FILE, "
                              "weights_only=False)['state_dict'], NEW)")
         raise InputError(f"{path}: truncated, or not a checkpoint written by torch.save")
 
@@ -583,8 +583,8 @@ def find_ranks():
         return int(os.environ.get(name, otherwise))
 
     cores = sorted(os.sched_getaffinity(0))
-    # A batch script, which runs once, sees SLURM_PROCID and SLURM_NTASKS too; SLURM_STEP_* are set
-    # by srun alone, for each task that it starts.
+    # A batch script, which runs once, sees SLURM_PROCID and SLURM_NTASKS too; only srun sets
+    # SLURM_STEP_*, for each task that it starts.
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
         share = cores[number("LOCAL_RANK", 0)::number("LOCAL_WORLD_SIZE", 1)]
         return number("RANK", 0), number("WORLD_SIZE", 1), share or cores
@@ -922,7 +922,7 @@ def catch_sigterm():
 
 def report(out, step, recent, optimizer, plan):
     """A row of the log: the means of the recent steps' values, {name: tensor} each, over all
-    ranks. Here alone the host waits for the device."""
+    ranks. Only here does the host wait for the device."""
     values = torch.stack([torch.stack(list(each.values())) for each in recent])
     means = (over_ranks(values.double().mean(0)) / plan.ranks).tolist()
     require(all(map(math.isfinite, means)), f"{out}: the loss is not finite by step {step}; {KEPT}")
@@ -950,7 +950,7 @@ def items_of_steps(first, end, count, plan, seed):
 
 class Batches:
     """Item `batch`, a list of keys: collate([items[k] for k in batch]), or the InputError that was
-    raised: from a loader process torch would pass on its text alone, inside a traceback."""
+    raised: from a loader process torch would pass on only its text, inside a traceback."""
 
     def __init__(self, items, collate):
         self.items = items

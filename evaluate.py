@@ -3,9 +3,9 @@
 Reads from each run's folder pred_xyz.npy and gt_xyz.npy (T, 21, 3) in mm, and where they exist:
 valid.npy (T, 21), the joints that count; wrist.npy (T,), the samples that their wrist aligns even
 where that joint does not count; the log of finetune.py, for the data set's name and the curves.
-Writes metrics.json beside the predictions, and into --out table.md, .csv and .tex; as .png and .pdf
-pck, and where a method's runs differ in these labels (the error against the share of the labels)
-and pool (against the size of pre-training). Replaces no file of others: .evaluate lists its own.
+Writes metrics.json beside the predictions, and into --out table.md, .csv and .tex and the plots, as
+.png and .pdf: pck, labels (error against the share of the labels) and pool (against the size of
+pre-training), where a method's runs differ in these. It replaces only files listed in .evaluate.
 
     python evaluate.py runs/freihand-imagenet runs/freihand-simhand --out runs/comparison
     python evaluate.py runs/freihand-*-seed? --seeds --baseline freihand-peclr --out runs/comparison
@@ -76,7 +76,7 @@ class Run:
     folder: Path
     name: str
     data: str  # the data set's name, or ""
-    settings: dict  # as of `read_settings`
+    settings: dict  # as `read_settings` gives them
     truth: int  # a checksum: whether two runs have the same true poses
     names: np.ndarray = None  # (T,) NAMES_DTYPE, for a submission
     metrics: dict = None  # as in metrics.json
@@ -243,7 +243,7 @@ def number(value):
 HINT = "finetune.py writes it; any method's predictions will do"
 DATASETS = {"freihand": "FreiHAND", "dexycb": "DexYCB", "assemblyhands": "AssemblyHands"}
 # What predictions may be in by mistake: factor to mm, unit, and the share of the hand's size below
-# which the error must then be. Those that are merely bad may be a tenth of a hand, and shall pass.
+# which the error must then be. Merely bad ones may be a tenth of a hand, and pass.
 UNITS = ((1000, "metres", 0.75), (10, "centimetres", 0.5))
 
 

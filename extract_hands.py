@@ -326,7 +326,7 @@ def any_wanted(held, video, due):
 
 def decode_packet(packet, video):
     """Yields (seconds, frame) of what the decoder gives out for a packet. A damaged packet costs
-    its own frames alone."""
+    only its own frames."""
     try:
         frames = packet.decode()
     except av.FFmpegError:
@@ -487,7 +487,7 @@ def find_hands(detector, image, min_size, mirrored, margin):
     """
     import mediapipe
 
-    image = np.ascontiguousarray(image)  # MediaPipe is given its address alone
+    image = np.ascontiguousarray(image)  # MediaPipe gets only its address
     height, width = image.shape[:2]
     answer = detector.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, image))
     hands = []
@@ -1051,14 +1051,10 @@ def save_pairs(folder, videos, hands, annotations):
 # MediaPipe's releases after this one carry no model. Its wheels for other machines and Pythons hold
 # the same model; with these flags pip downloads this wheel whatever the machine and the Python.
 MODEL_RELEASE = ("mediapipe==0.10.21", "--python-version=3.12", "--platform=manylinux_2_28_x86_64")
-# The model's two files: {name in a bundle: (place in the wheel, SHA-256)}.
+# The model's two files: {name in a bundle: place in the wheel}.
 MODEL_FILES = {
-    "hand_detector.tflite": (
-        "mediapipe/modules/palm_detection/palm_detection_full.tflite",
-        "1b14e9422c6ad006cde6581a46c8b90dd573c07ab7f3934b5589e7cea3f89a54"),
-    "hand_landmarks_detector.tflite": (
-        "mediapipe/modules/hand_landmark/hand_landmark_full.tflite",
-        "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3")}
+    "hand_detector.tflite": "mediapipe/modules/palm_detection/palm_detection_full.tflite",
+    "hand_landmarks_detector.tflite": "mediapipe/modules/hand_landmark/hand_landmark_full.tflite"}
 
 
 def find_model(given):
@@ -1095,11 +1091,8 @@ def make_model(path):
         require(wheels, f"pip: {pip.stderr.strip()}".splitlines()[-1])
         with (zipfile.ZipFile(wheels[0]) as wheel, atomic(path) as file,
               zipfile.ZipFile(file, "w") as bundle):
-            for name, (place, digest) in MODEL_FILES.items():
-                content = wheel.read(place)
-                require(hashlib.sha256(content).hexdigest() == digest,
-                        f"{wheels[0].name} holds another model than expected")
-                bundle.writestr(zipfile.ZipInfo(name), content)  # not compressed, without a time
+            for name, place in MODEL_FILES.items():  # not compressed, without a time
+                bundle.writestr(zipfile.ZipInfo(name), wheel.read(place))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ picture cannot tell is taken from the labels: the wrist's place and the length o
         --backbone resnet18 --input-size 64 --batch-size 16 --epochs 2 --out runs/tiny
 
 Your own data set: --dataset own --root PICTURES --labels FOLDER, where FOLDER holds train.npy,
-test.npy and, unless a tenth of the training set shall be held out, val.npy: arrays of SAMPLE, see
+test.npy and, unless a tenth of the training set is to be held out, val.npy: arrays of SAMPLE, see
 below. What --labels keeps of another data set is an example.
 
 To read: arguments, main, then the method (network, loss, training, testing). Whoever wants the
@@ -305,7 +305,7 @@ class LinearNet(nn.Module):
         return outputs
 
 
-# knn uses the backbone alone.
+# knn uses only the backbone.
 NETWORKS = {"detnet": DetNet, "linear": LinearNet, "knn": DetNet}
 
 
@@ -464,7 +464,7 @@ def predict(model, pictures, plan, name=""):
     return found[..., :2], found[..., 2:]
 
 
-def nearest(backbone, data, crops, plan):
+def predict_by_neighbour(backbone, data, crops, plan):
     """What `predict` returns, for --head knn: each test picture gets the joints of the training
     picture whose features are the most similar, both seen in test crops."""
     def describe(images):
@@ -509,7 +509,7 @@ class Crops:
     source: str | Hands  # the folder that paths start from, or an opened hands folder
     side: int  # of the network's input, pixels
     border: str  # what a crop shows beyond the picture, a key of BORDERS
-    # For training alone:
+    # For training only:
     rotation: float = 0.0  # degrees to either side
     colour: bool = False
     seed: int = 0
@@ -626,7 +626,7 @@ def picture_of(sample, row, source):
 # ---------------------------------------------------------------------------------- files: a run
 
 def make_plan(args, pictures=0):
-    """Join the other ranks -> Plan for a training on so many pictures."""
+    """Join the other ranks -> Plan for a training on this many pictures."""
     rank, ranks, device = start_ranks(args.device)
     require(args.batch_size % ranks == 0, f"--batch-size must be a multiple of {ranks} ranks")
     steps_per_epoch = 0
@@ -676,7 +676,7 @@ def show(row, best, bar, plan, out):
 def finish(rows, best, model, data, crops, plan, args):
     """Predict the test split by the chosen model, and write the files of the run."""
     if args.head == "knn":
-        uv, pose = nearest(model.backbone, data, crops, plan)
+        uv, pose = predict_by_neighbour(model.backbone, data, crops, plan)
     else:
         require(best["weights"],
                 f"{args.out}: no epoch had a finite validation error to choose a model by; {KEPT}")
@@ -824,7 +824,7 @@ SAMPLE = np.dtype([
     ("index", "<i8"),  # the sample's official number, -1 where it cannot be known; in names.txt
     ("group", "<i8"),  # samples of one group are drawn together by --label-fraction
     ("scene", "<i8"),  # samples of one scene are never on both sides of train and validation
-    ("width", "<i8"),  # of the picture, pixels; 0 where it does not matter, for right hands alone
+    ("width", "<i8"),  # of the picture, pixels; may be 0 for right hands
     ("uv", "<f8", (21, 2)),  # joints, pixels of the picture
     ("xyz", "<f8", (21, 3)),  # joints, mm in the camera's frame; 0 where a joint has no place
     ("valid", "?", 21),  # joints that count
@@ -836,7 +836,7 @@ SAMPLE = np.dtype([
 class Labels:
     """Arrays of SAMPLE, and sentences for the user."""
     train: np.recarray
-    validation: np.recarray  # None: a tenth of train shall be held out
+    validation: np.recarray  # None: a tenth of train is to be held out
     test: np.recarray
     notes: list
     digest: int = 0  # of all three arrays, as a run uses them

@@ -2,7 +2,7 @@
 
 Reads a hands folder, turns each hand upright and to one size (or takes it as it lies), embeds its
 21 keypoints, 42 numbers, by PCA in 14 dimensions, and searches exactly, on a CPU or a GPU alike.
-Where a video is there twice, the same picture is passed over and the next nearest hand taken.
+Copies of the same picture, as in a video that was uploaded twice, are passed over.
 Writes into the same folder (or --out): pca.npy, embeddings.npy, distances.npy, neighbours.npy,
 turns.npy (not of hands as they lie), and to look at pairs.jpg, distances.png and mining.jsonl.
 Under torchrun each rank searches for its share of the hands. A search that was stopped starts
@@ -54,7 +54,7 @@ def make_parser():
          "(ablation: mostly near-duplicates)")
     flag("--temporal", action="store_true", help="pair each hand with that of the same side and "
          "the nearest box in the next sampled frame of its video, as in TempCLR")
-    flag("--limit", type=int, help="mine this many hands alone, drawn at random; with the same "
+    flag("--limit", type=int, help="mine only this many hands, drawn at random; with the same "
          "seed a larger set contains a smaller one (default: all)")
     flag("--seed", type=int, default=0, help="seed of --limit's random choice")
     # the machine

@@ -360,7 +360,7 @@ def disturb(image, rng, args):
     if not any(shares):
         return image
     drop, blur, noise, sobel, cut_out = rng.random(5) < shares
-    # Drawn whether needed or not, so that one flag leaves another's draws alone.
+    # Drawn whether needed or not, so that no flag changes another's draws.
     sigma, strength, width, x, y = rng.random(5)
     side = len(image)
     if drop:
@@ -709,7 +709,7 @@ def load_data(args):
     for number, (hands, path) in enumerate(zip(folders, pair_folders)):
         count = len(hands.keypoints)
         usable = np.ones(count, bool)
-        held = hold_out(hands.rows["video"], args.probe, args.seed)
+        held = choose_probe(hands.rows["video"], args.probe, args.seed)
         neighbours = turns = None
         if args.method == "simhand" or args.pairs or (path / "neighbours.npy").exists():
             neighbours = load_neighbours(path, count, args.top_k)
@@ -729,7 +729,7 @@ def load_data(args):
     return Data(folders, mined, turned, pca, np.concatenate(pool), np.concatenate(probe), digest)
 
 
-def hold_out(video, limit, seed):
+def choose_probe(video, limit, seed):
     """Which hands of a folder the probe keeps -> bool (N,): all those of a twentieth of its videos
     at most, and of no more videos than `limit` hands need; none where that is a single video."""
     videos, counts = np.unique(video, return_counts=True)
