@@ -635,8 +635,8 @@ def make_plan(args, pictures=0):
         require(steps_per_epoch, f"{args.root}: {pictures} training pictures, fewer than "
                 f"--batch-size {args.batch_size}")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    return Plan(rank, ranks, device, precision, args.workers, args.batch_size, 1, steps_per_epoch,
-                args.epochs * steps_per_epoch)
+    return Plan(rank, ranks, device, precision, args.workers, args.batch_size,
+                steps_per_epoch=steps_per_epoch, steps=args.epochs * steps_per_epoch)
 
 
 def start_run(settings, data, step, model, plan, args):

@@ -574,10 +574,10 @@ class SimHandModel(nn.Module):
 
 # ------------------------------------------------------------------------ the method: optimisation
 
-def set_learning_rate(optimizer, step, plan, warmup, peak):
-    """warmup: epochs."""
+def set_learning_rate(optimizer, step, plan, warmup_epochs, peak):
+    warmup = warmup_epochs * plan.steps_per_epoch
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, plan.steps, warmup * plan.steps_per_epoch, peak)
+        group["lr"] = learning_rate(step, plan.steps, warmup, peak)
 
 
 def learning_rate(step, total, warmup, peak):
@@ -783,7 +783,7 @@ def make_plan(args, pool, rank, ranks, device):
             f"--batch-size {args.batch_size}; lower it, or extract and mine more")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     return Plan(rank, ranks, device, precision, args.workers, args.batch_size, share // micro,
-                steps_per_epoch, args.epochs * steps_per_epoch)
+                steps_per_epoch, steps=args.epochs * steps_per_epoch)
 
 
 def start_run(settings, data, plan, model, step, args):
