@@ -1,4 +1,4 @@
-"""Fine-tune a (pre-trained) ResNet for 3D hand pose, and test it: DetNet of minimal-hand, or
+r"""Fine-tune a (pre-trained) ResNet for 3D hand pose, and test it: DetNet of minimal-hand, or
 one linear layer.
 
 Reads a data set in its own layout and writes into --out: model.pt, checkpoint.pt, log.jsonl and
@@ -1162,7 +1162,7 @@ def keep_labelled(frames, paper_filter):
 
 # ---------------------------------------------------------------------------------- AssemblyHands
 
-# Its joints, of each finger the tip first and the wrist last, in FreiHAND's order.
+# The places of FreiHAND's joints in its lists: each finger from its tip on, the wrist last.
 TIPS_FIRST = np.array([20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16])
 
 
@@ -1210,7 +1210,7 @@ def read_assemblyhands_split(root, split, modality):
 
 
 def read_assemblyhands_hand(annotation, image, side, calibration, poses):
-    """One hand of a picture -> its fields of SAMPLE, and why it is dropped: one of both is None."""
+    """One hand of a picture -> its fields of SAMPLE, and why it is dropped: one is None."""
     sequence = image["seq_name"]
     frame = f"{image['frame_idx']:06d}"
     pose = (poses["annotations"].get(sequence, {}).get(frame) or {}).get("world_coord")

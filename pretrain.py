@@ -1,4 +1,4 @@
-"""Pre-train a ResNet on unlabelled hands: SiMHand, PeCLR, SimCLR, or regressed keypoints.
+r"""Pre-train a ResNet on unlabelled hands: SiMHand, PeCLR, SimCLR, or regressed keypoints.
 
 Reads hands folders with their mined pairs and writes into --out: backbone.pt (a torchvision
 ResNet state dict without fc), checkpoint.pt, log.jsonl, curves.png, views.jpg. Stop it at any

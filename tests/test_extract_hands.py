@@ -499,10 +499,10 @@ def unmerged(rendered, tmp_path_factory):
 
 @pytest.mark.parametrize("renamings, left", [
     (3, ".merging.tmp"),  # failed.txt and two arrays are written
-    (5, ".merging.tmp"),  # all files are written, but not yet said to be complete
-    (6, "merged"),  # they are complete, none is in its place
-    (8, "merged"),  # some are in their places
-    (11, "merged")])  # all but videos.txt
+    (7, ".merging.tmp"),  # all files are written, but not yet said to be complete
+    (8, "merged"),  # they are complete, none is in its place
+    (10, "merged"),  # some are in their places
+    (13, "merged")])  # all but videos.txt
 def test_killed_while_merging_it_goes_on_to_the_same_bytes(unmerged, rendered, extracted, tmp_path,
                                                            renamings, left):
     out = Path(shutil.copytree(unmerged, tmp_path / "hands"))
