@@ -237,15 +237,13 @@ def resuming(run):
             time.sleep(0.01)
         process.kill()
         process.wait()
-    resumed = {module: start(module, run, words[module]) for module in words}
     for module in words:
-        straight = run.folder / f"straight-{module.__name__}"
-        quietly(module, *words[module], "--out", straight)
-        right = common.load_checkpoint(straight / "checkpoint.pt")["model"]
-        off = 1.0
-        if resumed[module].wait() == 0:
-            kept = run.folder / f"killed-{module.__name__}" / "checkpoint.pt"
-            off = difference(common.load_checkpoint(kept)["model"].values(), right.values())
+        models = []
+        for name in ("killed", "straight"):
+            out = run.folder / f"{name}-{module.__name__}"
+            quietly(module, *words[module], "--out", out)
+            models.append(common.load_checkpoint(out / "checkpoint.pt")["model"].values())
+        off = difference(*models)
         yield Row(f"{module.__name__}.py, killed and resumed", f"{off:.1e}", "without a stop",
                   verdict(off < 0.02), "relative difference of the weights")
 

@@ -70,7 +70,7 @@ def run(script, *arguments, status=0, cwd=".", ranks=1):
     """Run a script in a process of its own, as a user would, but that its own warnings are errors.
     ranks: in so many, as torchrun would. -> CompletedProcess; a wrong exit status shows all that
     was printed."""
-    command = [str(ROOT / script), *map(str, arguments)]
+    command = [script, *arguments]
     with tempfile.TemporaryDirectory() as folder:
         logs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         processes = [fork(command, *logs, cwd=cwd, **each) for each in variables_of(ranks)]
@@ -101,8 +101,9 @@ def variables_of(ranks):
 
 
 def fork(command, *logs, cwd=".", **variables):
-    """Start a script, off the process that has the large packages loaded. logs: the files that
-    stdout and stderr are appended to. -> the process"""
+    """Start a script in a process group of its own, off the process that has the large packages
+    loaded. logs: the files that stdout and stderr are appended to. -> the process"""
+    command = [str(ROOT / command[0]), *map(str, command[1:])]
     where = os.path.abspath(cwd)
     environment = {**ENVIRONMENT, **variables}
     process = SERVER.Process(target=become, args=(command, where, environment, *logs))
@@ -112,6 +113,7 @@ def fork(command, *logs, cwd=".", **variables):
 
 def become(command, cwd, environment, *logs):
     """In a process of its own: run a script as `python` does."""
+    os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

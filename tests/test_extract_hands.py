@@ -23,7 +23,7 @@ import pytest
 import common
 import extract_hands
 from common import HANDS_DTYPE, InputError, load_hands, open_folder, read_crop
-from conftest import (ENVIRONMENT, REAL, ROOT, TINY, listing, refused, run, run_here,
+from conftest import (ENVIRONMENT, REAL, ROOT, TINY, fork, listing, refused, run, run_here,
                       torchrun)
 from extract_hands import Hand, Square, crop_hand, square_around
 
@@ -436,15 +436,13 @@ def test_a_second_call_changes_nothing_and_new_videos_come_after_the_old(rendere
 def kill_when(condition, *arguments, wait=60):
     """Start extraction in a process group of its own and kill -9 all of it as soon as
     `condition` holds."""
-    command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
-    process = subprocess.Popen(command, start_new_session=True, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = fork(["extract_hands.py", *arguments], os.devnull, os.devnull)
     end = time.time() + wait
-    while not condition() and time.time() < end and process.poll() is None:
+    while not condition() and time.time() < end and process.is_alive():
         time.sleep(0.005)
     met = condition()
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     return met
 
 
@@ -507,9 +505,9 @@ def test_killed_while_merging_it_goes_on_to_the_same_bytes(unmerged, rendered, e
                                                            renamings, left):
     out = Path(shutil.copytree(unmerged, tmp_path / "hands"))
     arguments = (rendered / "videos", "--out", out, "--fps", 5)
-    command = [sys.executable, "-c", KILLED, renamings, ROOT / "extract_hands.py", *arguments]
-    result = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True)
-    assert result.returncode == -signal.SIGKILL
+    (tmp_path / "killed.py").write_text(KILLED)
+    run(tmp_path / "killed.py", renamings, ROOT / "extract_hands.py", *arguments,
+        status=-signal.SIGKILL)
     assert (out / left).is_dir() and not (out / "videos.txt").exists()
     run_here("extract_hands.py", *arguments)
     assert listing(out) == listing(extracted)
@@ -747,13 +745,17 @@ def test_every_container_is_read(tmp_path, suffix, codec):
     assert all(abs(frame.image.mean() - 20 * frame.index) < 8 for frame in sampled)
 
 
-def ranks(*arguments, variables=(("RANK", "WORLD_SIZE"),) * 2, world=2):
-    """Start the command once for each rank, as torchrun (RANK) or srun (SLURM_PROCID)
-    would. -> the processes."""
-    command = [sys.executable, ROOT / "extract_hands.py", *map(str, arguments)]
-    return [subprocess.Popen(command, env={**ENVIRONMENT, r: str(rank), w: str(world)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for rank, (r, w) in enumerate(variables)]
+def ranks(log, *arguments, number="RANK", count="WORLD_SIZE"):
+    """Start the command once for each of two ranks, as torchrun (RANK) or srun (SLURM_PROCID)
+    would. What they print goes to a log. -> the processes."""
+    return [fork(["extract_hands.py", *arguments], log, log, **{number: str(rank), count: "2"})
+            for rank in range(2)]
+
+
+def succeed(processes, log):
+    for process in processes:
+        process.join(100)
+        assert process.exitcode == 0, log.read_text()
 
 
 def printed(setting, result):
@@ -772,21 +774,19 @@ def test_two_ranks_give_the_bytes_of_one_process(rendered, extracted, tmp_path):
 
 def test_one_rank_waits_for_the_other_and_a_killed_one_is_made_good(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--workers", 1)
-    slurm = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),) * 2
-    first, second = ranks(*arguments, variables=slurm)
-    while not list((tmp_path / "hands").glob("parts/*.npz")) and first.poll() is None:
+    slurm = dict(number="SLURM_PROCID", count="SLURM_STEP_NUM_TASKS")
+    first, second = ranks(tmp_path / "log", *arguments, **slurm)
+    while not list((tmp_path / "hands").glob("parts/*.npz")) and first.is_alive():
         time.sleep(0.005)
     # One process instead of two, meanwhile.
     with pytest.raises(InputError, match="another run is writing"):
         open_folder(tmp_path / "hands")
-    second.send_signal(signal.SIGKILL)
-    printed, errors = first.communicate(timeout=100)
-    assert first.returncode == 0 and "are not done yet" in printed, errors
+    second.kill()
+    succeed([first], tmp_path / "log")
+    assert "are not done yet" in (tmp_path / "log").read_text()
     assert not (tmp_path / "hands" / "crops.npy").exists()
-    second.communicate()
-    for process in ranks(*arguments, variables=slurm):
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+    second.join()
+    succeed(ranks(tmp_path / "log", *arguments, **slurm), tmp_path / "log")
     assert listing(tmp_path / "hands") == listing(extracted)
 
 
@@ -794,9 +794,8 @@ def test_two_ranks_may_try_to_merge_at_once(rendered, extracted, tmp_path):
     arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5)
     assert kill_when(lambda: len(list((tmp_path / "hands" / "parts").glob("*.npz"))) == 8,
                      *arguments)
-    for process in ranks(*arguments):  # nothing is left but to merge, if even that
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+    # Nothing is left but to merge, if even that.
+    succeed(ranks(tmp_path / "log", *arguments), tmp_path / "log")
     assert listing(tmp_path / "hands") == listing(extracted)
 
 

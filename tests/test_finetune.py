@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import evaluate
 import finetune
 from common import load_checkpoint, normalise
-from conftest import ENVIRONMENT, ROOT, refused, run, run_here, torchrun
+from conftest import fork, refused, run, run_here, torchrun
 from datasets import TINY, parse, split, test_crops
 from test_pretrain import same
 
@@ -259,14 +258,13 @@ def test_the_files_of_a_run(straight, rendered):
 def interrupt(arguments, until, number):
     """Start a run, and send the signal to all its processes once `until` is in its log. -> exit
     status."""
-    process = subprocess.Popen([sys.executable, ROOT / "finetune.py", *map(str, arguments)],
-                               start_new_session=True, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = fork(["finetune.py", *arguments], os.devnull, os.devnull)
     log = arguments[arguments.index("--out") + 1] / "log.jsonl"
-    while not (log.exists() and until in log.read_text()) and process.poll() is None:
+    while not (log.exists() and until in log.read_text()) and process.is_alive():
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    return process.wait()
+    process.join()
+    return process.exitcode
 
 
 def test_a_run_that_is_stopped_and_then_killed_ends_like_a_straight_run(straight, rendered,

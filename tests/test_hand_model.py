@@ -10,10 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import extract_hands
-from conftest import ENVIRONMENT, ROOT, listing, refused, run
+from common import load_hands
+from conftest import ENVIRONMENT, ROOT, refused, run
 
 
 @pytest.fixture(scope="session")
@@ -91,14 +93,17 @@ def test_without_a_home_or_a_cache_that_can_be_written_it_ends_in_one_line(tmp_p
 def test_a_model_that_is_given_needs_no_cache_and_may_move(rendered, extracted, tmp_path,
                                                            monkeypatch):
     moved = Path(shutil.copy(extract_hands.find_model(None), tmp_path / "a model.task"))
-    arguments = (rendered / "videos", "--out", tmp_path / "hands", "--fps", 5, "--model")
+    video = min((rendered / "videos").glob("*.mp4"))
+    arguments = (video, "--out", tmp_path / "hands", "--fps", 5, "--model")
     monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "text.task").write_text("no zip")
     for name in ("text.task", "nowhere.task"):
         line = refused("extract_hands.py", *arguments, tmp_path / name)
         assert f"{name}: expected MediaPipe's hand_landmarker.task" in line
     run("extract_hands.py", *arguments, moved)
-    assert listing(tmp_path / "hands") == listing(extracted)
+    whole = load_hands(extracted)
+    assert np.array_equal(load_hands(tmp_path / "hands").keypoints,
+                          whole.keypoints[whole.rows["video"] == whole.videos.index(video.name)])
     assert not (tmp_path / "cache").exists()
     printed = run("extract_hands.py", *arguments, moved.rename(tmp_path / "b.task")).stdout
     assert re.search(r"^ +to_do +0$", printed, re.M)
@@ -124,7 +129,7 @@ if __name__ == "__main__":
 """
 
 
-def test_no_connection_is_tried(rendered, extracted, tmp_path):
+def test_no_connection_is_tried(rendered, tmp_path):
     (tmp_path / "offline.py").write_text(OFFLINE)
     (tmp_path / "connect.py").write_text("import socket\nsocket.socket(socket.AF_INET)\n")
     offline = [sys.executable, tmp_path / "offline.py"]
@@ -133,8 +138,8 @@ def test_no_connection_is_tried(rendered, extracted, tmp_path):
         pytest.skip("this kernel does not let a process forbid itself a system call")
     assert tried.returncode == -signal.SIGSYS
     extract_hands.find_model(None)  # made here, if it must be
-    command = [*offline, ROOT / "extract_hands.py", rendered / "videos", "--fps", "5",
-               "--out", tmp_path / "hands"]
+    command = [*offline, ROOT / "extract_hands.py", min((rendered / "videos").glob("*.mp4")),
+               "--fps", "5", "--out", tmp_path / "hands"]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
-    assert listing(tmp_path / "hands") == listing(extracted)
+    assert len(load_hands(tmp_path / "hands").keypoints) > 10

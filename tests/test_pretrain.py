@@ -24,7 +24,7 @@ import pretrain
 from common import (BACKBONES, COLOURS, InputError, apply_view, load_checkpoint, load_hands,
                     normalise, nt_xent, pair_weights, read_crop, sample_view, spread, undo_view)
 from mine_pairs import as_poses
-from conftest import ENVIRONMENT, ROOT, TINY, refused, run, run_here, torchrun
+from conftest import ENVIRONMENT, ROOT, TINY, fork, refused, run, run_here, torchrun
 
 
 MEASURED = ("--weighting", "linear", "--weight-pca")
@@ -755,7 +755,7 @@ def test_the_backbone_is_torchvisions_without_its_head(straight):
 def wait_for(path, process):
     """Until a running process has written a file."""
     while not path.exists():
-        assert process.poll() is None, f"ended before it wrote {path}"
+        assert process.is_alive(), f"ended before it wrote {path}"
         time.sleep(0.01)
 
 
@@ -763,16 +763,15 @@ def wait_for(path, process):
 def test_a_stopped_run_ends_bit_for_bit_like_a_straight_one(straight, mined, tmp_path, number):
     out = tmp_path / "run"
     arguments = (mined, "--out", out, *TINY[:-1], 1, *RUN, "--save-minutes", 0)
-    process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, arguments)],
-                               start_new_session=True, env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "log"
+    process = fork(["pretrain.py", *arguments], log, os.devnull)
     wait_for(out / "checkpoint.pt", process)
     os.killpg(process.pid, number)
-    printed, _ = process.communicate()
+    process.join()
     if number == signal.SIGTERM:
-        assert process.returncode == 0 and "stopped by SIGTERM" in printed
+        assert process.exitcode == 0 and "stopped by SIGTERM" in log.read_text()
     else:
-        assert process.returncode == -number
+        assert process.exitcode == -number
     assert (not (out / "backbone.pt").exists()
             and load_checkpoint(out / "checkpoint.pt")["step"] < 8)
     run("pretrain.py", *arguments)
@@ -896,15 +895,15 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):
 
 def test_a_loader_process_that_dies_ends_in_one_line(mined, tmp_path):
     """As where the memory or /dev/shm is full."""
-    process = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *map(str, (
-        mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size", 20, "--epochs", 500,
-        "--save-minutes", 0))],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log"
+    process = fork(["pretrain.py", mined, "--out", tmp_path / "run", *TINY[:-1], 1, "--batch-size",
+                    20, "--epochs", 500, "--save-minutes", 0], os.devnull, log)
     wait_for(tmp_path / "run" / "checkpoint.pt", process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and "Traceback" not in errors
+    process.join(60)
+    errors = log.read_text()
+    assert process.exitcode == 2 and "Traceback" not in errors
     last = errors.splitlines()[-1]  # what failed first depends on when the process died
     assert last.startswith("pretrain.py: a loader process failed (")
     assert last.endswith("where memory or /dev/shm is full, lower --workers")
@@ -918,7 +917,8 @@ def test_sigterm_at_one_rank_stops_all_and_the_same_command_goes_on(mined, tmp_p
                ROOT / "pretrain.py", *arguments]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    wait_for(out / "checkpoint.pt", process)
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGTERM)
     printed, errors = process.communicate(timeout=100)
