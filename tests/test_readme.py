@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from scipy import stats
 
 import conftest
 import datasets
@@ -316,6 +317,25 @@ def test_the_tables_hold_what_was_measured(section, report):
     assert len(shown) > 4
     for what, cells in shown.items():
         assert cells <= measured[what], what
+
+
+@pytest.mark.parametrize("start, report", [("The demo runs", "demo.md"),
+                                           ("[The study]", "study.md")])
+def test_the_figures_in_sentences_are_those_of_the_reports(start, report):
+    paragraph = next(part for part in README.split("\n\n") if part.startswith(start))
+    text = (ROOT / "tests" / report).read_text()
+    means = {f"{float(mean):.1f}" for mean in re.findall(r"\| \**(\d+\.\d+)", text)}
+    shown = re.findall(r"\d+\.\d", paragraph)
+    assert len(shown) > 5 and means.issuperset(shown)
+    known = {float(p) for p in re.findall(r"p <? ?(\.\d+)", text)}
+    for table in text.split("\n\n"):  # study.md has means and deviations of three seeds alone
+        runs = [tuple(map(float, run)) for run in re.findall(r"\| 3 \| \**([\d.]+)\** ± ([\d.]+)",
+                                                             table)]
+        for mean, deviation in runs[:-1]:
+            known.add(stats.ttest_ind_from_stats(mean, deviation, 3, *runs[-1], 3,
+                                                 equal_var=False).pvalue)
+    said = [float(p) for p in re.findall(r"p <? ?(\.\d+)", paragraph)]
+    assert said and all(min(abs(p - other) for other in known) < 0.006 for p in said)
 
 
 def test_the_papers_values(monkeypatch):
