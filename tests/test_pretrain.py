@@ -826,7 +826,7 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
     log["args"]["hands"] = [str(pairs)]
     torch.save(log, out / "checkpoint.pt")
     line = refused("pretrain.py", pairs, "--out", out, *TINY, *RUN)
-    assert "was trained on other hands or pairs" in line
+    assert "was trained on other hands, pairs or labels" in line
     np.save(pairs / "neighbours.npy", neighbours)
     plain = parse(pairs, "--out", "x", *TINY)
     measured = parse(pairs, "--out", "x", *TINY, *MEASURED)
