@@ -18,7 +18,6 @@ study.png, in tests/ for the sizes cpu and gpu, and in OUT for the tiny one.
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 

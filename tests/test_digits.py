@@ -3,9 +3,6 @@ loops."""
 
 import os
 import shutil
-import sys
-from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 import mine_pairs
 from common import HANDS_DTYPE, Hands
-from conftest import ENVIRONMENT, TINY, refused, run, run_here, torchrun
+from conftest import TINY, refused, run, run_here, torchrun
 
 
 def brute_force(embeddings, video, k):

@@ -7,7 +7,6 @@ where the README's are, and with flags appended that make them small.
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
