@@ -69,9 +69,9 @@ def make_parser():
     flag("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego); exo "
          "needs frames cut from its videos, and the calibration as json, laid out like that of ego")
     flag("--predict", metavar="FOLDER", help="no data set: apply the trained --weights "
-         "RUN/model.pt to pictures, each of one right hand that fills about half of the longer "
-         "side, or to a hands folder. Wrists are then at 0, and the bone 0-9 has the training "
-         "set's median length")
+         "RUN/model.pt to pictures, each of one right hand, 1 / --crop of the longer side, or to "
+         "a hands folder. Wrists are then at 0, and the bone 0-9 has the training set's median "
+         "length")
     # network
     flag("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     flag("--backbone", choices=BACKBONES, default="resnet50", help="(paper: resnet50)")
