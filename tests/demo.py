@@ -1,4 +1,4 @@
-"""The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in ten
+"""The whole of SiMHand on rendered hands, from videos to two tables, on two CPU cores in eleven
 minutes.
 
 Makes its own data (synthetic.py, the small world), then runs the five scripts as a user would, each
@@ -61,7 +61,7 @@ def main():
     experiment.start(out, **{name: value for name, value in given
                              if name not in ("out", "methods", "seeds")})
     plan = [(method, seed) for seed in range(args.seeds) for method in args.methods]
-    experiment.run_lanes(out, [preparation(args), labels(args)], min(2, CORES))
+    experiment.run_lanes(out, [preparation(args)], 1)
     experiment.run_lanes(out, [lane(args, method, seed) for method, seed in plan], CORES)
     experiment.run_lanes(out, [evaluation(args)], 1)
     text = report(args)
@@ -71,11 +71,15 @@ def main():
 
 
 def preparation(args):
-    """The commands before pre-training: videos, hands, pairs."""
+    """The commands before pre-training: data, hands, pairs."""
     out = args.out
+    world = ("--world", "small", "--seed", args.world)
     yield Command("videos", None, (
-        "tests/synthetic.py", "videos", out / "videos", "--world", "small", "--seed", args.world,
-        "--videos", args.persons, "--seconds", args.seconds, "--fps", 3, "--workers", CORES))
+        "tests/synthetic.py", "videos", out / "videos", *world, "--videos", args.persons,
+        "--seconds", args.seconds, "--fps", 3, "--workers", CORES))
+    yield Command("labels", out / "freihand_eval" / "evaluation_xyz.json", (
+        "tests/synthetic.py", "freihand", out / "freihand", *world, "--train", args.labelled,
+        "--evaluation", args.tested))
     for suffix, paper in (("", ()), ("-paper", ("--paper",))):
         if paper and "simhand-paper" not in args.methods:
             continue
@@ -83,13 +87,6 @@ def preparation(args):
         yield Command(f"extract{suffix}", hands / "hands.jpg", (
             "extract_hands.py", out / "videos", "--out", hands, "--fps", 3, "--size", 128, *paper))
         yield Command(f"mine{suffix}", hands / "pairs.jpg", ("mine_pairs.py", hands, *paper))
-
-
-def labels(args):
-    """The command that renders the labelled pictures."""
-    yield Command("labels", args.out / "freihand_eval" / "evaluation_xyz.json", (
-        "tests/synthetic.py", "freihand", args.out / "freihand", "--world", "small", "--seed",
-        args.world, "--train", args.labelled, "--evaluation", args.tested))
 
 
 def lane(args, method, seed):
