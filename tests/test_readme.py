@@ -57,8 +57,7 @@ WRITES = {"extract_hands.py": "hands.jpg", "mine_pairs.py": "pairs.jpg",
 OF_OTHERS = {"hand_landmarker.task": "MediaPipe's", "train.npy": "the user's own labels",
              "test.npy": "the same", "val.npy": "the same", "videos.txt": "",
              "wrist.npy": "AssemblyHands', in the paper's commands",
-             "training_xyz.json": "FreiHAND's",
-             "dexycb.txt": "--submission dexycb, in test_evaluate.py",
+             "training_xyz.json": "FreiHAND's", "evaluation_xyz.json": "the same",
              "study.md": "written here", "bench.md": "written here"}
 
 
@@ -318,8 +317,8 @@ def test_the_tables_hold_what_was_measured(section, report):
         assert cells <= measured[what], what
 
 
-@pytest.mark.parametrize("start, report", [("The demo runs", "demo.md"),
-                                           ("[The study]", "study.md")])
+@pytest.mark.parametrize("start, report", [
+    ("The demo runs", "demo.md"), ("[The study]", "study.md")])
 def test_the_figures_in_sentences_are_those_of_the_reports(start, report):
     paragraph = next(part for part in README.split("\n\n") if part.startswith(start))
     text = (ROOT / "tests" / report).read_text()
@@ -335,6 +334,13 @@ def test_the_figures_in_sentences_are_those_of_the_reports(start, report):
                                                  equal_var=False).pvalue)
     said = [float(p) for p in re.findall(r"p <? ?(\.\d+)", paragraph)]
     assert said and all(min(abs(p - other) for other in known) < 0.006 for p in said)
+
+
+def test_the_figures_of_the_signers_pool_are_its_reports():
+    sentence = re.search(r"`--pool HANDS`.*?pool\.md", README, re.S)[0]
+    report = (ROOT / "tests" / "pool.md").read_text()
+    figures = re.findall(r"0\.\d{3}|p \.\d+", sentence)
+    assert len(figures) == 4 and all(figure in report for figure in figures)
 
 
 def test_the_papers_values(monkeypatch):
