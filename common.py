@@ -646,6 +646,13 @@ def check_flags(args):
     require(re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: expected cpu or cuda")
 
 
+def refuse_idle_flags(args, parser, names, reason):
+    """An InputError that names the first of these flags that is given though it has no effect."""
+    for name in names:
+        require(getattr(args, name) == parser.get_default(name),
+                f"--{name.replace('_', '-')} has no effect {reason}")
+
+
 def print_settings(args, parser, **effective):
     """Once, at the start: the arguments, with the default beside those that differ from it, then
     what follows from them."""
@@ -700,6 +707,11 @@ class Plan:
     pieces: int = 1  # of a rank's share of a batch: they pass the network one after another
     steps_per_epoch: int = 0
     steps: int = 0
+
+    @property
+    def report_every(self):
+        """Steps between two rows of the log."""
+        return max(1, min(10, self.steps_per_epoch // 4))
 
     @property
     def micro_batch(self):

@@ -47,7 +47,7 @@ import numpy as np
 
 from common import (BORDERS, HANDS_DTYPE, PICTURES, InputError, atomic, check_flags, draw_crop,
                     find_ranks, is_a, load_hands, logged_settings, open_folder, plain,
-                    print_settings, progress, read_lines, read_log, read_picture,
+                    print_settings, progress, read_lines, read_log, read_picture, refuse_idle_flags,
                     refuse_other_arguments, require, rescale_points, run_script, save_array,
                     save_image, save_lines, sheet, start_log)
 
@@ -115,6 +115,8 @@ def parse_args():
     require(bool(args.videos) != bool(args.annotations) == bool(args.frames),
             "expected either videos, or --annotations with --frames")
     if args.annotations:
+        idle = ("fps", "all_frames", "max_hands", "min_score", "min_size", "mirrored", "model")
+        refuse_idle_flags(args, parser, idle, "with --annotations: its hands are found already")
         args.annotations = os.path.realpath(args.annotations)
         args.frames = os.path.realpath(args.frames)
     return args
@@ -1060,23 +1062,32 @@ MODEL_FILES = {
 def find_model(given):
     """-> path of MediaPipe's model: the file given, or the user's own, made where missing."""
     if given:
-        require(zipfile.is_zipfile(given), f"{given}: expected MediaPipe's hand_landmarker.task")
+        require(is_whole(given), f"{given}: expected MediaPipe's hand_landmarker.task")
         return os.path.realpath(given)
     path = "~/.cache/simhand/hand_landmarker.task"
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         path = Path(cache, "simhand", "hand_landmarker.task")
-        if not zipfile.is_zipfile(path):
+        if not is_whole(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.parent / ".lock", "w") as lock:
                 fcntl.lockf(lock, fcntl.LOCK_EX)  # who waited here finds the model made
-                if not zipfile.is_zipfile(path):
+                if not is_whole(path):
                     make_model(path)
     except (InputError, OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         raise InputError(f"{path}: MediaPipe's hand model could not be made here ({error}); copy "
                          "this file from another machine, or download hand_landmarker.task as "
                          "MediaPipe's documentation says, and give it with --model")
     return str(path)
+
+
+def is_whole(path):
+    """Whether a zip file is there, with all its bytes as their checksums say."""
+    try:
+        with zipfile.ZipFile(path) as bundle:
+            return bundle.testzip() is None
+    except Exception:  # what a damaged file raises depends on where it is damaged
+        return False
 
 
 def make_model(path):

@@ -169,7 +169,6 @@ def main():
     batches = items_of_steps(step, plan.steps, len(data.train), plan, args.seed)
     loader = load_items(Pictures(data.train, crops), batches, plan.workers, collate,
                         pin_memory=plan.device.type == "cuda")
-    report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # values of the steps since the last report
     stop = catch_sigterm()
     saved = since = time.time()
@@ -188,7 +187,7 @@ def main():
         end_of_epoch = step % plan.steps_per_epoch == 0
         overdue = time.time() - saved >= 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), overdue or step == plan.steps)
-        if stopping or due or end_of_epoch or step % report_every == 0:
+        if stopping or due or end_of_epoch or step % plan.report_every == 0:
             row = report(args.out, step, recent, optimizer, plan)
             row["pictures_per_s"] = args.batch_size * len(recent) / (time.time() - since)
             if end_of_epoch:
@@ -848,6 +847,7 @@ def load_data(args):
     for samples in (labels.train, labels.validation, labels.test):
         if samples is not None:
             check_bones(samples, labels.notes, args.root)
+            # Here, not in the readers: --labels keeps the data set's own crops.
             samples.side *= args.crop / CROP[args.dataset] if args.crop else 1
             flip_left_hands(samples)
     used, note = draw_labels(labels.train, args.label_fraction, args.seed)

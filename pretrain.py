@@ -36,10 +36,10 @@ from common import (BACKBONES, BORDERS, Plan, add_machine_flags, any_rank, apply
                     average_statistics, batchnorms, catch_sigterm, check_flags, crop_matrix,
                     draw_hand, end_ranks, forward, items_of_steps, load_array, load_backbone,
                     load_hands, load_items, move_points, normalise, nt_xent, open_run, pair_turns,
-                    pair_weights, plain, plot_curves, print_settings, progress, read_crop, report,
-                    require, rescale_points, run_script, sample_view, save_checkpoint, save_image,
-                    sheet, soft_targets, spread, start_log, start_ranks, to_device, undo_view,
-                    upright, write_log)
+                    pair_weights, plain, plot_curves, print_settings, progress, read_crop,
+                    refuse_idle_flags, report, require, rescale_points, run_script, sample_view,
+                    save_checkpoint, save_image, sheet, soft_targets, spread, start_log,
+                    start_ranks, to_device, undo_view, upright, write_log)
 
 # What --paper sets, where no flag says otherwise.
 PAPER = {"border": "black", "crop_move": 15 / 224}
@@ -202,9 +202,8 @@ def refuse_flags_without_effect(args, parser):
         (args.weighting != "nonlinear", ("slope_pos", "slope_neg"),
          "without --weighting nonlinear")]
     for ignored, names, reason in rules:
-        for name in names:
-            require(not ignored or getattr(args, name) == parser.get_default(name),
-                    f"--{name.replace('_', '-')} has no effect {reason}")
+        if ignored:
+            refuse_idle_flags(args, parser, names, reason)
 
 
 def main():
@@ -232,7 +231,6 @@ def main():
     probe = load_probe(data, args) if len(data.probe) and writes else None
     loader = load_batches(data, step, plan.steps, plan, args)
 
-    report_every = max(1, min(10, plan.steps_per_epoch // 4))
     recent = []  # values of the steps since the last report
     saved = since = time.time()
     bar = progress(total=plan.steps, initial=step, unit="step", disable=not writes)
@@ -245,7 +243,7 @@ def main():
         end_of_epoch = step % plan.steps_per_epoch == 0
         overdue = time.time() - saved >= 60 * args.save_minutes
         stopping, due = any_rank(bool(stop), step == plan.steps or overdue)
-        if step % report_every == 0 or end_of_epoch or due or stopping:
+        if step % plan.report_every == 0 or end_of_epoch or due or stopping:
             row = report(args.out, step, recent, optimizer, plan)
             row["views_per_s"] = 2 * args.batch_size * len(recent) / (time.time() - since)
             if end_of_epoch and probe:

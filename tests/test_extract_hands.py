@@ -971,6 +971,8 @@ def test_an_odd_annotation_is_left_out_and_a_file_of_them_refused(annotated, cha
     assert "no such folder" in refused("extract_hands.py", *arguments,
                                        "--frames", folder / "nowhere")
     assert "with --frames" in refused("extract_hands.py", *arguments)
+    assert "--fps has no effect" in refused("extract_hands.py", *arguments, "--frames", folder,
+                                            "--fps", 2)
     assert not (folder / "hands").exists()
 
 

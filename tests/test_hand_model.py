@@ -55,9 +55,10 @@ def test_it_is_made_once_from_the_wheel_kept_and_made_again_where_it_is_damaged(
     offer(tmp_path, monkeypatch)
     assert extract_hands.find_model(None) == str(path) and capsys.readouterr().out == ""
     offer(wheels, monkeypatch)
-    path.write_bytes(content[:4_000_000])
-    extract_hands.find_model(None)
-    assert path.read_bytes() == content
+    for damaged in (content[:4_000_000] + bytes(1000) + content[4_001_000:], content[:4_000_000]):
+        path.write_bytes(damaged)
+        extract_hands.find_model(None)
+        assert path.read_bytes() == content
 
 
 def test_two_processes_at_once_make_it_once(wheels, cache, monkeypatch):
@@ -90,6 +91,15 @@ def test_without_a_home_or_a_cache_that_can_be_written_it_ends_in_one_line(tmp_p
     assert "home" in line and "give it with --model" in line
 
 
+def hands_are_those_of(folder, video, extracted):
+    """Whether a hands folder of this video has its crops and keypoints in that of all videos."""
+    one, every = load_hands(folder), load_hands(extracted)
+    rows = np.flatnonzero(every.rows["video"] == every.videos.index(video.name))
+    crops = every.crops[every.offsets[rows[0]]:every.offsets[rows[-1] + 1]]
+    return (np.array_equal(one.keypoints, every.keypoints[rows])
+            and np.array_equal(one.crops, crops))
+
+
 def test_a_model_that_is_given_needs_no_cache_and_may_move(rendered, extracted, tmp_path,
                                                            monkeypatch):
     moved = Path(shutil.copy(extract_hands.find_model(None), tmp_path / "a model.task"))
@@ -101,9 +111,7 @@ def test_a_model_that_is_given_needs_no_cache_and_may_move(rendered, extracted, 
         line = refused("extract_hands.py", *arguments, tmp_path / name)
         assert f"{name}: expected MediaPipe's hand_landmarker.task" in line
     run("extract_hands.py", *arguments, moved)
-    whole = load_hands(extracted)
-    assert np.array_equal(load_hands(tmp_path / "hands").keypoints,
-                          whole.keypoints[whole.rows["video"] == whole.videos.index(video.name)])
+    assert hands_are_those_of(tmp_path / "hands", video, extracted)
     assert not (tmp_path / "cache").exists()
     printed = run("extract_hands.py", *arguments, moved.rename(tmp_path / "b.task")).stdout
     assert re.search(r"^ +to_do +0$", printed, re.M)
@@ -129,7 +137,7 @@ if __name__ == "__main__":
 """
 
 
-def test_no_connection_is_tried(rendered, tmp_path):
+def test_no_connection_is_tried(rendered, extracted, tmp_path):
     (tmp_path / "offline.py").write_text(OFFLINE)
     (tmp_path / "connect.py").write_text("import socket\nsocket.socket(socket.AF_INET)\n")
     offline = [sys.executable, tmp_path / "offline.py"]
@@ -138,8 +146,9 @@ def test_no_connection_is_tried(rendered, tmp_path):
         pytest.skip("this kernel does not let a process forbid itself a system call")
     assert tried.returncode == -signal.SIGSYS
     extract_hands.find_model(None)  # made here, if it must be
-    command = [*offline, ROOT / "extract_hands.py", min((rendered / "videos").glob("*.mp4")),
-               "--fps", "5", "--out", tmp_path / "hands"]
+    video = min((rendered / "videos").glob("*.mp4"))
+    command = [*offline, ROOT / "extract_hands.py", video, "--fps", "5", "--out",
+               tmp_path / "hands"]
     result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
-    assert len(load_hands(tmp_path / "hands").keypoints) > 10
+    assert hands_are_those_of(tmp_path / "hands", video, extracted)
