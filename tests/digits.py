@@ -280,9 +280,9 @@ def digits_of(out, hands):
 
 def embed(backbone, hands, border, rotation):
     """Frozen features of all hands of a folder, each in one view, turned by up to `rotation`
-    degrees, colours as they are -> (N, 512), of length 1, and the keypoints in the views (N, 21, 2).
-    The circle about a hand's keypoints touches the view's edges: in 64 px each finger counts. All
-    methods see the same views."""
+    degrees, colours as they are -> (N, 512), of length 1, and the keypoints in the views
+    (N, 21, 2). The circle about a hand's keypoints touches the view's edges: in 64 px each finger
+    counts. All methods see the same views."""
     images = []
     points = []
     for row, keypoints in enumerate(hands.keypoints):
