@@ -26,23 +26,24 @@ import common
 from experiment import CORES, METHODS, PRECISION, ROOT, TITLES, Column, Command
 
 # crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four
-# pictures of each for training; tunings: share of the labels, steps, number of seeds; probes:
-# shares of the labels for knn, the last one for the ablations too; pools: sizes of smaller pools,
-# pre-trained on for as many steps.
+# pictures of each for training; tunings: share of the labels, steps, number of seeds; probes: share
+# of the labels and finetune.py's --crop of the frozen networks, the first one for the ablations
+# too; pools: sizes of smaller pools, pre-trained on for as many steps.
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=48, train=1200,
                 test=300, batch=64, epochs=5, warmup=1, tune_batch=16,
-                tunings=((0.01, 250, 8), (0.1, 400, 8), (0.1, 1200, 3)),
-                probes=(0.01, 0.1, 1.0), hands=12_000, pools=(1500, 3000, 6000),
+                tunings=((0.1, 400, 8), (0.1, 1200, 3)), probes=((1.0, 2), (1.0, 1.25)),
+                hands=12_000, pools=(),
                 loader=("--workers", 0)),  # a lane a core: its own process makes the views
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
                 test=500, batch=512, epochs=40, warmup=4, tune_batch=16,
                 tunings=((0.01, 250, 8), (0.1, 400, 8), (0.1, 1200, 8), (1.0, 4000, 3)),
-                probes=(0.01, 0.1, 1.0), hands=20_000, pools=(2500, 5000, 10_000), loader=()),
+                probes=((1.0, 2), (1.0, 1.25), (0.1, 2), (0.01, 2)), hands=20_000,
+                pools=(2500, 5000, 10_000), loader=()),
     # To see that all of it runs.
     "tiny": dict(videos=8, seconds=1, crop=64, backbone="resnet18", input=32, train=12, test=6,
-                 batch=8, epochs=1, warmup=0, tune_batch=8, tunings=((0.5, 5, 1),), probes=(1.0,),
-                 hands=20, pools=(), loader=("--workers", 0))}
+                 batch=8, epochs=1, warmup=0, tune_batch=8, tunings=((0.5, 5, 1),),
+                 probes=((1.0, 2),), hands=20, pools=(), loader=("--workers", 0))}
 HANDS = {"hands": (), "hands-paper": ("--paper",)}
 MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),
          "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", 5)}
@@ -179,10 +180,11 @@ def lane(args, method, seed):
             "--optimizer", "adam", "--lr", 1e-3, "--probe", 0, "--seed", seed, *network))
     labels = ("finetune.py", "--dataset", "freihand", "--root", out / "labels", "--border",
               "mirror", "--weights", weights, *network)
-    for share in size["probes"] if method in MAIN else size["probes"][-1:]:
-        folder = out / f"knn-{share}" / name
-        yield Command(f"knn-{share}-{name}", folder / "pred_xyz.npy", (
-            *labels, "--head", "knn", "--label-fraction", share, "--seed", seed, "--out", folder))
+    for share, crop in size["probes"] if method in MAIN else size["probes"][:1]:
+        folder = probe_folder(out, share, crop) / name
+        yield Command(f"{folder.parent.name}-{name}", folder / "pred_xyz.npy", (
+            *labels, "--head", "knn", "--crop", crop, "--label-fraction", share, "--seed", seed,
+            "--out", folder))
     for share, steps, tunings in size["tunings"] if method in MAIN else ():
         pictures = 0.9 * share * 4 * size["train"]  # a tenth of the labels is for validation
         epochs = round(steps * size["tune_batch"] / pictures)
@@ -221,13 +223,13 @@ def comparisons(args):
     size = SIZES[args.size]
     panels = {}
     main = [method for method in args.methods if method in MAIN]
-    for share in size["probes"]:
-        title = f"Frozen, nearest of {share:.0%} of the labels"
-        panels[title] = finished(out / f"knn-{share}", main)
+    for share, crop in size["probes"]:
+        title = f"Frozen, nearest of {share:.0%} of the labels, --crop {crop}"
+        panels[title] = finished(probe_folder(out, share, crop), main)
     for share, steps, _ in size["tunings"]:
         title = f"Fine-tuned on {share:.0%} of the labels, {steps} steps"
         panels[title] = finished(out / f"tuned-{share}-{steps}", main)
-    folder = out / f"knn-{size['probes'][-1]}"
+    folder = probe_folder(out, *size["probes"][0])
     others = {"Ablations": [method for method in args.methods if method in ABLATIONS],
               "Smaller pools": [*pools(size)]}
     for title, methods in others.items():
@@ -235,6 +237,10 @@ def comparisons(args):
             title = f"{title}, frozen, nearest of all labels"
             panels[title] = finished(folder, [*methods, "simhand"])
     return panels
+
+
+def probe_folder(out, share, crop):
+    return out / f"knn-{share}-{crop}"
 
 
 def finished(folder, methods):

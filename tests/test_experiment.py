@@ -151,8 +151,8 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
     assert len(kinds["pretrain"]) == 3 * 5 + len(size["pools"]) + len(study.ABLATIONS)
     assert len(kinds["tuned"]) == 6 * sum(seeds for *_, seeds in size["tunings"])
     assert differing(kinds["pretrain"]) <= METHOD | {"seed", "out", "epochs"}
-    for kind in ("knn", "tuned"):
-        assert differing(kinds[kind]) <= {"seed", "out", "weights", "label_fraction", "epochs"}
+    for kind, others in (("knn", {"crop"}), ("tuned", {"epochs"})):
+        assert differing(kinds[kind]) <= {"seed", "out", "weights", "label_fraction", *others}
 
 
 def test_the_default_is_what_the_tables_call_simhand(monkeypatch):
