@@ -666,6 +666,16 @@ def print_settings(args, parser, **effective):
         print(f"  {name:18}  {value}", flush=True)
 
 
+def pretrain_command(hands, pairs, pool):
+    """The command that pre-trains on these folders, with `pool` hands that have a neighbour."""
+    words = ["python", str(Path(sys.argv[0]).with_name("pretrain.py")), str(hands)]
+    if pairs.resolve() != hands.resolve():
+        words += ["--pairs", str(pairs)]
+    if pool < 8192:  # pairs of a step by default; each hand is met once an epoch
+        words += ["--batch-size", str(2 ** max(int(np.log2(max(pool, 1) / 4)), 1))]
+    return shlex.join([*words, "--out", f"runs/{pairs.resolve().name}"])
+
+
 def progress(items=None, **options):
     """A tqdm bar. In a log file, where nobody watches, it prints a line every half minute."""
     interval = 0.1 if sys.stderr.isatty() else 30

@@ -47,9 +47,9 @@ import numpy as np
 
 from common import (BORDERS, HANDS_DTYPE, PICTURES, InputError, atomic, check_flags, draw_crop,
                     find_ranks, is_a, load_hands, logged_settings, open_folder, plain,
-                    print_settings, progress, read_lines, read_log, read_picture, refuse_idle_flags,
-                    refuse_other_arguments, require, rescale_points, run_script, save_array,
-                    save_image, save_lines, sheet, start_log)
+                    pretrain_command, print_settings, progress, read_lines, read_log, read_picture,
+                    refuse_idle_flags, refuse_other_arguments, require, rescale_points, run_script,
+                    save_array, save_image, save_lines, sheet, start_log)
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".mts", ".m2ts", ".m2t",
           ".ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".mod", ".tod", ".3gp", ".3g2",
@@ -906,11 +906,11 @@ def summarise(out, annotations):
     if failed:
         print(f"{len(failed)} videos could not be read to their end, see {out / 'failed.txt'}; the "
               f"first: {failed[0].replace(chr(9), ': ')}")
-    script = Path(sys.argv[0]).with_name("pretrain.py" if annotations else "mine_pairs.py")
-    following = ["python", str(script), str(out)]
+    following = shlex.join(["python", str(Path(sys.argv[0]).with_name("mine_pairs.py")), str(out)])
     if annotations:  # their pairs are there already
-        following += ["--out", f"runs/{out.resolve().name}"]
-    print(f"wrote {out}, see {out / 'hands.jpg'}; next:\n{shlex.join(following)}")
+        pairs = np.load(out / "neighbours.npy", mmap_mode="r")
+        following = pretrain_command(out, out, int((pairs[:, 0] >= 0).sum()))
+    print(f"wrote {out}, see {out / 'hands.jpg'}; next:\n{following}")
 
 
 # ----------------------------------------------------- annotations: SiMHand's published Hand100M

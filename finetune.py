@@ -1012,9 +1012,9 @@ def read_freihand_split(root, split, versions):
 
 def read_array(root, name, rows):
     """A list of FreiHAND's, as json -> float64 (N, rows, 3)."""
-    file = root.with_name(f"{root.name}_eval") / name
-    if not file.exists():
-        file = root / name
+    places = (root.with_name(f"{root.name}_eval") / name, root / name)
+    file = next((place for place in places if place.exists()), None)
+    require(file, f"{root}: expected {name} there or in {places[0].parent}")
     array = np.array(read_json(file), np.float64)
     require(array.shape[1:] == (rows, 3) and np.isfinite(array).all(),
             f"{file}: has shape {array.shape}, expected (N, {rows}, 3), finite")

@@ -18,8 +18,6 @@ is engineering, not method; whoever trusts brute force may stop at its banner.
 
 import argparse
 import dataclasses
-import shlex
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,9 +28,9 @@ import torch.distributed as dist
 from sklearn.decomposition import PCA
 
 from common import (check_flags, draw_crop, end_ranks, figure, load_hands, logged_settings,
-                    open_folder, over_ranks, pair_turns, plain, print_settings, progress, require,
-                    run_script, save_array, save_image, sheet, start_log, start_ranks, upright,
-                    write_log)
+                    open_folder, over_ranks, pair_turns, plain, pretrain_command, print_settings,
+                    progress, require, run_script, save_array, save_image, sheet, start_log,
+                    start_ranks, upright, write_log)
 
 
 def make_parser():
@@ -510,20 +508,12 @@ def write(out, hands, pca, embeddings, pairs, explained, mined, args):
         print(f"{len(twice)} hands have the same picture in another video, as in "
               f"{hands.videos[one]} and {hands.videos[other]}: the next nearest hand was taken")
     draw_pairs(out / "pairs.jpg", hands, pairs, turns)
-    unit = "hand's size" if args.rotation_free else "crop's side"
+    unit = "crop's side"
+    if args.rotation_free:
+        unit = "joints' root mean square distance from their mean"
     plot_distances(out / "distances.png", embeddings, distances, unit)
     print(f"wrote {out}, see {out / 'pairs.jpg'} and {out / 'distances.png'}; next:")
-    print(shlex.join(next_command(hands.folder, out, int(paired.sum()))))
-
-
-def next_command(hands, out, pool):
-    """The words of the command that pre-trains on these pairs."""
-    words = ["python", str(Path(sys.argv[0]).with_name("pretrain.py")), str(hands)]
-    if out.resolve() != hands.resolve():
-        words += ["--pairs", str(out)]
-    if pool < 8192:  # pairs of a step by default; each hand is met once an epoch
-        words += ["--batch-size", str(2 ** max(int(np.log2(pool / 4)), 1))]
-    return [*words, "--out", f"runs/{out.resolve().name}"]
+    print(pretrain_command(hands.folder, out, int(paired.sum())))
 
 
 def draw_pairs(path, hands, pairs, turns=None, seed=0):
@@ -546,6 +536,8 @@ def draw_pairs(path, hands, pairs, turns=None, seed=0):
             for k, row in enumerate(pairs.neighbours[i, :shown]):
                 turn = 0.0 if turns is None else turns[i, k]
                 text = f"distance {pairs.distances[i, k]:.2f}"
+                if turn:
+                    text += f", turned {turn:.0f}"
                 group.append(draw_crop(hands, row, 160, text, turn) if row >= 0 else black)
             tiles.append(np.hstack([*group, black[:, :8]]))
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % across)
@@ -561,7 +553,7 @@ def plot_distances(path, embeddings, distances, unit, seed=0):
         axis = drawn.subplots()
         for values, label in ((distances, "nearest neighbour"), (chance, "random pair")):
             axis.hist(np.minimum(values, bins[-1]), bins, density=True, alpha=0.6, label=label)
-        axis.set_xlabel(f"distance in the PCA embedding (1 = the {unit})")
+        axis.set_xlabel(f"distance in the PCA embedding, over all joints;\n1: the {unit}")
         axis.set_ylabel("density")
         axis.legend()
 

@@ -101,7 +101,7 @@ def main():
     for method in args.methods:
         results[ROWS[method]], found[method] = measure(args, method)
     draw_picture(args, found)
-    runs = [run_folder(args, method, seed) for method, seed in plan]
+    runs = [run for method in args.methods for run in finished_runs(args, method)]
     text = report(args, results) + "\n" + experiment.made_by(runs) + "\n"
     (out / "digits.md").write_text(text)
     print(f"{text}\n{(time.time() - began) / 60:.0f} minutes in this call; wrote {out}/digits.md, "
@@ -208,14 +208,16 @@ def preparation(args):
                 "mine_pairs.py", hands, "--out", pairs, *paper))
 
 
-def run_folder(args, method, seed):
-    return args.out / "pretrained" / f"{method}-seed{seed}"
+def finished_runs(args, method):
+    """The folders of a method's runs: earlier calls may have made more than --seeds of them."""
+    backbones = (args.out / "pretrained").glob(f"{method}-seed*/backbone.pt")
+    return sorted(path.parent for path in backbones)
 
 
 def pretraining(args, method, seed):
     """The command that pre-trains by one method with one seed."""
     hands, pairs, _ = folders(args, method)
-    folder = run_folder(args, method, seed)
+    folder = args.out / "pretrained" / f"{method}-seed{seed}"
     flags = RUNS[method]
     if method == "simhand-paper":  # 15/224 of a crop of the paper's margin
         flags += ("--crop-move", round(15 / 224 * PAPER_MARGIN / args.margin, 4))
@@ -241,7 +243,15 @@ def measure(args, method):
         hits = score(found, digits)
         row = {name: f"{values.mean():.3f}" for name, values in hits.items()}
         return row | {"persons": interval(hits["1-NN"], persons)}, found
-    seeds = [measure_seed(args, method, seed, hands, digits) for seed in range(args.seeds)]
+    networks = ["none"] * args.seeds
+    if method in RUNS:
+        networks = [run / "backbone.pt" for run in finished_runs(args, method)]
+    seeds = []
+    for seed, weights in enumerate(networks):
+        torch.manual_seed(seed)  # of an untrained network
+        backbone = common.load_backbone("resnet18", weights)
+        border = "black" if method == "simhand-paper" else "mirror"
+        seeds.append(measure_network(backbone, border, hands, digits))
     row = {}
     for name in seeds[0][1]:
         row[name] = [float(hits[name].mean()) for _, hits in seeds]
@@ -249,15 +259,9 @@ def measure(args, method):
     return row | {"persons": interval(right, persons)}, seeds[0][0]
 
 
-def measure_seed(args, method, seed, hands, digits):
+def measure_network(backbone, border, hands, digits):
     """-> rows that each hand found upright (N, 5), and {column: a number of each hand (N,)}."""
     persons = hands.rows["video"]
-    torch.manual_seed(seed)  # of the untrained network
-    weights = "none"
-    if method in RUNS:
-        weights = run_folder(args, method, seed) / "backbone.pt"
-    backbone = common.load_backbone("resnet18", weights)
-    border = "black" if method == "simhand-paper" else "mirror"
     hits = {}
     for kind, rotation in TURNS.items():
         features, points = embed(backbone, hands, border, rotation)

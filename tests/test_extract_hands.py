@@ -898,7 +898,8 @@ def test_the_authors_annotations_become_a_hands_folder(annotated, margin):
     printed = run("extract_hands.py", *arguments).stdout
     hands = load_hands(out)
     # Their pairs are there already.
-    assert printed.splitlines()[-1].endswith(f"pretrain.py {out} --out runs/hands")
+    assert printed.splitlines()[-1].endswith(
+        f"pretrain.py {out} --batch-size 2 --out runs/hands")
     assert hands.videos == ["v1", "v2"] and hands.rows["video"].tolist() == [0, 0, 1, 1, 1, 1]
     assert hands.rows["frame"].tolist() == [0, 0, 0, 0, 1, 1]
     order = ["200", "201", "400", "401", "100", "101"]
