@@ -32,7 +32,7 @@ from experiment import CORES, METHODS, PRECISION, ROOT, TITLES, Column, Command
 SIZES = {
     "cpu": dict(videos=320, seconds=8, crop=128, backbone="resnet18", input=48, train=1200,
                 test=300, batch=64, epochs=5, warmup=1, tune_batch=16,
-                tunings=((0.1, 400, 8), (0.1, 1200, 3)), probes=((1.0, 2), (1.0, 1.25)),
+                tunings=((0.1, 400, 8), (0.1, 1200, 1)), probes=((1.0, 2), (1.0, 1.25)),
                 hands=12_000, pools=(),
                 loader=("--workers", 0)),  # a lane a core: its own process makes the views
     "gpu": dict(videos=520, seconds=8, crop=128, backbone="resnet50", input=96, train=1200,
