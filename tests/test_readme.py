@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from scipy import stats
 
 import conftest
 import datasets
@@ -325,19 +324,8 @@ def test_the_figures_in_sentences_are_those_of_the_reports(start, report):
     means = {f"{float(mean):.1f}" for mean in re.findall(r"\| \**(\d+\.\d+)", text)}
     shown = re.findall(r"\d+\.\d", paragraph)
     assert len(shown) > 5 and means.issuperset(shown)
-    said = re.findall(r"p (<? ?\.\d+)", paragraph)
-    if re.search(r"p <? ?\.\d", text):  # as the report has them
-        assert said and all(f"p {p} " in text for p in said)
-        return
-    known = set()
-    for table in text.split("\n\n"):  # it has means and deviations of three seeds alone
-        runs = [tuple(map(float, run)) for run in re.findall(r"\| 3 \| \**([\d.]+)\** ± ([\d.]+)",
-                                                             table)]
-        for mean, deviation in runs[:-1]:
-            known.add(stats.ttest_ind_from_stats(mean, deviation, 3, *runs[-1], 3,
-                                                 equal_var=False).pvalue)
-    said = [float(p.strip("< ")) for p in said]
-    assert said and all(min(abs(p - other) for other in known) < 0.006 for p in said)
+    said = re.findall(r"p <? ?\.\d+", paragraph)
+    assert said and {*said} <= {*re.findall(r"p <? ?\.\d+", text)}
 
 
 def test_the_figures_of_the_signers_pool_are_its_reports():
