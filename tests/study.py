@@ -99,7 +99,7 @@ def main():
     results = out if args.size == "tiny" else ROOT / "tests"
     text = "\n".join(["# Does mining similar hands help?\n",
                       f"Written by `python tests/study.py --size {args.size}`.\n",
-                      "![The study's runs](study.png)\n", *parts])
+                      "![The study's runs](study.png)\n", *parts, ""])
     path = results / "study.md"
     if path.exists():  # the list of what did not help is written by hand
         text += "".join(path.read_text().partition(BY_HAND)[1:])
