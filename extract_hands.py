@@ -909,7 +909,7 @@ def summarise(out, annotations):
     following = shlex.join(["python", str(Path(sys.argv[0]).with_name("mine_pairs.py")), str(out)])
     if annotations:  # their pairs are there already
         pairs = np.load(out / "neighbours.npy", mmap_mode="r")
-        following = pretrain_command(out, out, int((pairs[:, 0] >= 0).sum()))
+        following = pretrain_command(out, out, int((pairs >= 0).any(1).sum()))
     print(f"wrote {out}, see {out / 'hands.jpg'}; next:\n{following}")
 
 

@@ -209,9 +209,7 @@ def preparation(args):
 
 
 def finished_runs(args, method):
-    """The folders of a method's runs: earlier calls may have made more than --seeds of them."""
-    backbones = (args.out / "pretrained").glob(f"{method}-seed*/backbone.pt")
-    return sorted(path.parent for path in backbones)
+    return experiment.finished_runs(args.out / "pretrained", method, "backbone.pt")
 
 
 def pretraining(args, method, seed):
@@ -246,17 +244,17 @@ def measure(args, method):
     networks = ["none"] * args.seeds
     if method in RUNS:
         networks = [run / "backbone.pt" for run in finished_runs(args, method)]
-    seeds = []
+    border = "black" if method == "simhand-paper" else "mirror"
+    measured = []
     for seed, weights in enumerate(networks):
         torch.manual_seed(seed)  # of an untrained network
         backbone = common.load_backbone("resnet18", weights)
-        border = "black" if method == "simhand-paper" else "mirror"
-        seeds.append(measure_network(backbone, border, hands, digits))
+        measured.append(measure_network(backbone, border, hands, digits))
     row = {}
-    for name in seeds[0][1]:
-        row[name] = [float(hits[name].mean()) for _, hits in seeds]
-    right = np.mean([hits["1-NN"] for _, hits in seeds], axis=0)
-    return row | {"persons": interval(right, persons)}, seeds[0][0]
+    for name in measured[0][1]:
+        row[name] = [float(hits[name].mean()) for _, hits in measured]
+    right = np.mean([hits["1-NN"] for _, hits in measured], axis=0)
+    return row | {"persons": interval(right, persons)}, measured[0][0]
 
 
 def measure_network(backbone, border, hands, digits):

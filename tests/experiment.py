@@ -239,6 +239,12 @@ def listed(items):
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
+def finished_runs(folder, method, last):
+    """The folders of a method's runs in `folder`, one a seed, that hold the file written last:
+    earlier calls may have made more of them than --seeds."""
+    return sorted(path.parent for path in folder.glob(f"{method}-seed*/{last}"))
+
+
 def read_metrics(folders, columns):
     """metrics.json of each seed's run -> {column: a list of its values}."""
     runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]

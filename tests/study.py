@@ -247,9 +247,9 @@ def finished(folder, methods):
     """-> {method: the folders of its finished runs}"""
     runs = {}
     for method in methods:
-        paths = sorted(folder.glob(f"{method}-seed*/pred_xyz.npy"))
-        if paths:
-            runs[method] = [path.parent for path in paths]
+        several = experiment.finished_runs(folder, method, "pred_xyz.npy")
+        if several:
+            runs[method] = several
     return runs
 
 
