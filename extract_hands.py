@@ -141,9 +141,12 @@ def main():
             f"{out}: holds a training run, choose another --out")
     lock = open_folder(out, rank, ranks)  # until the script ends: no other run may write here
     with one_at_a_time(lock):
+        for name in ("parts", "merged"):  # ours are deleted in the end
+            require(logged_settings(out) or not (out / name).exists(),
+                    f"{out / name}: would be in the way, choose another --out")
         finish_merge(out)
-        (out / "parts").mkdir(exist_ok=True)
         args.root = start_or_go_on(out, plain(args, workers=workers))
+        (out / "parts").mkdir(exist_ok=True)
         names = name_sources(out, args.root, sources)
         merged = set(lines(out / "videos.txt"))
         todo = [name for name in names[rank::ranks]
@@ -169,7 +172,7 @@ def main():
     with one_at_a_time(lock):
         merge_if_last(out, names, annotations, start, f"{rank} of {ranks}")
         if ranks == 1:
-            shutil.rmtree(out / "parts")  # empty, but for what a kill left
+            shutil.rmtree(out / "parts")  # empty, but for what killed runs left
 
 
 # --------------------------------------------------------------------- the method: sampling frames
@@ -219,38 +222,37 @@ def sample_frames(path, fps, all_frames=False):
         names = sorted(name for name in os.listdir(path) if is_a(PICTURES, name))
         yield from read_stills(path, names, fps)
         return
-    k = 0
+    rest = 0, -1
     if fps <= 2 and not all_frames:
-        k = yield from sample_video(path, fps, k, skip=True)
-    if k is not None:
-        yield from sample_video(path, fps, k, skip=False)
+        rest = yield from sample_video(path, fps, *rest, skip=True)
+    if rest:
+        yield from sample_video(path, fps, *rest, skip=False)
 
 
-def sample_video(path, fps, k, skip):
-    """Yields the Frames of a video from the k-th sample on. -> None, or the k from which on all
-    frames must be decoded."""
+def sample_video(path, fps, k, index, skip):
+    """Yields the Frames of a video from the k-th sample on; `index` is that of the one before. ->
+    None, or the k and the index from which on all frames must be decoded."""
     def due():
-        return k / fps - 1e-4  # time stamps are rounded to the stream's tick
+        return k / fps - slack
 
     with open_video(path) as video:
-        codec = video.stream.codec_context
+        # Time stamps are rounded to the stream's tick, in Matroska a millisecond, or cut off.
+        slack = min(max(video.tick, 1e-4), 1e-3)
         skip = skip and video.stream.start_time is not None  # there are time stamps
         if skip:
-            # Measured on 1080p, ms of a core for each second of video: H.264 122 with all frames,
-            # NONREF 67, BIDIR 40; of HEVC BIDIR leaves one frame in ninety, NONREF halves the time.
-            codec.skip_frame = "BIDIR" if codec.name == "h264" else "NONREF"
+            # Not BIDIR: x264 lets P frames refer to B frames, and what follows falls to pieces.
+            video.stream.codec_context.skip_frame = "NONREF"
         wanted_from = due if skip else None
-        index = -1
         for seconds, frame in decode(video, wanted_from):
             if frame.is_corrupt or seconds < due():
                 continue
             if skip and (video.misled or seconds - video.first_after(due()) > 0.25 / fps):
-                return k
+                return k, index
             index = max(round(seconds * video.rate), index + 1)
             yield Frame(index, seconds, as_shown(frame, video.ratio))
-            k = int((seconds + 1e-4) * fps) + 1
+            k = int((seconds + slack) * fps) + 1
         if skip and video.first_after(due()) < math.inf:
-            return k  # none of the last frames was decoded
+            return k, index  # none of the last frames was decoded
         require_whole(video, k / fps)
 
 
@@ -265,7 +267,6 @@ class Video:
     ratio: float  # width of a pixel over its height
     last: float = -math.inf  # time of the last decoded frame
     packets: list = dataclasses.field(default_factory=list)  # times of those given to the decoder
-    count: int = 0  # of the packets read
     end: float = 0.0  # time of the last packet
     reached: float = 0.0  # end of all that was read, video or not, by the container's clock
     misled: bool = False  # a packet that was called a key frame is none
@@ -301,6 +302,7 @@ def decode(video, due=None):
     Packets are held back until one of them is wanted; if a key frame comes first, they are dropped.
     Where key frames are close, as in Motion JPEG and in many videos of phones, that saves most.
     """
+    skipping = due is not None
     due = due or (lambda: -math.inf)
     held = collections.deque()
     dropped = False
@@ -312,7 +314,7 @@ def decode(video, due=None):
         held.append(packet)
         while held and seconds_of(packet.dts, video) > due():
             given = held.popleft()
-            if given.pts is not None:
+            if skipping and given.pts is not None:
                 video.packets.append(seconds_of(given.pts, video))
             for seconds, frame in decode_packet(given, video):
                 video.misled |= dropped and not frame.key_frame
@@ -347,11 +349,12 @@ def seconds_of(stamp, video):
 
 
 def read_packets(video):
-    """Yields the packets of a video's stream. Where its clock goes back, it counts on from there,
-    as in streams that were put one after another."""
+    """Yields the packets of a video's stream. Where its clock goes back, as in streams that were
+    put one after another, or leaps by more than a day, it counts on from there."""
     shift = 0
     last = None
     half_second = 0.5 / video.tick
+    day = 86_400 / video.tick
     for packet in video.container.demux():
         length = packet.duration or 0
         if packet.pts is not None:
@@ -359,9 +362,9 @@ def read_packets(video):
             video.reached = max(video.reached, end)
         if packet.stream.index != video.stream.index:
             continue
-        video.count += packet.size > 0
         if packet.dts is not None:
-            if last is not None and packet.dts + shift < last - half_second:
+            leap = 0 if last is None else packet.dts + shift - last
+            if not -half_second <= leap <= day:
                 shift = last + length - packet.dts
             packet.dts += shift
             last = packet.dts
@@ -384,8 +387,9 @@ def require_whole(video, due):
     read = video.reached - start
     if read < 0.95 * length - 1:
         raise BrokenVideo(f"breaks off at {read:.1f} s of {length:.1f} s")
-    if video.count < 0.95 * video.stream.frames - video.rate:  # 0 frames: the file does not say
-        raise BrokenVideo(f"breaks off at frame {video.count} of {video.stream.frames}")
+    own = (video.stream.duration or 0) * video.tick  # its sound may go on
+    if video.end < 0.95 * own - 1:
+        raise BrokenVideo(f"breaks off at {video.end:.1f} s of {own:.1f} s")
     if due < 0.95 * video.end - 1:
         raise BrokenVideo(f"cannot be decoded from {due:.1f} s of {video.end:.1f} s on (codec "
                           f"{codec})")
@@ -997,12 +1001,13 @@ def published_hand(item, images, root):
     box = np.trunc(np.reshape(json.loads(item["boxes"])[:4], 4))  # as published
     is_left = {"Left": True, "Right": False}[item["left_right"]]
     points = item["keypoint_25d"].reshape(21, 3)[:, :2]
-    if not (np.abs(points).max() < 5 and (box[2:] > box[:2]).all()):
+    if not (np.abs(points).max() < 5 and np.ptp(points, axis=0).any()
+            and (box[2:] > box[:2]).all() and np.abs(box).max() < 1e5):
         raise ValueError(f"hand {item['hand_id']}: its keypoints are no fractions of the crop, or "
-                         "its box is empty")
-    positives = map(str, item["positive_sample"])
+                         "its box is empty or nowhere")
+    pairs = zip(map(str, item["positive_sample"]), map(float, item["distance"]))
     return ((folder or ".", frame_number(name), name), str(item["hand_id"]),
-            (size, box, is_left, points), list(zip(positives, item["distance"])))
+            (size, box, is_left, points), list(pairs))
 
 
 def place_hand(row, image, margin):

@@ -223,7 +223,7 @@ def by_pyav(path, fps):
         codec = file.streams.video[0].codec_context
         codec.thread_count = 1
         if fps <= 2:
-            codec.skip_frame = "BIDIR"
+            codec.skip_frame = "NONREF"
         for frame in file.decode(video=0):
             yield frame.time, functools.partial(frame.to_ndarray, format="rgb24")
 

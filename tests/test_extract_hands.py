@@ -159,6 +159,61 @@ def test_what_skipping_looks_at_comes_three_frames_later_at_most(tmp_path, name,
         assert numbers([late], 2)[0] == pytest.approx(late.index, abs=1)
 
 
+@pytest.mark.parametrize("name, codec, options", [
+    ("usual.mp4", "libx264", {}),
+    ("slow.mkv", "libx264", {"preset": "slow", "bf": "8"}),
+    ("hevc.mp4", "libx265", {"x265-params": "log-level=none"}),
+    ("mpeg4.mp4", "mpeg4", {"bf": "2"})])
+def test_what_skipping_looks_at_is_the_picture_of_a_whole_decoding(tmp_path, name, codec, options):
+    """By x264's defaults P frames refer to B frames: whoever skips those sees pictures fall to
+    pieces, if they have texture and move."""
+    large = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    large = cv2.resize(large, (450, 300), interpolation=cv2.INTER_CUBIC)
+    pictures = []
+    for k in range(150):
+        x = int(100 + 90 * np.sin(k / 9))
+        y = int(70 + 60 * np.cos(k / 7))
+        turn = cv2.getRotationMatrix2D((80, 60), 20 * np.sin(k / 5), 1)
+        pictures.append(cv2.warpAffine(large[y:y + 120, x:x + 160], turn, (160, 120)))
+    path = write_clip(tmp_path / name, pictures, codec, rate=30, options=options)
+    with av.open(path) as file:
+        whole = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    frames = list(extract_hands.sample_frames(path, 1))
+    assert len(frames) == 5
+    for frame in frames:
+        assert np.array_equal(frame.image, whole[frame.index]), frame.index
+
+
+def test_the_frames_after_a_pause_are_numbered_on(tmp_path):
+    """A lecture: 30 frames a second, then one in twenty seconds. Skipping comes too late there, and
+    the rest is decoded whole."""
+    times = [*range(150), *range(150, 270, 12), *range(270, 270 + 20 * 600, 600)]
+    path = str(tmp_path / "lecture.mp4")
+    with av.open(path, "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={
+            "bf": "3", "x264-params": "b-adapt=0:b-pyramid=none:scenecut=0"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for picture, time in zip(greys(len(times), step=1), times):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts = time
+            frame.time_base = Fraction(1, 30)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    frames = list(extract_hands.sample_frames(path, 1))
+    assert (np.diff([frame.index for frame in frames]) > 0).all()
+    assert [frame.time for frame in frames[-18:]] == pytest.approx(
+        [time / 30 for time in times[-18:]], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.flv", "a.wmv", "a.mp4", "a.ts"])
+def test_time_stamps_in_milliseconds_cost_no_frame(tmp_path, name):
+    codec = {".webm": "libvpx-vp9", ".wmv": "wmv2"}.get(Path(name).suffix, "libx264")
+    path = write_clip(tmp_path / name, greys(60, step=4), codec, rate=30)
+    for fps in (30, 15, 3):
+        found = [frame.index for frame in extract_hands.sample_frames(path, fps)]
+        assert found == list(range(0, 60, 30 // fps))
+
+
 def test_where_skipping_comes_too_late_the_video_is_decoded_whole(tmp_path):
     """With sixteen frames in a row that no other needs, at ten a second."""
     path = write_clip(tmp_path / "a.mp4", greys(45),
@@ -176,6 +231,54 @@ def test_a_clock_that_restarts_counts_on_and_each_frame_has_its_size(tmp_path):
     assert [frame.index for frame in frames] == list(range(0, 40, 2))
     assert numbers(frames) == [*range(0, 20, 2)] * 2
     assert [frame.image.shape for frame in frames] == [(48, 64, 3)] * 10 + [(96, 128, 3)] * 10
+
+
+def test_a_clock_that_was_set_while_recording_counts_on(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", greys(50), options={"bf": "0"})
+    with av.open(path) as file, av.open(str(tmp_path / "b.mkv"), "w") as copy:
+        stream = copy.add_stream_from_template(file.streams.video[0])
+        for number, packet in enumerate(file.demux()):
+            if packet.dts is not None:
+                leap = int(1.7e9 / packet.time_base) * (number >= 25)
+                packet.pts += leap
+                packet.dts += leap
+                packet.stream = stream
+                copy.mux(packet)
+    frames = list(extract_hands.sample_frames(str(tmp_path / "b.mkv"), 2))
+    assert numbers(frames) == [frame.index for frame in frames] == list(range(0, 50, 5))
+
+
+def test_a_video_that_leaves_frames_out_or_was_trimmed_is_whole(tmp_path):
+    gap = str(tmp_path / "gap.avi")
+    with av.open(gap, "w") as file:
+        stream = file.add_stream("mpeg4", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for number in [*range(30), *range(30, 291, 10)]:
+            frame = av.VideoFrame.from_ndarray(greys(1)[0], "rgb24")
+            frame.pts = number
+            frame.time_base = Fraction(1, 30)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    assert len(list(extract_hands.sample_frames(gap, 1))) == 10
+
+    # As a phone's editor does: the first 2 of 10 seconds are shown, all samples are kept.
+    path = Path(write_clip(tmp_path / "trimmed.mp4", greys(100, step=2), options={"bf": "0"}))
+    content = bytearray(path.read_bytes())
+    for box, offset in ((b"mvhd", 20), (b"tkhd", 24), (b"elst", 12)):
+        place = content.index(box) + offset
+        whole = int.from_bytes(content[place:place + 4], "big")
+        content[place:place + 4] = (whole // 5).to_bytes(4, "big")
+    path.write_bytes(content)
+    assert numbers(extract_hands.sample_frames(str(path), 1), 2) == [0, 10]
+
+
+def test_a_folder_with_parts_of_its_own_is_left_alone(tmp_path):
+    for name in ("parts", "merged"):
+        folder = tmp_path / f"of_{name}"
+        (folder / name).mkdir(parents=True)
+        write_clip(folder / name / "a.mp4", greys(5))
+        assert "would be in the way" in refused("extract_hands.py", folder, "--out", folder)
+        assert (folder / name / "a.mp4").exists()
 
 
 def test_a_cut_file_a_short_one_and_one_without_pictures(tmp_path):
