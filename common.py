@@ -433,7 +433,7 @@ def atomic(path):
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
-            raise InputError(f"{path}: could not be written: {cause.strerror}")
+            raise InputError(f"{path}: could not be written: {cause.strerror or cause}")
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -532,6 +532,9 @@ def load_hands(folder):
     require(folder.is_dir(), f"{folder}: no such folder, expected a hands folder ({hint})")
     keypoints = load_array(folder / "keypoints.npy", np.float32, (None, 21, 2), hint=hint)
     require(len(keypoints), f"{folder / 'keypoints.npy'}: holds no hand, expected at least one")
+    extent = np.ptp(keypoints, axis=1).max(1)
+    require(extent.all(), f"{folder / 'keypoints.npy'}: those of hand {extent.argmin()} are one "
+            "point")
     offsets = load_array(folder / "offsets.npy", np.int64, (len(keypoints) + 1,), hint=hint)
     require(offsets[0] == 0 and (np.diff(offsets) > 0).all(),
             f"{folder / 'offsets.npy'}: must start at 0 and increase")
@@ -671,7 +674,7 @@ def pretrain_command(hands, pairs, pool):
     words = ["python", str(Path(sys.argv[0]).with_name("pretrain.py")), str(hands)]
     if pairs.resolve() != hands.resolve():
         words += ["--pairs", str(pairs)]
-    if pool < 8192:  # pairs of a step by default; each hand is met once an epoch
+    if pool < 2 * 8192:  # pairs of a step by default; the probe keeps some hands
         words += ["--batch-size", str(2 ** max(int(np.log2(max(pool, 1) / 4)), 1))]
     return shlex.join([*words, "--out", f"runs/{pairs.resolve().name}"])
 

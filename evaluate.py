@@ -78,6 +78,7 @@ class Run:
     data: str  # the data set's name, or ""
     settings: dict  # as `read_settings` gives them
     truth: int  # a checksum: whether two runs have the same true poses
+    valid: int  # the same of the joints that count
     names: np.ndarray = None  # (T,) NAMES_DTYPE, for a submission
     metrics: dict = None  # as in metrics.json
     curve: np.ndarray = None  # (100,), PCK of the wrist-aligned error
@@ -268,7 +269,8 @@ def open_runs(args):
         refuse_other_units(folder, poses)
         settings = read_settings(folder)
         truth = zlib.crc32(np.ascontiguousarray(poses.truth))
-        run = Run(folder, name, settings["data"], settings, truth)
+        valid = zlib.crc32(np.ascontiguousarray(poses.valid))
+        run = Run(folder, name, settings["data"], settings, truth, valid)
         if args.submission:
             run.names = read_names(run, args.submission, len(poses.truth))
         runs.append(run)
@@ -281,9 +283,9 @@ def open_runs(args):
         for run in mine:
             same = [str(other.folder) for other in mine if other.name == run.name]
             require(len(same) == 1, f"{' and '.join(same)} have one name, --names can give others")
-            if run.truth != mine[0].truth:
-                print(f"{run.folder}: warning: other true poses than {mine[0].folder}; scores do "
-                      "not compare")
+            if (run.truth, run.valid) != (mine[0].truth, mine[0].valid):
+                print(f"{run.folder}: warning: other true poses than {mine[0].folder}, or other "
+                      "valid joints; scores do not compare")
             name = run.name
             if args.seeds:
                 name = re.sub(r"[-_.]?seed[-_]?\d+", "", run.name)
@@ -356,7 +358,10 @@ def read_settings(folder):
     how it was trained: `method` and `pool` (hands) of the pre-training, `label_fraction`."""
     path = folder / "log.jsonl"
     rows = read_log(path) if path.exists() else []
-    args = rows[0].get("args", {}) if rows else {}
+    args = rows[0].get("args") if rows else None
+    if not isinstance(args, dict) or "weights" not in args:  # another program's
+        rows = []
+        args = {}
     before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
     words = [DATASETS.get(args.get("dataset")), args.get("setup"), args.get("modality"),
              "filtered" if args.get("paper_filter") else None]
@@ -562,7 +567,8 @@ NAMES_DTYPE = np.dtype([("index", np.int64), ("left", bool)])
 def read_names(run, benchmark, count):
     """names.txt of a run of `count` samples -> (count,) NAMES_DTYPE."""
     whole = run.settings["dataset"] in (None, benchmark) and not run.settings["paper_filter"]
-    require(whole, f"{run.folder}: was tested on {run.data}, not on the whole of {benchmark}")
+    require(whole, f"{run.folder}: was tested on {run.data or 'other data'}, not on the whole of "
+            f"{benchmark}")
     path = run.folder / "names.txt"
     hint = "expected a line a sample: index, tab, picture, tab, left or right"
     lines = [line.split(b"\t") for line in path.read_bytes().splitlines()]

@@ -340,16 +340,16 @@ def detnet_loss(outputs, batch, with_bone=None):
     return 100 * heat_loss + map_losses / math.sqrt(128)
 
 
-def heat_targets(uv, valid, cells, sigma=1.0):
+def heat_targets(uv, valid, cells):
     """uv (N, 21, 2) in input pixels, cells of 4 x 4 pixels -> Gaussians (N, 21, cells, cells) of
-    peak 1 in the joint's cell, cut to 7 x 7; 0 for joints that are invalid or whose window lies
-    outside."""
+    deviation 1 and peak 1 in the joint's cell, cut to 7 x 7; 0 for joints that are invalid or whose
+    window lies outside."""
     cell = torch.floor((uv + 0.5) / 4)
     place = torch.arange(cells, device=uv.device)
 
     def bell(middle):  # (N, 21) -> (N, 21, cells)
         distance = place - middle[..., None]
-        return torch.exp(-distance.square() / (2 * sigma ** 2)) * (distance.abs() <= 3)
+        return torch.exp(-distance.square() / 2) * (distance.abs() <= 3)
 
     across = bell(cell[..., 0])
     along = bell(cell[..., 1])
@@ -445,7 +445,7 @@ def run_on_test_crops(function, shape, pictures, plan, name=""):
     loader = load_items(pictures, batches, plan.workers, collate)
     bar = progress(loader, unit="batch", total=len(batches), desc=name,
                    disable=not name or plan.rank != 0)
-    for start, batch in zip(starts, bar):
+    for batch, start in zip(bar, starts):  # in this order the bar ends
         images = batch["image"].to(plan.device)
         found[start:start + len(images)] = function(images)
     return over_ranks(found)
@@ -633,6 +633,8 @@ def make_plan(args, pictures=0):
         steps_per_epoch = pictures // args.batch_size
         require(steps_per_epoch, f"{args.root}: {pictures} training pictures, fewer than "
                 f"--batch-size {args.batch_size}")
+        require(args.batch_size > ranks or args.input_size > 32, "--batch-size: BatchNorm needs "
+                "two pictures or more on each rank at this --input-size")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     return Plan(rank, ranks, device, precision, args.workers, args.batch_size,
                 steps_per_epoch=steps_per_epoch, steps=args.epochs * steps_per_epoch)
@@ -706,7 +708,7 @@ def save_model(model, train, args):
 
 def bone_lengths(samples):
     """(N,) mm, the true bone 0-9; where one of its ends has no place, the median of the others."""
-    whole = has_wrist_and_bone(has_place(samples.xyz))
+    whole = has_wrist_and_bone(samples.valid | has_place(samples.xyz))
     return np.where(whole, bone_length(samples.xyz), np.median(bone_length(samples.xyz[whole])))
 
 
@@ -854,9 +856,12 @@ def load_data(args):
     if args.head == "knn":  # no model to choose; only a whole pose can be aligned and scaled
         train = labels.train[used & has_wrist_and_bone(labels.train.valid)]
         validation = train[:0]
+        require(len(train), f"{args.root}: no label that is used has wrist and joint 9")
         more = f"; compared with the {len(train)} of {used.sum()} that have wrist and joint 9"
     else:
         train, validation, more = hold_out(labels, used, args.seed)
+        require(has_wrist_and_bone(validation.valid).any(), f"{args.root}: no label that is for "
+                "validation has wrist and joint 9; another --seed chooses others")
     digest = zlib.crc32(np.concatenate([train, validation, labels.test]))
     return Labels(train, validation, labels.test, [*labels.notes, note + more], digest)
 
@@ -1004,6 +1009,9 @@ def read_freihand_split(root, split, versions):
     require(there >= len(pictures), f"{root / split}/rgb: holds {there} pictures, expected "
             f"{versions} x {len(xyz)}")
     uvw = xyz @ matrix.transpose(0, 2, 1)
+    behind = (uvw[..., 2] <= 0).any(1)
+    require(not behind.any(), f"{root / split}_xyz.json: entry {behind.argmax()}, counted from 0, "
+            "has joints that are not before the camera")
     uv = uvw[..., :2] / uvw[..., 2:]
     sample = np.tile(np.arange(len(xyz)), versions)  # picture i shows sample i % their number
     return make_samples(CROP["freihand"], path=pictures, group=sample, scene=sample,
@@ -1015,7 +1023,11 @@ def read_array(root, name, rows):
     places = (root.with_name(f"{root.name}_eval") / name, root / name)
     file = next((place for place in places if place.exists()), None)
     require(file, f"{root}: expected {name} there or in {places[0].parent}")
-    array = np.array(read_json(file), np.float64)
+    content = read_json(file)
+    try:
+        array = np.array(content, np.float64)
+    except (TypeError, ValueError):  # entries of several lengths, or not of numbers
+        array = np.zeros(0)
     require(array.shape[1:] == (rows, 3) and np.isfinite(array).all(),
             f"{file}: has shape {array.shape}, expected (N, {rows}, 3), finite")
     return array

@@ -110,7 +110,7 @@ def main():
 def choose_rows(hands, args):
     """The rows of the hands that take part, ascending; an InputError where there are too few."""
     count = len(hands.keypoints)
-    name = f"{hands.folder / 'hands.npy'}"
+    name = str(hands.folder / "hands.npy")
     require(args.limit is None or args.limit <= count,
             f"{name}: {count} hands, fewer than --limit {args.limit}")
     if args.limit is not None:

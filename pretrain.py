@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import resource
+import shlex
 import statistics
 import time
 import zlib
@@ -177,10 +178,12 @@ def parse_args():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("epochs", "top_k", "input_size", "temperature", "target_temperature", "lr",
-                 "micro_batch"):
+                 "micro_batch", "steps"):
         require(getattr(args, name) != 0, f"--{name.replace('_', '-')} must be above 0")
     shares = [getattr(args, name) for name in ("crop_move", *EXTRA_AUGMENTATIONS)]
     require(max(shares) <= 1, "--crop-move and the shares of the views must lie in 0..1")
+    require(args.probe == 0 or args.probe >= 2 * len(args.hands),
+            f"--probe {args.probe}: expected 0, or 2 hands of each folder or more")
     require(args.warmup_epochs < args.epochs,
             f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     low, high = args.crop_margin
@@ -191,16 +194,20 @@ def parse_args():
 def refuse_flags_without_effect(args, parser):
     """An InputError for flags that would be ignored: who gives them expects something else."""
     contrastive = ("weighting", "temperature", "shift_unit", "equivariance", "keypoint_loss")
+    equivariance = args.equivariance or ("none" if args.method == "simclr" else "both")
     # Whether they are ignored, which, why.
     rules = [
         (args.method == "keypoints", contrastive, "with --method keypoints"),
         (args.method != "simhand", ("top_k",), "without --method simhand"),
+        (equivariance in ("none", "rotation"), ("shift_unit",), "where no shift is undone"),
         (args.weighting == "none", ("weight_on", "weight_keypoints", "weight_pca"),
          "without --weighting, such as linear"),
         (args.weighting == "soft", ("weight_on", "weight_pca"), "with --weighting soft"),
         (args.weighting != "soft", ("target_temperature",), "without --weighting soft"),
         (args.weighting != "nonlinear", ("slope_pos", "slope_neg"),
-         "without --weighting nonlinear")]
+         "without --weighting nonlinear"),
+        (args.weight_on == "pos", ("slope_neg",), "with --weight-on pos"),
+        (args.weight_on == "neg", ("slope_pos",), "with --weight-on neg")]
     for ignored, names, reason in rules:
         if ignored:
             refuse_idle_flags(args, parser, names, reason)
@@ -226,6 +233,7 @@ def main():
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         step = kept["step"]
+        del kept  # the memory
     net = spread(model, device).train()
     rows = start_run(settings, data, plan, model, step, args) if writes else []
     probe = load_probe(data, args) if len(data.probe) and writes else None
@@ -707,7 +715,7 @@ def load_data(args):
     for number, (hands, path) in enumerate(zip(folders, pair_folders)):
         count = len(hands.keypoints)
         usable = np.ones(count, bool)
-        held = choose_probe(hands.rows["video"], args.probe, args.seed)
+        held, shown = choose_probe(hands.rows["video"], args.probe // len(folders), args.seed)
         neighbours = turns = None
         if args.method == "simhand" or args.pairs or (path / "neighbours.npy").exists():
             neighbours = load_neighbours(path, count, args.top_k)
@@ -723,19 +731,24 @@ def load_data(args):
         mined.append(neighbours)
         turned.append(turns)
         pool.append(np.insert(np.argwhere(usable & ~held), 0, number, axis=1))
-        probe.append(np.insert(np.argwhere(held)[:args.probe], 0, number, axis=1))
+        probe.append(np.insert(shown[:, None], 0, number, axis=1))
     return Data(folders, mined, turned, pca, np.concatenate(pool), np.concatenate(probe), digest)
 
 
 def choose_probe(video, limit, seed):
-    """Which hands of a folder the probe keeps -> bool (N,): all those of a twentieth of its videos
-    at most, and of no more videos than `limit` hands need; none where that is a single video."""
+    """Which hands of a folder are kept out of the pool -> bool (N,): all those of a twentieth of
+    its videos at most, and of no more videos than `limit` hands need; none where that is a single
+    video. And the rows of those that the probe looks at: of each video as many, evenly spaced."""
     videos, counts = np.unique(video, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(videos))[:len(videos) // 20]
     enough = np.searchsorted(np.cumsum(counts[order]), limit) + 1
     if limit == 0 or len(order) < 2:
-        return np.zeros(len(video), bool)
-    return np.isin(video, videos[order[:max(enough, 2)]])
+        return np.zeros(len(video), bool), np.zeros(0, int)
+    kept = videos[order[:max(enough, 2)]]
+    share = limit // len(kept)
+    rows = [np.flatnonzero(video == one) for one in kept]
+    rows = [some[::math.ceil(len(some) / share)] for some in rows]
+    return np.isin(video, kept), np.sort(np.concatenate(rows))
 
 
 def load_neighbours(path, count, top_k):
@@ -774,6 +787,9 @@ def make_plan(args, pool, rank, ranks, device):
     require(args.batch_size > 1, "--batch-size must be 2 pairs or more: one has no negatives")
     share, rest = divmod(args.batch_size, ranks)
     micro = args.micro_batch or max(k for k in range(1, 513) if share % k == 0)
+    require(args.micro_batch or micro >= min(share, 16), f"--batch-size {args.batch_size}: only "
+            f"{micro} pairs would pass the network together, too few for BatchNorm, since {share} "
+            "has no larger divisor up to 512; take a rounder number, or give --micro-batch")
     require(share and not rest and share % micro == 0, f"--batch-size {args.batch_size} must be a "
             f"multiple of {ranks} ranks x --micro-batch {args.micro_batch or 1}")
     steps_per_epoch = pool // args.batch_size
@@ -824,7 +840,8 @@ def finish(step, rows, model, plan, args):
         print(f"{name}: {value:g}")
     print(f"memory_gb: {peak_memory(plan.device):.2f}")
     print(f"wrote {args.out}/backbone.pt, see curves.png and views.jpg beside it; next:\n"
-          f"python finetune.py --dataset freihand --root ROOT --weights {args.out}/backbone.pt "
+          "python finetune.py --dataset freihand --root ROOT --weights "
+          f"{shlex.quote(args.out)}/backbone.pt "
           f"--backbone {args.backbone} --input-size {args.input_size} --out RUN")
 
 

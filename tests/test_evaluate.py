@@ -749,7 +749,8 @@ def test_all_folders_are_looked_at_before_any_is_scored(pair, tmp_path):
     assert not (pair[0] / "metrics.json").exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", '{"step": 1}\n'])
+@pytest.mark.parametrize("text", ["", "{}\n", '{"step": 1}\n', '{"args": ["--lr", 1]}\n',
+                                  '{"args": null}\n', '{"args": {"weight": 1}}\n'])
 def test_a_log_without_settings_is_none(text, pair):
     (pair[0] / "log.jsonl").write_text(text)
     assert evaluate.read_settings(pair[0])["data"] == ""
@@ -786,6 +787,14 @@ def test_runs_with_other_true_poses_are_noticed(pair, tmp_path):
     printed = run_here("evaluate.py", *pair, other, "--out", tmp_path / "out")
     assert printed.count("warning: other true poses than") == 1
     assert f"{other}: warning: other true poses than {pair[0]}" in printed
+
+
+def test_runs_with_other_valid_joints_are_noticed(pair, tmp_path):
+    valid = np.ones((len(np.load(pair[0] / "gt_xyz.npy")), 21), bool)
+    valid[:, 8] = False
+    np.save(pair[1] / "valid.npy", valid)
+    printed = run_here("evaluate.py", *pair, "--out", tmp_path / "out")
+    assert f"{pair[1]}: warning: " in printed and "or other valid joints" in printed
 
 
 def test_arrays_stored_by_columns_score_the_same(pair, tmp_path):

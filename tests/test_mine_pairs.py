@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+import common
 import mine_pairs
 from common import HANDS_DTYPE, Hands
 from conftest import TINY, refused, run, run_here, torchrun
@@ -292,6 +293,9 @@ def test_the_next_command_runs_as_it_is_printed(twice, tmp_path):
     words = shlex.split(printed.strip().splitlines()[-1])
     assert words == ["python", "pretrain.py", str(folder), "--pairs", str(tmp_path / "some pairs"),
                      "--batch-size", "16", "--out", "runs/some pairs"]
+    # The probe keeps some of the hands: as many as the default batch has would not be left.
+    assert "--batch-size 2048" in common.pretrain_command(folder, folder, 8600)
+    assert "--batch-size" not in common.pretrain_command(folder, folder, 16384)
 
 
 @pytest.mark.parametrize("flags, upright", [
@@ -543,11 +547,13 @@ def test_flags_that_cannot_be_are_refused(tmp_path, flags, words):
 
 def test_keypoints_that_cannot_be_are_named(hands):
     keypoints = np.load(hands / "keypoints.npy")
-    far, bad = keypoints.copy(), keypoints.copy()
+    far, bad, point = keypoints.copy(), keypoints.copy(), keypoints.copy()
     far[5] += 3000
+    point[9] = 0
     bad[7, 3, 1] = np.nan
     for array, words in ((far, "keypoints.npy: some lie 10 crops away"),
-                         (bad, "keypoints.npy: values must be finite, row 7")):
+                         (bad, "keypoints.npy: values must be finite, row 7"),
+                         (point, "keypoints.npy: those of hand 9 are one point")):
         np.save(hands / "keypoints.npy", array)
         assert words in refused("mine_pairs.py", hands)
 

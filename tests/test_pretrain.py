@@ -651,7 +651,11 @@ def test_what_the_probe_keeps_is_seen_by_no_step(many_videos):
     lost = np.isin(video, [*held]) | np.isin(video[found[:, 0]], [*held])
     assert len(data.pool) == (~lost).sum()  # nobody else is left out
     few = pretrain.load_data(vary(args, probe=2))
-    assert len(few.probe) == 2 and len(set(video[few.probe[:, 1]])) <= 2
+    assert len(few.probe) == 2 and len(set(video[few.probe[:, 1]])) == 2
+    hours = np.repeat(np.arange(60), 3600)  # videos of an hour: two of them hold more than enough
+    kept, shown = pretrain.choose_probe(hours, 2000, 0)
+    assert kept.sum() == 7200 and kept[shown].all() and (np.diff(shown) > 0).all()
+    assert 1600 < len(shown) <= 2000 and np.ptp(np.unique(hours[shown], return_counts=True)[1]) == 0
     off = pretrain.load_data(vary(args, probe=0))
     assert len(off.pool) == len(video) and not len(off.probe)
 
@@ -715,7 +719,7 @@ def test_paper_sets_the_papers_values_and_other_flags_still_count(mined):
 
 def test_the_micro_batch_is_the_largest_divisor_of_the_share_up_to_512(mined):
     for batch, ranks, expected in ((8192, 1, 512), (1000, 1, 500), (1536, 2, 384), (60, 1, 60),
-                                   (1022, 2, 511), (1042, 2, 1)):
+                                   (1022, 2, 511)):
         args = parse(mined, "--out", "unused", "--batch-size", batch)
         plan = pretrain.make_plan(args, 10 ** 6, 0, ranks, torch.device("cpu"))
         assert (plan.micro_batch, plan.pieces) == (expected, batch // ranks // expected)
@@ -870,10 +874,22 @@ def test_flags_without_effect_are_refused(mined):
                          (("--weight-pca", "--weighting", "soft"), "with --weighting soft"),
                          (("--slope-pos", 2, "--weighting", "linear"), "--weighting nonlinear"),
                          (("--slope-neg", 2), "without --weighting nonlinear"),
+                         (("--slope-neg", 2, "--weighting", "nonlinear", "--weight-on", "pos"),
+                          "with --weight-on pos"),
+                         (("--shift-unit", "hand", "--method", "simclr"), "no shift is undone"),
+                         (("--shift-unit", "hand", "--equivariance", "rotation"),
+                          "no shift is undone"),
                          (("--temperature", 2, "--method", "keypoints"), "--method keypoints"),
                          (("--top-k", 2, "--method", "peclr"), "without --method simhand")):
         line = refused("pretrain.py", mined, "--out", "unused", *flags)
         assert f"{flags[0]} has no effect" in line and words in line
+
+
+def test_numbers_that_cannot_be_are_refused(mined):
+    for flags, words in ((("--steps", 0), "--steps must be above 0"),
+                         (("--probe", 1), "expected 0, or 2 hands of each folder or more"),
+                         (("--batch-size", 521), "only 1 pairs would pass the network together")):
+        assert words in refused("pretrain.py", mined, "--out", "unused", *TINY, *flags)
 
 
 def test_a_dry_run_tells_the_time_and_writes_nothing(mined, straight, tmp_path):

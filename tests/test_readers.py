@@ -70,6 +70,11 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
     for content, words in ((json.dumps(values[:-1]), "has 16 entries, training_xyz.json has 15"),
                            (text[:len(text) // 2], "truncated"),
                            (json.dumps([v[:20] for v in values]), "(16, 20, 3)"),
+                           (json.dumps([values[0][:20], *values[1:]]), "expected (N, 21, 3)"),
+                           (json.dumps([None, *values[1:]]), "expected (N, 21, 3)"),
+                           (json.dumps({"0": values}), "expected (N, 21, 3)"),
+                           (json.dumps([values[0], np.zeros((21, 3)).tolist(), *values[2:]]),
+                            "entry 1, counted from 0, has joints that are not before the camera"),
                            (json.dumps((np.array(values) * 1000).tolist()), "labels are in metres"),
                            (text.replace("0.", "NaN, 0.", 1), "training_xyz.json")):
         file.write_text(content)
@@ -88,6 +93,7 @@ def test_damaged_sets_are_refused_in_one_line(freihand, tmp_path):
 
 @pytest.mark.parametrize("flag, value, message", [
     ("--batch-size", 9999, "fewer than --batch-size 9999"),
+    ("--batch-size", 1, "BatchNorm needs two pictures"),
     ("--label-fraction", 0, "--label-fraction must lie in 0..1"),
     ("--label-fraction", 0.05, "expected at least 2")])
 def test_values_that_do_not_fit_the_set_are_refused(rendered, tmp_path, flag, value, message):
@@ -352,6 +358,34 @@ def test_an_own_data_set_trains_a_model(freihand, tmp_path):
     run_here("finetune.py", "--dataset", "own", "--root", freihand, "--labels", tmp_path / "labels",
              *TINY, "--epochs", 1, "--out", tmp_path / "run")
     assert torch.load(tmp_path / "run" / "model.pt")["crop"] == pytest.approx(2)
+
+
+def test_poses_may_be_given_from_the_wrist_on(freihand, tmp_path):
+    """All wrists lie at 0 then, and have a place all the same."""
+    labels = tmp_path / "labels"
+    keep_as_own("freihand", freihand, labels)
+    bones = []
+    for name in ("train", "test"):
+        records = np.load(labels / f"{name}.npy")
+        bones.append(finetune.bone_lengths(records.view(np.recarray)))
+        records["xyz"] -= records["xyz"][:, :1]
+        np.save(labels / f"{name}.npy", records)
+        assert np.allclose(finetune.bone_lengths(records.view(np.recarray)), bones[-1], rtol=1e-4)
+
+
+def test_labels_whose_used_share_has_no_bone_are_refused(freihand, tmp_path):
+    """One sample alone has wrist and joint 9, and it is not drawn, or not held out."""
+    labels = tmp_path / "labels"
+    keep_as_own("freihand", freihand, labels)
+    records = np.load(labels / "train.npy")
+    alone = finetune.draw_labels(records.view(np.recarray), 0.5, 0)[0].argmin()
+    records["valid"][np.arange(len(records)) != alone, 9] = False
+    np.save(labels / "train.npy", records)
+    for flags, words in ((("--head", "knn"), "no label that is used has wrist and joint 9"),
+                         (("--head", "linear"), "no label that is for validation has wrist")):
+        assert words in refused("finetune.py", "--dataset", "own", "--root", freihand, *TINY,
+                                *flags, "--out", tmp_path / "run", "--labels", labels,
+                                "--label-fraction", 0.5)
 
 
 def test_an_own_data_set_may_have_a_validation_split(freihand, tmp_path):
