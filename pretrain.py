@@ -65,8 +65,8 @@ def make_parser():
          "(default: the hands folders themselves)")
     flag("--out", required=True, help="folder of this run")
     flag("--paper", action="store_true", help="take the paper's values where ours differ: "
-         "--weighting linear (with simhand), --border black, --crop-move 15/224; other flags "
-         "override it. Extract and mine with --paper too")
+         "--weighting linear and --keypoint-loss 0 (with simhand), --border black, --crop-move "
+         "15/224; other flags override it. Extract and mine with --paper too")
     add_method_flags(flag)
     add_view_flags(flag)
     add_training_flags(flag)
@@ -97,7 +97,8 @@ def add_method_flags(flag):
     flag("--target-temperature", type=float, default=0.06, help="temperature of the soft targets, "
          "in units of a hand's root mean square size")
     flag("--keypoint-loss", type=float, metavar="LAMBDA",
-         help="weight of the loss of --method keypoints beside the contrastive one (default: 0)")
+         help="weight of the loss of --method keypoints beside the contrastive one (default: 3 "
+         "with --method simhand, else 0; paper: 0)")
     flag("--top-k", type=int, default=1, help="draw the positive from the first k neighbours")
     flag("--temperature", type=float, help="temperature of NT-Xent (default: 0.2 with soft "
          "targets, else the paper's 0.5)")
@@ -172,7 +173,8 @@ def parse_args():
                "crop_margin": [1.25, 1.25] if simclr else [0.9, 1.5],
                "temperature": 0.2 if args.weighting == "soft" else 0.5,
                "weight_keypoints": "original" if args.weighting == "soft" else "augmented",
-               "keypoint_loss": 1.0 if args.method == "keypoints" else 0.0,
+               "keypoint_loss": {"keypoints": 1.0, "simhand": 0.0 if args.paper else 3.0}.get(
+                   args.method, 0.0),
                "warmup_epochs": args.epochs // 10}
     for name, value in derived.items():
         if getattr(args, name) is None:

@@ -38,7 +38,7 @@ from sklearn.preprocessing import StandardScaler
 
 import experiment  # first: it makes the scripts importable
 import common
-from experiment import CORES, METHODS, PRECISION, TITLES, WEIGHTING, Column, Command
+from experiment import CORES, METHODS, PRECISION, TITLES, Column, Command
 
 SIDE = 64  # of a view, px
 # Degrees, to either side, by which the tested hands are turned.
@@ -49,11 +49,8 @@ COLUMNS = {"1-NN": Column("1-NN", 3, max),
            "joints": Column("joints by ridge regression, % of the view", 2, min),
            "turned, 1-NN": Column("turned by up to 90°: 1-NN", 3, max),
            "turned, 5-NN": Column("5-NN", 3, max)}
-OTHER = {"none": "soft", "soft": "none"}[WEIGHTING]  # the weighting that is not the default
-RUNS = METHODS | {f"simhand-{OTHER}": ("--weighting", OTHER)}
 ROWS = {"untrained": "untrained", "poses": "the keypoints themselves, upright",
-        **{method: TITLES[method] for method in ("keypoints", "simclr", "peclr", "simhand-paper")},
-        f"simhand-{OTHER}": f"SiMHand, --weighting {OTHER}", "simhand": TITLES["simhand"]}
+        **{method: TITLES[method] for method in METHODS}}
 PAPER_MARGIN = 1.3
 
 
@@ -94,7 +91,7 @@ def main():
         cut_middles(args.pool[0], out / "hands", args.margin / args.pool_margin)
     experiment.run_lanes(out, [preparation(args)], 1)
     plan = [(method, seed) for seed in range(args.seeds) for method in args.methods
-            if method in RUNS]
+            if method in METHODS]
     experiment.run_lanes(out, [pretraining(args, method, seed) for method, seed in plan], CORES)
     results = {}
     found = {}
@@ -216,7 +213,7 @@ def pretraining(args, method, seed):
     """The command that pre-trains by one method with one seed."""
     hands, pairs, _ = folders(args, method)
     folder = args.out / "pretrained" / f"{method}-seed{seed}"
-    flags = RUNS[method]
+    flags = METHODS[method]
     if method == "simhand-paper":  # 15/224 of a crop of the paper's margin
         flags += ("--crop-move", round(15 / 224 * PAPER_MARGIN / args.margin, 4))
     yield Command(f"pretrain-{method}-seed{seed}", folder / "backbone.pt", (
@@ -242,7 +239,7 @@ def measure(args, method):
         row = {name: f"{values.mean():.3f}" for name, values in hits.items()}
         return row | {"persons": interval(hits["1-NN"], persons)}, found
     networks = ["none"] * args.seeds
-    if method in RUNS:
+    if method in METHODS:
         networks = [run / "backbone.pt" for run in finished_runs(args, method)]
     border = "black" if method == "simhand-paper" else "mirror"
     measured = []

@@ -33,17 +33,20 @@ CORES = len(os.sched_getaffinity(0))
 # Elsewhere bf16 is slower.
 PRECISION = "bf16" if torch.cuda.is_available() or re.search(
     "avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()) else "fp32"
-# Flags of pretrain.py that make a method, and what tables call it. The default's weighting is
-# named, so that a folder of runs stays what it is when the default changes.
-WEIGHTING = "soft"
+# Flags of pretrain.py that make a method, and what tables call it. The default's are named, so that
+# a folder of runs stays what it is when the default changes.
+ALONE = ("--keypoint-loss", 0)
 METHODS = {"simclr": ("--method", "simclr"),
            "peclr": ("--method", "peclr"),
            "keypoints": ("--method", "keypoints"),
            "simhand-paper": ("--paper",),
-           "simhand": ("--weighting", WEIGHTING)}
+           "simhand-none": ("--weighting", "none", *ALONE),
+           "simhand-soft": ("--weighting", "soft", *ALONE),
+           "simhand": ("--weighting", "soft", "--keypoint-loss", 3)}
 TITLES = {"none": "none", "simclr": "SimCLR", "peclr": "PeCLR",
           "keypoints": "keypoints regressed", "simhand-paper": "SiMHand (paper)",
-          "simhand": "SiMHand"}
+          "simhand-none": "SiMHand, mined pairs alone",
+          "simhand-soft": "SiMHand, pairs and soft targets", "simhand": "SiMHand"}
 PAUSE = 30 if sys.stdout.isatty() else 60  # seconds between two looks at the logs
 
 
@@ -76,7 +79,7 @@ def start(out, **settings):
     """Make the folder of an experiment; one that holds other settings is refused. What is only
     more of the same, as seeds, methods, does not count."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    settings = common.plain(argparse.Namespace(**settings), weighting=WEIGHTING)
+    settings = common.plain(argparse.Namespace(**settings), simhand=[*METHODS["simhand"]])
     old = common.logged_settings(out)
     if old is None:
         common.start_log(out, settings)

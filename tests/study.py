@@ -23,7 +23,7 @@ import numpy as np
 
 import experiment  # first: it makes the scripts importable
 import common
-from experiment import CORES, METHODS, PRECISION, ROOT, TITLES, Column, Command
+from experiment import ALONE, CORES, METHODS, PRECISION, ROOT, TITLES, Column, Command
 
 # crop, input: px, of pre-training and fine-tuning alike; train, test: labelled hands, four
 # pictures of each for training; tunings: share of the labels, steps, number of seeds; probes: share
@@ -48,12 +48,12 @@ HANDS = {"hands": (), "hands-paper": ("--paper",)}
 MINED = {"upright": ("--top-k", 5), "as-they-lie": ("--top-k", 5, "--no-rotation-free"),
          "temporal": ("--temporal",), "same-video": ("--same-video", "--top-k", 5)}
 MAIN = {"none": (), **METHODS}
-OTHER = {name: ("--weighting", name) for name in ("none", "linear", "balanced", "soft")
-         if name != experiment.WEIGHTING}
 # Name: the pairs, flags of pretrain.py.
-ABLATIONS = {**{f"weighting-{name}": ("upright", flags) for name, flags in OTHER.items()},
-             "balanced-positives": ("upright", ("--weighting", "balanced", "--weight-on", "pos")),
-             "balanced-all-pairs": ("upright", ("--weighting", "balanced", "--weight-on", "neg")),
+BALANCED = ("--weighting", "balanced", *ALONE)
+ABLATIONS = {"linear": ("upright", ("--weighting", "linear", *ALONE)),
+             "balanced": ("upright", BALANCED),
+             "balanced-positives": ("upright", (*BALANCED, "--weight-on", "pos")),
+             "balanced-all-pairs": ("upright", (*BALANCED, "--weight-on", "neg")),
              "as-they-lie": ("as-they-lie", METHODS["simhand"]),
              "top5": ("upright", (*METHODS["simhand"], "--top-k", 5)),
              "temporal": ("temporal", METHODS["simhand"]),

@@ -118,7 +118,7 @@ def test_the_methods_differ_in_the_method_alone(pool, mined, tmp_path, monkeypat
         made.add(str(done.parent))
     assert ("digits/pairs" in made) == (len(pool) < 3)
     runs = {}
-    for method in digits.RUNS:
+    for method in digits.METHODS:
         for _, done, words in digits.pretraining(args, method, 1):
             flags = vars(parse(words, monkeypatch))
             assert flags.pop("out") == str(done.parent) and flags["seed"] == 1

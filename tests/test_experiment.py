@@ -148,13 +148,14 @@ def test_the_studys_methods_differ_in_the_method_alone(size, tmp_path, monkeypat
     size = study.SIZES[size]
     lanes = [study.lane(args, method, seed) for method, seed in study.plan(args)]
     kinds = commands_of([study.preparation(args), *lanes], tmp_path, monkeypatch)
-    assert len(kinds["pretrain"]) == 3 * 5 + len(size["pools"]) + len(study.ABLATIONS)
-    assert len(kinds["tuned"]) == 6 * sum(seeds for *_, seeds in size["tunings"])
+    assert len(kinds["pretrain"]) == 3 * 7 + len(size["pools"]) + len(study.ABLATIONS)
+    assert len(kinds["tuned"]) == 8 * sum(seeds for *_, seeds in size["tunings"])
     assert differing(kinds["pretrain"]) <= METHOD | {"seed", "out", "epochs"}
     for kind, others in (("knn", {"crop"}), ("tuned", {"epochs"})):
         assert differing(kinds[kind]) <= {"seed", "out", "weights", "label_fraction", *others}
 
 
 def test_the_default_is_what_the_tables_call_simhand(monkeypatch):
-    args = parse(["pretrain.py", "hands", "--out", "run"], monkeypatch)
-    assert args.method == "simhand" and args.weighting == experiment.WEIGHTING
+    command = ["pretrain.py", "hands", "--out", "run"]
+    named = parse([*command, *experiment.METHODS["simhand"]], monkeypatch)
+    assert parse(command, monkeypatch) == named and named.method == "simhand"

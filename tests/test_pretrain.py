@@ -82,7 +82,7 @@ def standing_still(net):
 @pytest.fixture
 def setting(mined):
     args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--epochs", 1,
-                 "--weighting", "linear")
+                 "--weighting", "linear", "--keypoint-loss", 0)
     torch.manual_seed(0)
     return args, pretrain.load_data(args), make_model(args)
 
@@ -121,7 +121,7 @@ def test_views_hardly_show_the_border_of_their_crop(mined):
 
 @pytest.mark.parametrize("flags", [
     (), ("--method", "peclr"), ("--method", "simclr"), ("--weighting", "nonlinear"),
-    ("--weighting", "soft", "--keypoint-loss", 3), ("--method", "keypoints")])
+    ("--keypoint-loss", 0), ("--method", "keypoints")])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(mined, flags):
     """With BatchNorm in eval mode nothing but rounding tells 12 pairs from 3 x 4."""
     found = []
@@ -153,7 +153,7 @@ def test_the_whole_step_equals_autograd_through_everything(setting, mined, metho
     _, _, net = setting
     flags = ("--equivariance", equivariance) if equivariance else ()
     args = parse(mined, "--out", "unused", *TINY, "--batch-size", 12, "--method", method,
-                 "--weighting", "linear", "--temperature", 0.2, *flags)
+                 "--weighting", "linear", "--keypoint-loss", 0, "--temperature", 0.2, *flags)
     plan, (batch,) = first_step(args, pretrain.load_data(args))
     smooth(net)
     values = pretrain.train_step(net, standing_still(net), [batch], None, plan, args)
@@ -280,7 +280,7 @@ def test_the_keypoints_are_regressed_in_halves_of_the_views_side(mined):
 def test_soft_targets_compare_the_hands_as_their_pair_turns_them(twins):
     folder, _ = twins
     args = parse(folder, "--out", "unused", *TINY, "--batch-size", 12, "--weighting", "soft",
-                 "--target-temperature", 0.2, "--temperature", 0.3)
+                 "--target-temperature", 0.2, "--temperature", 0.3, "--keypoint-loss", 0)
     data = pretrain.load_data(args)
     plan, (batch,) = first_step(args, data)
     net = make_model(args)
@@ -709,8 +709,9 @@ def test_paper_sets_the_papers_values_and_other_flags_still_count(mined):
     paper = parse(mined, "--out", "unused", "--paper")
     differ = {name for name in vars(ours) if getattr(ours, name) != getattr(paper, name)}
     assert differ == {"paper", "weighting", "border", "crop_move", "temperature",
-                      "weight_keypoints"}
+                      "weight_keypoints", "keypoint_loss"}
     assert (paper.weighting, paper.border, paper.crop_move) == ("linear", "black", 15 / 224)
+    assert (ours.keypoint_loss, paper.keypoint_loss) == (3, 0)
     mixed = parse(mined, "--out", "unused", "--paper", "--border", "mirror")
     assert (mixed.weighting, mixed.border) == ("linear", "mirror")
     peclr = parse(mined, "--out", "unused", "--paper", "--method", "peclr")
