@@ -30,7 +30,7 @@ from bench import CORES, ROOT, Row, run_stage
 from made_up import made_up_hands, write_hands, write_labels
 
 METHODS = [["--method", "peclr"], ["--method", "simclr"], ["--method", "keypoints"],
-           *[["--weighting", kind] for kind in pretrain.WEIGHTINGS], ["--keypoint-loss", "3"]]
+           *[["--weighting", kind] for kind in pretrain.WEIGHTINGS], ["--keypoint-loss", "0"]]
 
 
 @dataclasses.dataclass
@@ -352,7 +352,8 @@ def losses(run):
     """The loss of the largest batch and its gradient, by weighting."""
     batch, micro = run.batches[0]
     for kind in pretrain.WEIGHTINGS:
-        args = pretrain_args(run, batch, batch, "--input-size", 16, "--weighting", kind)
+        args = pretrain_args(run, batch, batch, "--input-size", 16, "--weighting", kind,
+                             "--keypoint-loss", 0)
         pieces = [{"angle": torch.zeros(2 * batch, device=run.device),
                    "weight_keypoints": torch.rand(2 * batch, 21, 2, device=run.device) * 128}]
         if run.device.type == "cuda":
