@@ -358,14 +358,14 @@ def read_settings(folder):
     how it was trained: `method` and `pool` (hands) of the pre-training, `label_fraction`."""
     path = folder / "log.jsonl"
     rows = read_log(path) if path.exists() else []
-    args = rows[0].get("args") if rows else None
-    if not isinstance(args, dict) or "weights" not in args:  # another program's
+    args = rows[0].get("args") if rows else {}
+    if not isinstance(args, dict):  # another program's
         rows = []
         args = {}
     before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
-    words = [DATASETS.get(args.get("dataset")), args.get("setup"), args.get("modality"),
+    words = [DATASETS.get(str(args.get("dataset"))), args.get("setup"), args.get("modality"),
              "filtered" if args.get("paper_filter") else None]
-    method = Path(args.get("weights", "")).stem  # "none", "imagenet", or a file's
+    method = Path(str(args.get("weights", ""))).stem  # "none", "imagenet", or a file's
     settings = {key: args.get(key) for key in ("dataset", "paper_filter", "label_fraction")}
     return settings | {"data": " ".join(word for word in words if word),
                        "pool": before.get("hands"),

@@ -46,7 +46,7 @@ from common import (BACKBONES, BORDERS, Plan, add_machine_flags, any_rank, apply
 PAPER = {"border": "black", "crop_move": 15 / 224}
 WEIGHTINGS = ("none", "linear", "nonlinear", "balanced", "soft")
 MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes")
-CURVES = (("loss", "keypoint_error"), ("lr",), ("positive_similarity", "negative_similarity"),
+CURVES = (("loss",), ("keypoint_error",), ("lr",), ("positive_similarity", "negative_similarity"),
           ("mean_pos_weight", "mean_neg_weight"), ("probe",))
 EXTRA_AUGMENTATIONS = {
     "colour_drop": "share of the views, 0 to 1, that turn grey (like the next four: 0 by default)",

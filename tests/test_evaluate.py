@@ -750,7 +750,8 @@ def test_all_folders_are_looked_at_before_any_is_scored(pair, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", '{"step": 1}\n', '{"args": ["--lr", 1]}\n',
-                                  '{"args": null}\n', '{"args": {"weight": 1}}\n'])
+                                  '{"args": null}\n',
+                                  '{"args": {"dataset": ["a"], "weights": null}}\n'])
 def test_a_log_without_settings_is_none(text, pair):
     (pair[0] / "log.jsonl").write_text(text)
     assert evaluate.read_settings(pair[0])["data"] == ""
