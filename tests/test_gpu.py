@@ -156,7 +156,7 @@ def test_the_other_optimisers_stay_on_the_gpu(fake_gpu, monkeypatch, optimizer):
     check_step(model, step, CUDA)
 
 
-@pytest.mark.parametrize("method, pieces", [("no keypoints", 1), ("no keypoints", 2), ("soft", 2)])
+@pytest.mark.parametrize("method, pieces", [("simhand", 1), ("simhand", 2), ("no keypoints", 2)])
 def test_autograd_gives_each_parameter_a_gradient_of_its_shape(monkeypatch, method, pieces):
     """By its own backward, which goes through bf16 and back; on a CPU that holds no data."""
     with FakeTensorMode(allow_non_fake_inputs=True):
