@@ -191,7 +191,9 @@ def preparation(args):
             continue
         paper = ("--paper",) if method == "simhand-paper" else ()
         hands, pairs, tested = folders(args, method)
-        flags = ("--size", 128, *(paper or ("--margin", args.margin)))
+        margin = PAPER_MARGIN if paper else args.margin
+        # A hand has as many pixels at any margin.
+        flags = ("--size", round(128 * margin / PAPER_MARGIN), *(paper or ("--margin", margin)))
         if args.pool:
             flags = ("--size", common.load_hands(hands).side, "--margin", args.margin, "--border",
                      args.border)
