@@ -841,8 +841,8 @@ def open_run(out, settings, data, may_change, rank):
         open_folder(out)
     content = load_checkpoint(path) if path.exists() else None
     if content:
-        require(isinstance(content, dict) and {"args", "data", "step"} <= content.keys(),
-                f"{path}: not the checkpoint of such a run")
+        require(isinstance(content, dict) and {"args", "data", "step"} <= content.keys()
+                and isinstance(content["args"], dict), f"{path}: not the checkpoint of such a run")
         refuse_other_arguments(out, content["args"], settings, may_change)
         require(content["data"] == data,
                 f"{out}: was trained on other hands, pairs or labels; choose another --out")

@@ -789,7 +789,9 @@ def predict_folder(args):
 def load_model(path, device):
     """model.pt -> its content, and the network."""
     content = load_checkpoint(path)
-    require("bone" in content, f"{path}: not the model.pt of a fine-tuning run")
+    keys = {"model", "backbone", "head", "input_size", "border", "crop", "bone"}
+    require(isinstance(content, dict) and keys <= content.keys(),
+            f"{path}: not the model.pt of a fine-tuning run")
     model = NETWORKS[content["head"]](content["backbone"], "none")
     model.load_state_dict(content["model"])
     return content, model.to(device, memory_format=torch.channels_last)
@@ -941,7 +943,7 @@ def kept_labels(args):
     filtered = " --paper-filter" if args.paper_filter else ""
     wanted = f"{args.dataset} {division}{filtered} of {os.path.realpath(args.root)}"
     origin = folder / "labels.txt"
-    found = origin.read_text().strip() if origin.exists() else "labels of your own"
+    found = origin.read_text(errors="replace").strip() if origin.exists() else "labels of your own"
     require(found == wanted or not list(folder.glob("*.npy")),
             f"{folder}: holds {found}, not {wanted}; delete it, or choose another --labels")
     if (folder / "test.npy").exists():

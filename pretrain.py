@@ -184,8 +184,8 @@ def parse_args():
         require(getattr(args, name) != 0, f"--{name.replace('_', '-')} must be above 0")
     shares = [getattr(args, name) for name in ("crop_move", *EXTRA_AUGMENTATIONS)]
     require(max(shares) <= 1, "--crop-move and the shares of the views must lie in 0..1")
-    require(args.probe == 0 or args.probe >= 2 * len(args.hands),
-            f"--probe {args.probe}: expected 0, or 2 hands of each folder or more")
+    require(args.probe == 0 or args.probe >= 4 * len(args.hands),
+            f"--probe {args.probe}: expected 0, or 4 hands of each folder or more")
     require(args.warmup_epochs < args.epochs,
             f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     low, high = args.crop_margin
@@ -724,7 +724,8 @@ def load_data(args):
             turns = load_turns(path / "turns.npy", hands.keypoints, neighbours)
             require(turns is None or not args.weight_pca, f"{path / 'turns.npy'}: --weight-pca "
                     "needs an embedding of hands as they lie: mine with --no-rotation-free")
-        for array in (hands.keypoints, hands.offsets, neighbours, turns, pca):
+        kept_out = held if held.any() else None
+        for array in (hands.keypoints, hands.offsets, neighbours, turns, pca, kept_out):
             if array is not None:
                 digest = zlib.crc32(np.ascontiguousarray(array), digest)
         if neighbours is not None:
@@ -740,11 +741,12 @@ def load_data(args):
 def choose_probe(video, limit, seed):
     """Which hands of a folder are kept out of the pool -> bool (N,): all those of a twentieth of
     its videos at most, and of no more videos than `limit` hands need; none where that is a single
-    video. And the rows of those that the probe looks at: of each video as many, evenly spaced."""
+    video or two hands, which would have no choice. And the rows of those that the probe
+    looks at: of each video as many, evenly spaced."""
     videos, counts = np.unique(video, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(videos))[:len(videos) // 20]
     enough = np.searchsorted(np.cumsum(counts[order]), limit) + 1
-    if limit == 0 or len(order) < 2:
+    if limit == 0 or len(order) < 2 or counts[order].sum() < 3:
         return np.zeros(len(video), bool), np.zeros(0, int)
     kept = videos[order[:max(enough, 2)]]
     share = limit // len(kept)

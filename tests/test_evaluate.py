@@ -232,6 +232,15 @@ def test_every_metric_against_a_slow_loop():
     assert result["samples_without_bone"] == (~(valid[:, 0] & valid[:, 9])).sum()
 
 
+def test_samples_beyond_the_first_fifty_thousand_count():
+    truth = np.tile(poses(1)[0], (50_001, 1, 1)).astype(np.float32)
+    prediction = truth.copy()
+    prediction[-1, 5] += (7, 0, 0)
+    valid = np.ones((50_001, 21), bool)
+    for error in evaluate.distances(prediction, truth, valid, valid[:, 0]).values():
+        assert not np.isnan(error).any() and error[-1, 5] > 5
+
+
 def test_invalid_joints_change_nothing():
     truth, rng = poses()
     prediction, valid = noisy(truth), rng.uniform(size=truth.shape[:2]) > 0.3
@@ -462,6 +471,16 @@ def test_p_is_empty_where_nothing_can_be_said(errors, tmp_path):
     assert [row["p"] for row in rows_of(tmp_path / "out")] == ["", ""]
 
 
+def test_the_curve_of_seeds_is_their_mean(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(evaluate, "draw",
+                        lambda out, name, panels, **_: drawn.update({name: panels}))
+    run_here("evaluate.py", *save_seeds(tmp_path, "simhand", (19, 40)), "--seeds", "--out",
+             tmp_path / "out")
+    (_, curve), = drawn["pck"][""].values()
+    assert curve[60] == pytest.approx((1 + 1 / 21) / 2)  # 30 mm: one run's joints and both wrists
+
+
 def test_seeds_want_a_seed_in_each_name(pair, tmp_path):
     assert "--seeds expects names like simhand-seed0" in refused(
         "evaluate.py", *pair, "--seeds", "--out", tmp_path / "out")
@@ -591,7 +610,7 @@ def bad_predictions():
 
 @pytest.mark.parametrize("prediction", [pytest.param(xyz, id=name)
                                         for name, xyz in bad_predictions()])
-def test_a_bad_prediction_in_millimetres_is_scored(prediction, tmp_path):
+def test_a_bad_prediction_in_millimetres_is_not_taken_for_another_unit(prediction, tmp_path):
     folder = save_run(tmp_path / "run", prediction, poses()[0])
     evaluate.refuse_other_units(folder, evaluate.load_poses(folder))
 

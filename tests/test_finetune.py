@@ -84,6 +84,44 @@ def test_training_crops_are_jittered_and_colours_stay_near(rendered):
             and 140 < pictures.max() <= 151)
 
 
+def test_colours_are_jittered_within_their_limits():
+    """Hue by up to 27 degrees (13 of OpenCV's 180), saturation, contrast and brightness by a half,
+    a blur of half a pixel."""
+    hsv = np.empty((16, 16, 3), np.uint8)
+    hsv[:] = 60, 120, 100
+    hsv[:, 8:, 2] = 140
+    image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    seen = []
+    for seed in range(300):
+        made = cv2.cvtColor(finetune.jitter(image, np.random.default_rng(seed)), cv2.COLOR_RGB2HSV)
+        made = made.astype(float)
+        left, right = made[:, 2], made[:, -3]
+        assert np.abs(left - left[0]).max() == 0
+        seen.append([*left[0, :2], (left[0, 2] + right[0, 2]) / 240,
+                     (right[0, 2] - left[0, 2]) / (left[0, 2] + right[0, 2]) * 6])
+    low, high = np.min(seen, 0), np.max(seen, 0)
+    assert np.allclose(low, (47, 60, 0.5, 0.5), rtol=0.1)
+    assert np.allclose(high, (73, 180, 1.5, 1.5), rtol=0.1)
+    edge = np.full((16, 16, 3), 80, np.uint8)
+    edge[:, 8:] = 120
+    shares = []
+    for seed in range(100):
+        row = finetune.jitter(edge, np.random.default_rng(seed))[0, :, 0].astype(float)
+        shares.append((row[7] - row[6]) / (row[9] - row[6]))
+    assert 0.05 < max(shares) < 0.15  # 0.107 at half a pixel, and rounding
+
+
+def test_without_colour_a_picture_is_its_crop_of_that_seed_and_epoch(rendered):
+    for seed, epoch in ((0, 0), (1, 0), (0, 1)):
+        args = parse("--root", rendered / "freihand", "--out", "x", *TINY, "--no-colour", "--seed",
+                     seed)
+        train, _, _, _ = split(args)
+        crops = finetune.make_crops(args)
+        view = finetune.sample_crop(train[3], crops, np.random.default_rng((seed, epoch, 3)))
+        expected = finetune.view_sample(train[3], 3, view, crops)[0]
+        assert np.array_equal(finetune.Pictures(train, crops)[epoch, 3]["image"], expected)
+
+
 def test_test_crops_hold_the_hand_in_their_middle(rendered):
     args = parse("--root", rendered / "freihand", "--out", "x", *TINY)
     _, _, test, _ = split(args)
@@ -202,6 +240,16 @@ def test_detnet_shapes_and_prediction_is_read_at_the_hottest_cell(rendered):
                 and np.allclose(pose[i, j], expected.detach()))
 
 
+def test_the_network_knows_both_coordinates():
+    """What the heads get beside the features is x, then y."""
+    net = finetune.DetNet("resnet18", "none").eval()
+    got = []
+    net.heat[0].register_forward_pre_hook(lambda layer, inputs: got.append(inputs[0]))
+    net(torch.zeros(1, 3, 64, 64))
+    x, y = got[0][0, 256:258]
+    assert torch.equal(x[0], torch.linspace(-1, 1, 16)) and torch.equal(y, x.T)
+
+
 def test_the_hottest_cell_is_one_cell_in_bf16():
     """The sigmoid of bf16 has so few values that two cells or more of most heat-maps of a new
     network shared the largest."""
@@ -287,6 +335,31 @@ def test_a_run_that_is_stopped_and_then_killed_ends_like_a_straight_run(straight
     run("finetune.py", *arguments)
     assert same(load_checkpoint(out / "model.pt"), load_checkpoint(straight / "model.pt"))
     assert (out / "pred_xyz.npy").read_bytes() == (straight / "pred_xyz.npy").read_bytes()
+
+
+def test_the_error_of_a_sample_is_that_of_its_valid_joints():
+    xyz = np.random.default_rng(0).normal(0, 40, (2, 21, 3))
+    valid = np.ones((2, 21), bool)
+    valid[0, 5] = valid[1, 9] = False
+    pose = finetune.scaled_pose(xyz)
+    pose[0, 5] += 9
+    samples = finetune.make_samples(path=["a", "b"], xyz=xyz, valid=valid)
+    errors = finetune.sample_errors(pose, samples)
+    assert errors[0] == pytest.approx(0, abs=1e-9) and np.isnan(errors[1])
+
+
+def test_other_labels_are_another_run(straight, rendered, tmp_path):
+    out = Path(shutil.copytree(straight, tmp_path / "run"))
+    root = Path(shutil.copytree(rendered / "freihand", tmp_path / "freihand"))
+    shutil.copytree(rendered / "freihand_eval", tmp_path / "freihand_eval")
+    xyz = np.array(json.loads((root / "training_xyz.json").read_text()))
+    (root / "training_xyz.json").write_text(json.dumps((1.01 * xyz).tolist()))
+    content = load_checkpoint(out / "checkpoint.pt")
+    content["args"]["root"] = str(root)
+    torch.save(content, out / "checkpoint.pt")
+    line = refused("finetune.py", "--dataset", "freihand", "--root", root, "--out", out, *TINY,
+                   "--epochs", 2)
+    assert "was trained on other hands, pairs or labels" in line
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_epochs_end(rendered, tmp_path):
@@ -429,21 +502,20 @@ pictures = finetune.Pictures(train, finetune.make_crops(args))
 rows = next(finetune.items_of_steps(0, 1, len(train), plan, args.seed))
 batch = finetune.collate([pictures[row] for row in rows])
 with_bone = finetune.has_wrist_and_bone(batch["valid"]).sum()
-share = finetune.over_ranks(with_bone.float()) / plan.ranks
 found = []
 for head in ("detnet", "linear"):
     model = finetune.NETWORKS[head]("resnet18", "none").eval()
     net = spread(model, plan.device)
-    loss = finetune.LOSSES[head](finetune.forward(net, batch["image"], "fp32"), batch, share)
-    loss.backward()
-    total = finetune.over_ranks(loss.detach().clone()) / plan.ranks
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss = finetune.train_step(net, still, batch, finetune.LOSSES[head], plan)
+    total = finetune.over_ranks(loss.clone()) / plan.ranks
     found.append([total, [p.grad for p in model.parameters()]])
 if plan.rank == 0:
     torch.save([found, with_bone], args.out)
 """
 STATISTICS = """
 from torch import nn
-from common import average_statistics
+from common import average_statistics, report
 model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
 net = spread(model, plan.device)
 net.train()
@@ -456,6 +528,8 @@ for batch in batches:
     expected = 0.9 * expected + 0.1 * batch.mean((0, 1))
 assert torch.allclose(model[0].running_mean, expected, atol=1e-6)
 assert not model[1].running_mean.any()
+logged = report("out", 5, [{"loss": torch.tensor(plan.rank + 1.0)}], still, plan)
+assert logged["loss"] == 1.5  # the mean over the ranks
 del net, loss  # as where a main function returns: what is left at the exit may end it by an abort
 end_ranks()
 """
@@ -581,8 +655,9 @@ def test_what_cannot_be_predicted_is_refused(rendered, straight, tmp_path):
     assert "cut.jpg: cut short, or not a picture" in line()
     assert str(tmp_path / "none") in line(tmp_path / "none")
     assert "choose another --out" in line(pictures, straight)
-    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "other.pt: not the model.pt" in line(pictures, weights=tmp_path / "other.pt")
+    for content in ({"conv1.weight": torch.zeros(3)}, {"bone": 1.0}, torch.zeros(3), 5):
+        torch.save(content, tmp_path / "other.pt")
+        assert "other.pt: not the model.pt" in line(pictures, weights=tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -664,10 +739,20 @@ def test_the_border_of_training_is_that_of_prediction(rendered, straight, tmp_pa
         assert last.any() == shown
 
 
+def test_the_model_keeps_the_border_and_the_crop_of_its_training(rendered, tmp_path):
+    args = parse("--root", rendered / "freihand", "--out", tmp_path, *TINY, "--border",
+                 "mirror", "--crop", 1.25)
+    finetune.save_model(torch.nn.Linear(1, 1), split(args)[0], args)
+    kept = load_checkpoint(tmp_path / "model.pt")
+    assert (kept["border"], kept["crop"]) == ("mirror", 1.25)
+
+
 def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
     rows, out = np.load(hands / "hands.npy"), tmp_path / "predicted"
-    printed = run("finetune.py", "--predict", hands, "--weights", straight / "model.pt",
-                  "--out", out, "--workers", 2)
+    weights = tmp_path / "model.pt"
+    torch.save({**load_checkpoint(straight / "model.pt"), "crop": 1.5}, weights)
+    printed = run("finetune.py", "--predict", hands, "--weights", weights, "--out", out,
+                  "--workers", 2)
     assert len(printed.stdout) < 2000
     lines = [line.split("\t") for line in (out / "names.txt").read_text().splitlines()]
     assert [line[2] == "left" for line in lines] == rows["left"].tolist() and rows["left"].any()
@@ -679,7 +764,7 @@ def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
     net.load_state_dict(load_checkpoint(straight / "model.pt")["model"])
     for i in (0, int(np.flatnonzero(rows["left"])[0])):  # a crop shows a right hand already
         low, high = opened.keypoints[i].min(0), opened.keypoints[i].max(0)
-        scale = 32 / (2.0 * (high - low).max())
+        scale = 32 / (1.5 * (high - low).max())
         times = int(1 / scale)
         assert times > 1
         move = 15.5 - scale * (low + high) / 2 + scale * (times - 1) / 2
@@ -691,7 +776,7 @@ def test_a_hands_folder_is_predicted_crop_by_crop(hands, straight, tmp_path):
         assert np.allclose(uv[i], [(column * 4 + 1.5, row * 4 + 1.5) for row, column in found])
     (hands / "keypoints.npy").write_bytes(b"")
     assert "keypoints.npy: truncated" in refused(
-        "finetune.py", "--predict", hands, "--weights", straight / "model.pt", "--out", out)
+        "finetune.py", "--predict", hands, "--weights", weights, "--out", out)
 
 
 def test_it_learns_what_it_is_shown(rendered):

@@ -1,5 +1,6 @@
 """Mining against brute force, and its refusals."""
 
+import argparse
 import json
 import re
 import shlex
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 import common
 import mine_pairs
-from common import HANDS_DTYPE, Hands
+from common import HANDS_DTYPE, Hands, best_turns, load_hands, read_crop
 from conftest import TINY, refused, run, run_here, torchrun
 
 
@@ -267,6 +268,13 @@ def test_a_hand_of_which_all_others_are_copies_has_no_neighbour(twice, tmp_path)
     assert set(hands.rows["video"][pairs.copies[rows[:30]]]) == {7}
 
 
+def test_pictures_are_the_same_up_to_a_fifth_of_their_contrast():
+    one = np.repeat([[78, 178]], 72, axis=1)  # standard deviation 50
+    pictures = np.concatenate([one, one + 9, one + 11]).astype(np.uint8)
+    found = mine_pairs.same_picture(pictures, np.array([0]), np.array([[1, 2]]))
+    assert found.tolist() == [[True, False]]
+
+
 def test_a_folder_of_one_picture_is_refused(twice):
     folder, _ = twice
     rows = np.load(folder / "hands.npy")
@@ -335,6 +343,13 @@ def test_limit_mines_as_if_there_were_no_other_hands(hands, tmp_path):
     assert np.array_equal(np.isfinite(distances), neighbours >= 0)
 
 
+def test_the_seed_draws_the_limits_hands(hands):
+    opened = load_hands(hands)
+    rows = [mine_pairs.choose_rows(opened, argparse.Namespace(
+        limit=60, dims=14, temporal=False, same_video=False, seed=seed)) for seed in (0, 1)]
+    assert not np.array_equal(*rows)
+
+
 def test_of_one_seed_the_smaller_limit_lies_in_the_larger(hands, tmp_path):
     few, many = (set(mine_some(hands, tmp_path / str(limit), limit)[0]) for limit in (60, 100))
     assert few < many
@@ -381,6 +396,13 @@ def test_temporal_pairs_are_the_nearest_box_of_the_same_side_in_the_next_frame(s
     # Row 0: of two hands of its side the nearer; row 1: the other side; row 5 lies in frame 60,
     # which is followed by 150: not the next one.
     assert neighbours.tolist() == [3, 4, 5, 5, -1, -1, 7, -1, -1, 10, -1]
+
+
+def test_the_nearest_box_is_that_with_the_nearest_middle(seen_again, tmp_path):
+    rows, embeddings = seen_again
+    rows = rows[[0, 2, 3]]
+    rows["box"] = [[100, 100, 140, 140], [100, 100, 300, 300], [90, 90, 150, 150]]
+    assert next_frames(rows, embeddings[:3], tmp_path)[0].tolist() == [2, -1, -1]
 
 
 def test_a_frame_three_samples_later_is_not_the_next_one(seen_again, tmp_path):
@@ -456,6 +478,16 @@ def test_a_hand_without_candidates_gets_minus_one_and_infinity():
     assert ((neighbours >= 0) == np.isfinite(distances)).all()
 
 
+def test_hands_beyond_the_first_65536_are_embedded_and_turned():
+    keypoints = np.random.default_rng(0).normal(100, 30, (65_600, 21, 2)).astype(np.float32)
+    hands = Hands(None, None, None, keypoints, None, None, side=224)
+    pca, _, embeddings = mine_pairs.embed(hands, np.arange(100), 5, True)
+    poses = mine_pairs.as_poses(keypoints[-9:], 224, True)
+    assert np.allclose(embeddings[-9:], (poses - pca[0]) @ pca[1:].T, atol=1e-5)
+    turns = common.pair_turns(keypoints, np.arange(65_600)[::-1, None])
+    assert np.allclose(turns[-9:, 0], best_turns(keypoints[-9:], keypoints[8::-1]))
+
+
 def test_pca_equals_a_singular_value_decomposition():
     mixture = np.random.default_rng(1).normal(size=(42, 42))
     poses = np.random.default_rng(0).normal(size=(300, 42)) @ mixture
@@ -485,6 +517,27 @@ def test_files_as_the_contract_says(mined):
     assert summary["hands"] == n and summary["without_neighbour"] == 0
     assert 0.9 < summary["explained_variance"] <= 1
     assert all(cv2.imread(str(mined / name)) is not None for name in ("pairs.jpg", "distances.png"))
+
+
+def test_the_summary_counts(mined):
+    summary = json.loads((mined / "mining.jsonl").read_text().splitlines()[1])
+    first = np.load(mined / "neighbours.npy")[:, 0]
+    video = np.load(mined / "hands.npy")["video"]
+    distances = np.load(mined / "distances.npy")[:, 0]
+    assert summary["neighbours_from_videos"] == len({*video[first]})
+    assert summary["most_often_chosen"] == max(np.bincount(first))
+    assert summary["median_distance"] == pytest.approx(np.median(distances), abs=1e-4)
+
+
+def test_a_crop_is_drawn_turned_as_its_pair_says(mined):
+    hands = load_hands(mined)
+    side = hands.side
+    turned = cv2.warpAffine(read_crop(hands, 3), cv2.getRotationMatrix2D(
+        ((side - 1) / 2,) * 2, 30, 1), (side, side), borderMode=cv2.BORDER_REFLECT_101)
+    inner = slice(side // 4, -side // 4)
+    hands.keypoints[3] = -500  # no skeleton in the picture
+    drawn = common.draw_crop(hands, 3, side, turn=30.0)
+    assert np.abs(drawn[inner, inner].astype(int) - turned[inner, inner]).mean() < 1
 
 
 def test_a_crop_that_is_no_picture_is_named_before_the_search(hands):
@@ -530,6 +583,13 @@ def test_damaged_hands_folders_are_named(hands, name):
             assert name in line
         (hands / name).write_bytes(original)
     assert not (hands / "neighbours.npy").exists()
+
+
+def test_offsets_must_increase(hands):
+    offsets = np.load(hands / "offsets.npy")
+    offsets[3] = offsets[2]
+    np.save(hands / "offsets.npy", offsets)
+    assert "offsets.npy: must start at 0 and increase" in refused("mine_pairs.py", hands)
 
 
 def test_bad_input_ends_a_real_process_with_status_2(tmp_path):

@@ -21,8 +21,9 @@ import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pretrain
-from common import (BACKBONES, COLOURS, InputError, apply_view, load_checkpoint, load_hands,
-                    normalise, nt_xent, pair_weights, read_crop, sample_view, spread, undo_view)
+from common import (BACKBONES, COLOURS, InputError, apply_view, best_turns, load_checkpoint,
+                    load_hands, normalise, nt_xent, pair_weights, read_crop, sample_view, spread,
+                    undo_view)
 from mine_pairs import as_poses
 from conftest import ENVIRONMENT, ROOT, TINY, fork, refused, run, run_here, torchrun
 
@@ -397,6 +398,19 @@ def test_lars_factor_against_its_formula():
         assert all(torch.equal(q.grad, b) for q, b in zip(list(model.parameters())[1:], before[1:]))
 
 
+@pytest.mark.parametrize("kind", ["lars-adam", "adam"])
+def test_a_step_decays_and_adapts(setting, kind):
+    args, data, net = setting
+    args = vary(args, optimizer=kind, weight_decay=0.5)
+    plan, pieces = first_step(args, data)
+    twin = copy.deepcopy(net)
+    pretrain.train_step(twin, standing_still(twin), pieces, None, plan, args)
+    pretrain.adapt_gradients(pretrain.make_optimizer(twin, kind, 0.1), 0.5, kind != "adam")
+    pretrain.train_step(net, pretrain.make_optimizer(net, kind, 0.1), pieces, None, plan, args)
+    for a, b in zip(net.parameters(), twin.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_fits_the_projection(backbone):
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):  # sizes alone
@@ -593,6 +607,46 @@ def test_top_k_draws_among_the_first_k_and_peclr_takes_the_same_hand_again(setti
     assert not np.array_equal(first.image, second.image)
 
 
+def test_whichever_neighbour_is_drawn_lies_as_the_hand_does(twins):
+    args = parse(twins[0], "--out", "unused", *TINY, "--batch-size", 12, "--top-k", 2)
+    data = pretrain.load_data(args)
+    for epoch in range(8):
+        first, second = (v.weight_keypoints for v in pretrain.make_pair(data, 3, epoch, args))
+        assert abs(best_turns(first, second)) < 0.1
+
+
+def test_a_neighbour_that_is_missing_is_not_drawn(pairs):
+    neighbours = np.load(pairs / "neighbours.npy")
+    neighbours[3, 1:] = -1
+    np.save(pairs / "neighbours.npy", neighbours)
+    args = parse(pairs, "--out", "unused", *TINY, "--top-k", 3)
+    data = pretrain.load_data(args)
+    drawn = {pretrain.make_pair(data, 3, epoch, args)[1].weight_keypoints.tobytes()
+             for epoch in range(20)}
+    assert len(drawn) == 1
+
+
+def test_border_and_colour_reach_the_views(setting):
+    args, data, _ = setting
+    points = data.folders[0].keypoints[3]
+    image = read_crop(data.folders[0], 3)
+    for border, colour in (("black", True), ("mirror", False)):
+        asked = vary(args, border=border, no_colour=not colour, crop_margin=(4.0, 4.0))
+        view = sample_view(np.random.default_rng((0, 0, 3, 0)), points, 224, 32,
+                           half_side=(4.0, 4.0), colour=colour)
+        expected = apply_view(view, image, points, 32, border)[0]
+        assert np.array_equal(pretrain.make_pair(data, 3, 0, asked)[0].image, expected)
+
+
+def test_the_seed_decides_the_order_and_the_views(setting):
+    args, data, _ = setting
+    plan = make_plan(args, data)
+    orders = [list(pretrain.items_of_steps(0, 1, len(data.pool), plan, seed)) for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    angles = [pretrain.make_pair(data, 3, 0, vary(args, seed=seed))[0].angle for seed in (0, 1)]
+    assert angles[0] != angles[1]
+
+
 def test_optional_augmentations_do_what_they_say_and_leave_the_geometry_alone(setting):
     args, data, _ = setting
     args = vary(args, input_size=64)
@@ -650,14 +704,21 @@ def test_what_the_probe_keeps_is_seen_by_no_step(many_videos):
     found = np.load(many_videos / "neighbours.npy")
     lost = np.isin(video, [*held]) | np.isin(video[found[:, 0]], [*held])
     assert len(data.pool) == (~lost).sum()  # nobody else is left out
-    few = pretrain.load_data(vary(args, probe=2))
-    assert len(few.probe) == 2 and len(set(video[few.probe[:, 1]])) == 2
+    few = pretrain.load_data(vary(args, probe=4))
+    assert len(few.probe) == 4 and len(set(video[few.probe[:, 1]])) == 2
     hours = np.repeat(np.arange(60), 3600)  # videos of an hour: two of them hold more than enough
     kept, shown = pretrain.choose_probe(hours, 2000, 0)
     assert kept.sum() == 7200 and kept[shown].all() and (np.diff(shown) > 0).all()
     assert 1600 < len(shown) <= 2000 and np.ptp(np.unique(hours[shown], return_counts=True)[1]) == 0
+    rare = np.arange(40)  # videos of one hand: of two hands neither has a choice
+    assert not pretrain.choose_probe(rare, 2000, 0)[0].any()
     off = pretrain.load_data(vary(args, probe=0))
     assert len(off.pool) == len(video) and not len(off.probe)
+    rows = np.load(many_videos / "hands.npy")
+    rows["video"] = (np.arange(len(rows)) + 1) * 60 // (len(rows) + 1)
+    np.save(many_videos / "hands.npy", rows)
+    assert pretrain.load_data(args).digest != data.digest  # others are kept out
+    assert pretrain.load_data(vary(args, probe=0)).digest == off.digest
 
 
 def test_the_probe_is_one_for_the_nearest_pose_and_zero_for_chance(many_videos):
@@ -691,6 +752,38 @@ def test_the_probe_is_one_for_the_nearest_pose_and_zero_for_chance(many_videos):
     assert score == pytest.approx(expected, abs=1e-6) and shown.training
 
 
+def test_the_probe_looks_at_each_hand_as_it_lies(many_videos):
+    args = parse(many_videos, "--out", "unused", *TINY)
+    data = pretrain.load_data(args)
+    hands = data.folders[0]
+    for image, (_, row) in zip(pretrain.load_probe(data, args).images, data.probe):
+        view = sample_view(np.random.default_rng(0), hands.keypoints[row], hands.side, 32,
+                           rotation=0, half_side=(1.2, 1.2), move=0, colour=False)
+        seen = apply_view(view, read_crop(hands, row), hands.keypoints[row], 32)[0]
+        assert np.array_equal(image, seen)
+
+
+def test_videos_of_two_folders_are_different_ones(many_videos):
+    args = parse(many_videos, many_videos, "--out", "unused", *TINY)
+    data = pretrain.load_data(args)
+    others = pretrain.load_probe(data, args).others.numpy()
+    assert others[data.probe[:, None, 0] != data.probe[:, 0]].all() and not others.diagonal().any()
+
+
+def test_the_probe_leaves_the_running_statistics_alone(many_videos):
+    args = parse(many_videos, "--out", "unused", *TINY)
+    backbone = make_model(args).backbone.train()
+    before = copy.deepcopy(backbone.state_dict())
+    probe = pretrain.load_probe(pretrain.load_data(args), args)
+    pretrain.probe_score(backbone, probe, torch.device("cpu"))
+    assert same(before, backbone.state_dict()) and backbone.training
+
+
+def test_the_seed_chooses_the_probes_videos():
+    video = np.repeat(np.arange(100), 9)
+    assert not np.array_equal(*(pretrain.choose_probe(video, 100, seed)[0] for seed in (0, 1)))
+
+
 def test_the_probe_is_logged_after_each_epoch_and_closes_the_run(many_videos, tmp_path):
     out = tmp_path / "run"
     printed = run_here("pretrain.py", many_videos, "--out", out, *TINY, "--batch-size", 20,
@@ -716,6 +809,11 @@ def test_paper_sets_the_papers_values_and_other_flags_still_count(mined):
     assert (mixed.weighting, mixed.border) == ("linear", "mirror")
     peclr = parse(mined, "--out", "unused", "--paper", "--method", "peclr")
     assert (peclr.weighting, peclr.border) == ("none", "black")
+
+
+def test_the_defaults_are_those_of_the_readme(mined):
+    args = parse(mined, "--out", "x")
+    assert (args.temperature, args.target_temperature, args.warmup_epochs) == (0.2, 0.06, 10)
 
 
 def test_the_micro_batch_is_the_largest_divisor_of_the_share_up_to_512(mined):
@@ -747,9 +845,17 @@ def test_a_run_writes_what_it_should(straight, mined):
         "backbone.pt", "checkpoint.pt", "log.jsonl", "curves.png", "views.jpg", ".lock"}
 
 
+def test_each_step_is_taken_at_its_learning_rate(straight):
+    rows = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()][2:]
+    steps = rows[-1]["step"]
+    assert [row["lr"] for row in rows] == pytest.approx(
+        [pretrain.learning_rate(row["step"] - 1, steps, 0, 3.2e-3) for row in rows])
+
+
 def test_the_backbone_is_torchvisions_without_its_head(straight):
     network = torchvision.models.resnet18()
-    before = network.conv1.weight.detach().clone()
+    torch.manual_seed(0)
+    before = pretrain.SimHandModel("resnet18", "none", regress=False).backbone.conv1.weight
     state = torch.load(straight / "backbone.pt", weights_only=True)
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected
@@ -842,7 +948,9 @@ def test_other_pairs_are_another_run(straight, pairs, mined, tmp_path):
     offsets[1] += 1
     np.save(pairs / "offsets.npy", offsets)
     digests.add(pretrain.load_data(plain).digest)
-    assert len(digests) == 4
+    np.save(pairs / "keypoints.npy", np.load(pairs / "keypoints.npy") + 1)
+    digests.add(pretrain.load_data(plain).digest)
+    assert len(digests) == 5
     np.save(pairs / "neighbours.npy", np.arange(len(neighbours))[:, None])
     assert "a hand is its own neighbour" in refused(
         "pretrain.py", pairs, "--out", tmp_path / "new", *TINY)
@@ -888,7 +996,7 @@ def test_flags_without_effect_are_refused(mined):
 
 def test_numbers_that_cannot_be_are_refused(mined):
     for flags, words in ((("--steps", 0), "--steps must be above 0"),
-                         (("--probe", 1), "expected 0, or 2 hands of each folder or more"),
+                         (("--probe", 3), "expected 0, or 4 hands of each folder or more"),
                          (("--batch-size", 521), "only 1 pairs would pass the network together")):
         assert words in refused("pretrain.py", mined, "--out", "unused", *TINY, *flags)
 
@@ -969,6 +1077,17 @@ def test_several_folders_and_pairs_elsewhere(mined, extracted, tmp_path):
             "--method", method)
 
 
+def test_a_hand_and_its_positive_are_shown_out_of_their_own_folder(mined, pairs):
+    np.save(pairs / "keypoints.npy", np.load(pairs / "keypoints.npy") + 1)
+    args = parse(mined, pairs, "--out", "unused", *TINY)
+    data = pretrain.load_data(args)
+    for hand, folder in ((5, mined), (len(data.pool) // 2 + 5, pairs)):
+        keypoints = np.load(folder / "keypoints.npy") / 7  # 224 -> 32 pixels
+        rows = 5, np.load(folder / "neighbours.npy")[5, 0]
+        for row, view in zip(rows, pretrain.make_pair(data, hand, 0, args)):
+            assert np.allclose(view.weight_keypoints, keypoints[row], atol=1e-4)
+
+
 def test_one_pca_measures_all_folders(mined, pairs):
     np.save(pairs / "pca.npy", np.load(pairs / "pca.npy")[::-1].copy())
     data = pretrain.load_data(parse(mined, pairs, "--out", "unused", *TINY, *MEASURED))
@@ -1023,3 +1142,8 @@ def test_a_damaged_crop_is_named(pairs, tmp_path):
     for workers in (0, 1):  # an error in a loader's process arrives as one line too
         line = refused("pretrain.py", *arguments, *TINY[:-1], workers)
         assert "crops.npy: crop 4, at" in line
+    jpegs = [crops[start:end] for start, end in zip(offsets, offsets[1:])]
+    jpegs[4] = cv2.imencode(".jpg", np.zeros((100, 100, 3), np.uint8))[1]  # of another side
+    np.save(pairs / "crops.npy", np.concatenate(jpegs))
+    np.save(pairs / "offsets.npy", np.cumsum([0, *map(len, jpegs)]))
+    assert "crops.npy: crop 4, at" in refused("pretrain.py", *arguments, *TINY)

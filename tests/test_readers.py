@@ -117,6 +117,22 @@ def test_label_fractions_are_nested_and_divided_by_sample(rendered):
 
 # ---------------------------------------------------------------------------------------- DexYCB
 
+def test_the_seed_draws_the_labels_and_the_validation(rendered):
+    drawn = [split(parse("--root", rendered / "freihand", "--out", "x", *TINY, "--seed", seed))
+             for seed in (0, 1)]
+    assert {*drawn[0][1].scene} != {*drawn[1][1].scene}
+    halves = [finetune.draw_labels(drawn[0][0], 0.5, seed)[0] for seed in (0, 1)]
+    assert not np.array_equal(*halves)
+
+
+def test_a_bone_without_a_place_is_the_median_of_the_others():
+    xyz = np.ones((4, 21, 3))
+    xyz[:, 9, 0] += (50, 60, 90, 0)
+    xyz[3, 9] = 0  # no place
+    samples = finetune.make_samples(path=["a"] * 4, xyz=xyz)
+    assert finetune.bone_lengths(samples).tolist() == [50, 60, 90, 60]
+
+
 @pytest.fixture(scope="module")
 def dexycb(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets") / "dexycb"
@@ -521,6 +537,24 @@ def test_assemblyhands_is_read_to_the_letter(tmp_path, suffix, modality):
                           (6, "without labels")):
         assert f"{count} {reason}" in notes[1], text
     assert notes[0] == f"AssemblyHands {modality}, tested on val"
+
+
+def a_hand_of_assemblyhands(box, xyz):
+    matrix = [[300, 0, 318], [0, 300, 240], [0, 0, 1]]
+    annotation = dict(id=1, bbox=dict(right=box), joint_valid=[1] * 42)
+    image = dict(seq_name="s", frame_idx=5, camera="c", file_name="f.jpg", width=636)
+    calibration = {"calibration": {"s": dict(
+        intrinsics={"c": matrix}, extrinsics={"000005": {"c": np.eye(3, 4).tolist()}})}}
+    poses = {"annotations": {"s": {"000005": {"world_coord": xyz.tolist()}}}}
+    return finetune.read_assemblyhands_hand(annotation, image, "right", calibration, poses)[0]
+
+
+def test_a_small_box_is_cropped_wide_and_a_joint_behind_the_camera_is_not_valid():
+    xyz = np.random.default_rng(0).normal(0, 40, (42, 3)) + (0, 0, 600)
+    xyz[20, 2] = -5  # the right wrist
+    found = a_hand_of_assemblyhands([10, 10, 30, 40], xyz)
+    assert found["side"] == 100 and found["valid"].sum() == 20 and not found["valid"][0]
+    assert a_hand_of_assemblyhands([10, 10, 30, 90], xyz)["side"] == 140
 
 
 def test_damaged_assemblyhands_is_refused_in_one_line(tmp_path):
