@@ -61,17 +61,11 @@ def load_backbone(name, path):
     if path in ("none", "imagenet"):
         return network
     state = read_weights(path, network)
-    expected = network.state_dict()
-    wrong = []
-    for key, value in expected.items():
-        if key not in state and not key.endswith("num_batches_tracked"):  # new in torch 0.4.1
-            wrong.append(f"{key} is missing")
-        elif key in state and state[key].shape != value.shape:
-            wrong.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}")
-    surplus = [f"{key} is not expected" for key in state if key not in expected]
-    require(not wrong + surplus,
-            f"{path}: not the weights of a {name}: {', '.join(wrong[:2] + surplus[:2])}")
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # names all keys that are missing or surplus, each kind on a line
+        kinds = [line.strip()[:120] for line in str(error).splitlines()[1:4]]
+        raise InputError(f"{path}: not the weights of a {name}: {'; '.join(kinds)}")
     bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
     require(not bad, f"{path}: weights must be finite, not so: {', '.join(bad[:6])}")
     return network
@@ -85,6 +79,7 @@ def read_weights(path, network):
         state = state.get("state_dict", state)  # PeCLR's and the official ones are wrapped
     is_state_dict = isinstance(state, dict) and all(isinstance(value, torch.Tensor)
                                                     for value in state.values())
+    is_state_dict = is_state_dict and all(isinstance(key, str) for key in state)
     require(is_state_dict, f"{path}: expected a state dict, that is names and tensors only")
     # Official training checkpoints number the ResNet's children.
     for number, (child, _) in enumerate(network.named_children()):
@@ -293,8 +288,6 @@ def pair_weights(keypoints1, keypoints2, kind="linear", slope_pos=1.0, slope_neg
                    balanced ones are not.
     Where no two d differ by 1e-4 px or more, every weight is 1.
     """
-    if kind not in ("linear", "nonlinear", "balanced"):
-        raise ValueError(f"kind must be linear, nonlinear or balanced, not {kind}")
     every = torch.cat([keypoints1, keypoints2])
     every = every.to(torch.promote_types(every.dtype, torch.float32))
     n = len(keypoints1)
@@ -382,18 +375,16 @@ def nt_xent(z1, z2, pos_weight=None, neg_weight=None, temperature=0.5, target=No
                 total = total - (logits * target[k:k + rows]).sum()
             return total
 
-        sums = []
-        for k in range(0, 2 * n, rows):
-            if rows >= 2 * n:
-                sums.append(log_sums(z, k))
-            else:
-                sums.append(checkpoint(log_sums, z, k, use_reentrant=False,
-                                       preserve_rng_state=False))
-        if target is not None:
-            return sum(sums) / (2 * n)
-        weight = 1 if pos_weight is None else pos_weight
-        positive = (z[:n] * z[n:]).sum(1) * weight / temperature
-        return (sum(sums) - 2 * positive.sum()) / (2 * n)
+        if rows >= 2 * n:
+            total = log_sums(z, 0)
+        else:
+            total = sum(checkpoint(log_sums, z, k, use_reentrant=False, preserve_rng_state=False)
+                        for k in range(0, 2 * n, rows))
+        if target is None:
+            weight = 1 if pos_weight is None else pos_weight
+            positive = (z[:n] * z[n:]).sum(1) * weight / temperature
+            total = total - 2 * positive.sum()
+        return total / (2 * n)
 
 
 # ------------------------------ files: read with checks, written under a private name
@@ -614,7 +605,7 @@ def run_script(main, when_full=""):
     except (InputError, OSError, torch.cuda.OutOfMemoryError, KeyboardInterrupt) as error:
         traceback.clear_frames(error.__traceback__)  # closes bars: the message gets its own line
         stopped = isinstance(error, KeyboardInterrupt)
-        message = "stopped; the same command goes on" if stopped else str(error)
+        message = "stopped; give the same command again" if stopped else str(error)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             message = message.splitlines()[0] + when_full
         if isinstance(error, OSError) and error.filename:
@@ -773,19 +764,14 @@ def spread(model, device):
 def average_statistics(model):
     """Make BatchNorm's running statistics the mean over all ranks, each of which saw its share of
     the batch. Layers in eval mode stay as they are, to the last bit."""
-    if not dist.is_initialized():
-        return
     statistics = []
     for norm in batchnorms(model):
         if norm.training:
             statistics += [norm.running_mean, norm.running_var]
-    if not statistics:
-        return
-    together = torch.cat(statistics)
-    dist.all_reduce(together)
-    together /= dist.get_world_size()
-    parts = together.split([len(part) for part in statistics])
-    torch._foreach_copy_(statistics, list(parts))
+    if dist.is_initialized() and statistics:
+        mean = over_ranks(torch.cat(statistics)) / dist.get_world_size()
+        parts = mean.split([len(part) for part in statistics])
+        torch._foreach_copy_(statistics, list(parts))
 
 
 def end_ranks():
@@ -911,11 +897,12 @@ def start_log(folder, settings, step=0, packages=(), name="log.jsonl"):
 
 
 def logged_settings(folder):
-    """The settings in the first line of a folder's log.jsonl; None where it has no log, or
+    """The settings in the first line of a folder's log.jsonl; none where it has no log, or
     another program's."""
     path = Path(folder) / "log.jsonl"
     rows = read_log(path) if path.exists() else []
-    return rows[0].get("args") if rows else None
+    settings = rows[0].get("args") if rows else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def write_log(folder, row, name="log.jsonl"):
@@ -974,33 +961,33 @@ def items_of_steps(first, end, count, plan, seed):
 
 
 class Batches:
-    """Item `batch`, a list of keys: collate([items[k] for k in batch]), or the InputError that was
-    raised: from a loader process torch would pass on only its text, inside a traceback."""
+    """Item `batch`, a list: collate(list(map(make, batch))), or the InputError that was raised:
+    from a loader process torch would pass on only its text, inside a traceback."""
 
-    def __init__(self, items, collate):
-        self.items = items
+    def __init__(self, make, collate):
+        self.make = make
         self.collate = collate
 
     def __getitem__(self, batch):
         try:
-            return self.collate([self.items[k] for k in batch])
+            return self.collate([self.make(item) for item in batch])
         except InputError as error:
             return error
 
 
-def load_items(items, batches, workers, collate, pin_memory=False):
-    """Yields collate([items[k] for k in batch]) for each batch, made by `workers` processes.
+def load_items(make, batches, workers, collate, pin_memory=False):
+    """Yields collate([make(item) for item in batch]) for each batch, by `workers` processes.
 
     Leaves the global random state alone. Raises InputError where a process dies, as when memory or
     /dev/shm is full.
     """
-    # A forked process has the items already. Any other start, Python's default from 3.14 on, would
+    # A forked process has all data already. Any other start, Python's default from 3.14 on, would
     # send each process a copy: of a memory-mapped crops.npy the whole file. Loader processes never
     # touch CUDA, which a forked process could not use.
     start = "fork" if workers else None
     try:
         loader = iter(torch.utils.data.DataLoader(
-            Batches(items, collate), batch_size=None, sampler=batches, num_workers=workers,
+            Batches(make, collate), batch_size=None, sampler=batches, num_workers=workers,
             collate_fn=lambda batch: batch, worker_init_fn=start_worker, pin_memory=pin_memory,
             multiprocessing_context=start, generator=torch.Generator()))
         # torch's own handler would raise in the midst of whatever goes on when a process dies.

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (atomic, figure, load_array, read_log, require, run_facts, run_script,
-                    save_lines)
+from common import (atomic, figure, load_array, logged_settings, read_log, require, run_facts,
+                    run_script, save_lines)
 
 # Metrics of the table, by their keys in metrics.json.
 COLUMNS = {
@@ -128,13 +128,13 @@ def score_run(run, args):
 
 # Thresholds of PCK, mm.
 THRESHOLDS = {"auc_0_50": np.linspace(0, 50, 100), "auc_20_50": np.linspace(20, 50, 15)}
-# How the metrics' names begin for each alignment, and the metrics that are taken of it. The
-# alignments: none; wrist on wrist; that, and rescaled by the bone 0-9 (the paper's); Procrustes.
+# How the metrics' names begin for each alignment, and the AUCs that are taken of it beside the
+# MPJPE. None; wrist on wrist; that, and rescaled by the bone 0-9 (the paper's); Procrustes.
 ALIGNMENTS = {
-    "abs_": ("mpjpe", "auc_0_50"),
-    "": ("mpjpe", "auc_0_50", "auc_20_50"),
-    "scaled_": ("mpjpe", "auc_0_50", "auc_20_50"),
-    "pa_": ("mpjpe", "auc_0_50")}
+    "abs_": ("auc_0_50",),
+    "": ("auc_0_50", "auc_20_50"),
+    "scaled_": ("auc_0_50", "auc_20_50"),
+    "pa_": ("auc_0_50",)}
 
 
 def score(prediction, truth, valid, wrist):
@@ -142,7 +142,7 @@ def score(prediction, truth, valid, wrist):
     wrist-aligned error.
 
     MPJPE is the mean error of each joint, then the mean over the joints; PCK likewise. An AUC is
-    the mean of each error's own area, that under a step from 0 to 1 at the error.
+    the area under the PCK curve.
 
     wrist (T,): samples that their wrist aligns. Others are left out of the wrist-aligned metrics,
     and those without a valid joint 9 out of the rescaled ones too; both are counted.
@@ -154,17 +154,17 @@ def score(prediction, truth, valid, wrist):
     errors = distances(prediction, truth, valid, wrist)
     for alignment, names in ALIGNMENTS.items():
         error = errors.pop(alignment)  # a million samples have 170 MB of each
+        error.sort(0)  # for `pck`; NaN comes last
         n = (~np.isnan(error)).sum(0)
+        sums = np.nansum(error, 0)
+        result[f"{alignment}mpjpe"] = number(mean_over_joints(sums, n))
         for name in names:
-            sums = values_of(error, name).sum(0)
-            result[alignment + name] = number(mean_over_joints(sums, n))
+            curve = pck(error, n, THRESHOLDS[name])
+            result[alignment + name] = number(area(curve, THRESHOLDS[name]))
         if alignment == "":
-            sums = np.nansum(error, 0)
             result["per_joint"] = [number(mean) for mean in sums / np.where(n, n, np.nan)]
-            within = [np.searchsorted(np.sort(column), THRESHOLDS["auc_0_50"], side="right")
-                      for column in error.T]  # how many are at most each threshold; NaN comes last
-            curve = mean_over_joints(np.stack(within, 1), n)
-    return result, curve
+            wrist_curve = pck(error, n, THRESHOLDS["auc_0_50"])
+    return result, wrist_curve
 
 
 def distances(prediction, truth, valid, wrist):
@@ -214,16 +214,15 @@ def align(prediction, truth, valid):
     return (prediction - mean_p) / norm_p @ rotation * scale + mean_t
 
 
-def values_of(error, name):
-    """What each error adds to a metric, (T, 21), 0 for NaN."""
-    if name == "mpjpe":
-        return np.where(np.isnan(error), 0, error)
-    thresholds = THRESHOLDS[name]
-    count = len(thresholds)
-    steps = np.tri(count, count + 1)  # column k: a PCK of 1 from threshold k on
-    areas = np.trapezoid(steps, thresholds, axis=0) / (thresholds[-1] - thresholds[0])
-    # The first threshold that is not below the error. NaN comes last, where the area is 0.
-    return areas[np.searchsorted(thresholds, error)]
+def pck(error, n, thresholds):
+    """Errors (T, 21), sorted, n of each joint -> (K,), the share of them at most each threshold."""
+    within = [np.searchsorted(column, thresholds, side="right") for column in error.T]
+    return mean_over_joints(np.stack(within, 1), n)
+
+
+def area(curve, thresholds):
+    """The area under a PCK curve, 1 where all errors lie below all thresholds."""
+    return np.trapezoid(curve, thresholds) / (thresholds[-1] - thresholds[0])
 
 
 def mean_over_joints(sums, n):
@@ -356,12 +355,8 @@ def leave_out_unused(folder, poses, allow_missing):
 def read_settings(folder):
     """What the log of a fine-tuning tells: the data set, `data` being its name in the table, and
     how it was trained: `method` and `pool` (hands) of the pre-training, `label_fraction`."""
-    path = folder / "log.jsonl"
-    rows = read_log(path) if path.exists() else []
-    args = rows[0].get("args") if rows else {}
-    if not isinstance(args, dict):  # another program's
-        rows = []
-        args = {}
+    args = logged_settings(folder)
+    rows = read_log(folder / "log.jsonl") if args else []
     before = next((row["pretraining"] for row in rows if "pretraining" in row), {})
     words = [DATASETS.get(str(args.get("dataset"))), args.get("setup"), args.get("modality"),
              "filtered" if args.get("paper_filter") else None]

@@ -110,8 +110,10 @@ def parse_args():
         parser.set_defaults(**PAPER)
         args = parser.parse_args()
     check_flags(args)
-    require(args.fps > 0 and args.size > 0 and args.workers != 0,
-            "--fps, --size and --workers must be above 0")
+    require(min(args.fps, args.size, args.margin, args.max_hands) > 0 and args.workers != 0,
+            "--fps, --size, --margin, --max-hands and --workers must be above 0")
+    require(args.min_score <= 1 and 1 <= args.quality <= 100,
+            "--min-score must lie in 0..1, --quality in 1..100")
     require(bool(args.videos) != bool(args.annotations) == bool(args.frames),
             "expected either videos, or --annotations with --frames")
     if args.annotations:

@@ -44,10 +44,11 @@ from common import (BACKBONES, BORDERS, KEPT, PARENTS, PICTURES, Hands, InputErr
                     add_machine_flags, any_rank, apply_view, atomic, average_statistics,
                     catch_sigterm, check_flags, crop_matrix, draw_hand, end_ranks, forward, is_a,
                     items_of_steps, load_array, load_backbone, load_checkpoint, load_hands,
-                    load_items, move_points, open_run, over_ranks, plain, plot_curves,
-                    print_settings, progress, read_crop, read_log, read_picture, report, require,
-                    rescale_points, run_script, save_array, save_checkpoint, save_image,
-                    save_lines, sheet, spread, start_log, start_ranks, to_device, write_log)
+                    load_items, logged_settings, move_points, open_run, over_ranks, plain,
+                    plot_curves, print_settings, progress, read_crop, read_log, read_picture,
+                    report, require, rescale_points, run_script, save_array, save_checkpoint,
+                    save_image, save_lines, sheet, spread, start_log, start_ranks, to_device,
+                    write_log)
 
 MAY_CHANGE_ON_RESUME = ("out", "labels", "device", "workers", "save_minutes")
 # The test crop's side over the longer extent of the true joints (AssemblyHands: of its box, and
@@ -69,9 +70,9 @@ def make_parser():
     flag("--modality", choices=("ego", "exo"), help="AssemblyHands' cameras (default: ego); exo "
          "needs frames cut from its videos, and the calibration as json, laid out like that of ego")
     flag("--predict", metavar="FOLDER", help="no data set: apply the trained --weights "
-         "RUN/model.pt to pictures, each of one right hand, 1 / --crop of the longer side, or to "
-         "a hands folder. Wrists are then at 0, and the bone 0-9 has the training set's median "
-         "length")
+         "RUN/model.pt to pictures, each of one right hand as large in them as the training's "
+         "--crop says, or to a hands folder. Wrists are then at 0, and the bone 0-9 has the "
+         "training set's median length")
     # network
     flag("--weights", default="imagenet", help="start from a file (backbone.pt), imagenet, or none")
     flag("--backbone", choices=BACKBONES, default="resnet50", help="(paper: resnet50)")
@@ -117,7 +118,9 @@ def parse_args():
     args = make_parser().parse_args()
     check_flags(args)
     is_trained = args.weights not in ("imagenet", "none")
-    require(args.predict and is_trained or args.dataset and args.root,
+    labelled = [args.dataset, args.root]
+    require(all(labelled) and not args.predict
+            or args.predict and is_trained and not any(labelled),
             "expected --dataset and --root, or --predict and --weights RUN/model.pt")
     require(args.dataset == "dexycb" or not (args.setup or args.paper_filter),
             "--setup and --paper-filter belong to --dataset dexycb")
@@ -520,15 +523,15 @@ def make_crops(args):
 
 
 class Pictures:
-    """Item (epoch, row) of the samples, as training sees it in that epoch; with None as the epoch,
-    its test crop: image uint8 (S, S, 3), uv (21, 2) in its pixels, pose (21, 3) relative to the
-    wrist in lengths of the bone 0-9, both float32, and valid (21,)."""
+    """Called with (epoch, row): that sample as training sees it in that epoch; with None as the
+    epoch, its test crop: image uint8 (S, S, 3), uv (21, 2) in its pixels, pose (21, 3) relative
+    to the wrist in lengths of the bone 0-9, both float32, and valid (21,)."""
 
     def __init__(self, samples, crops):
         self.samples = samples
         self.crops = crops
 
-    def __getitem__(self, item):
+    def __call__(self, item):
         epoch, row = item
         sample = self.samples[row]
         crops = self.crops
@@ -549,7 +552,7 @@ class Pictures:
 
 def test_view(sample, side):
     """The view that shows a sample's test crop, `side` pixels wide."""
-    return View(crop_matrix(sample.centre, max(float(sample.side), 1e-3), side))
+    return View(crop_matrix(sample.centre, float(sample.side), side))
 
 
 def sample_crop(sample, crops, rng):
@@ -559,7 +562,7 @@ def sample_crop(sample, crops, rng):
     angle = rng.uniform(-crops.rotation, crops.rotation)
     centre = sample.centre + rng.uniform(-0.1, 0.1, 2) * side
     side *= min(max(rng.normal(1, 0.1), 0.9), 1.1)
-    return View(crop_matrix(centre, max(side, 1e-3), crops.side, angle), angle)
+    return View(crop_matrix(centre, side, crops.side, angle), angle)
 
 
 def crop_uv(samples, crops):
@@ -661,9 +664,10 @@ def note_pretraining(out, weights):
     """From the log beside the weights, if it is pretrain.py's, for the plots of evaluate.py: how
     they were pre-trained, and on how many hands."""
     with contextlib.suppress(ValueError, OSError):
-        first, *rows = read_log(weights.with_name("log.jsonl"))
+        rows = read_log(weights.with_name("log.jsonl"))
         hands = next((row["hands"] for row in rows if "hands" in row), None)
-        write_log(out, {"pretraining": {"args": first.get("args"), "hands": hands}})
+        settings = logged_settings(weights.parent)
+        write_log(out, {"pretraining": {"args": settings, "hands": hands}})
 
 
 def show(row, best, bar, plan, out):
@@ -1118,8 +1122,8 @@ def read_meta(file):
 
 def read_frames(cameras, root, workers):
     """-> array of SAMPLE of all frames, those without a label too: they count in the index."""
-    batches = [[k] for k in range(len(cameras))]
-    loader = load_items(cameras, batches, workers, lambda batch: read_camera(batch[0], root))
+    batches = [[camera] for camera in cameras]
+    loader = load_items(lambda camera: read_camera(camera, root), batches, workers, np.concatenate)
     parts = [np.zeros(0, SAMPLE)]
     parts += progress(loader, desc="labels", unit="camera", total=len(cameras))
     samples = np.concatenate(parts).view(np.recarray)

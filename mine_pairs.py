@@ -91,9 +91,7 @@ def main():
 
     pca, explained, embeddings = embed(hands, mined, args.dims, args.rotation_free)
     if ranks > 1:  # other processors may round otherwise
-        shared = torch.from_numpy(embeddings).to(device)
-        dist.broadcast(shared, 0)
-        embeddings = shared.cpu().numpy()
+        dist.broadcast(torch.from_numpy(embeddings), 0)
     if args.temporal:
         pairs = next_frames(hands, embeddings)
     else:
@@ -164,15 +162,9 @@ def as_poses(keypoints, side, rotation_free):
 
 def fit_pca(poses, dims):
     """poses (N, 42) float64 -> mean (42,), components (dims, 42), share of the variance explained.
-
-    A component's sign is free in a PCA; here its largest loading is positive, so that the result
-    does not depend on the library.
-    """
-    solver = "covariance_eigh" if len(poses) > 42 else "full"
-    pca = PCA(dims, svd_solver=solver).fit(poses)
-    largest = np.abs(pca.components_).argmax(1)
-    signs = np.sign(pca.components_[np.arange(dims), largest])
-    return pca.mean_, pca.components_ * signs[:, None], pca.explained_variance_ratio_.sum()
+    Of each component the largest loading is positive."""
+    pca = PCA(dims).fit(poses)
+    return pca.mean_, pca.components_, pca.explained_variance_ratio_.sum()
 
 
 def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device):
@@ -276,7 +268,10 @@ def rows_of_next_frame(hands):
     other when nothing lies between them in the source, or when they are at most 1.5 sampling
     intervals apart (where the rate is not known: 1.5 times the median).
     """
-    fps = (logged_settings(hands.folder) or {}).get("fps")
+    settings = logged_settings(hands.folder)
+    fps = settings.get("fps")
+    require(not settings.get("annotations"), f"{hands.folder}: published annotations tell no times "
+            "of pictures: --temporal needs hands out of videos")
     rows = hands.rows
     count = len(rows)
     is_new = np.diff(rows["video"], prepend=-1) | np.diff(rows["frame"], prepend=-1)

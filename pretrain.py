@@ -45,7 +45,7 @@ from common import (BACKBONES, BORDERS, Plan, add_machine_flags, any_rank, apply
 # What --paper sets, where no flag says otherwise.
 PAPER = {"border": "black", "crop_move": 15 / 224}
 WEIGHTINGS = ("none", "linear", "nonlinear", "balanced", "soft")
-MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes")
+MAY_CHANGE_ON_RESUME = ("out", "device", "workers", "save_minutes", "paper")
 CURVES = (("loss",), ("keypoint_error",), ("lr",), ("positive_similarity", "negative_similarity"),
           ("mean_pos_weight", "mean_neg_weight"), ("probe",))
 EXTRA_AUGMENTATIONS = {
@@ -289,18 +289,6 @@ class PairView:
     angle: float  # degrees, and
     shift: np.ndarray  # (2,): what the equivariance undoes, as in `undo_view`
     weight_keypoints: np.ndarray  # (21, 2), what weights and soft targets are computed from
-
-
-class Pairs:
-    """Item (epoch, hand), a hand of the pool -> its pair: two PairViews."""
-
-    def __init__(self, data, args):
-        self.data = data
-        self.args = args
-
-    def __getitem__(self, item):
-        epoch, hand = item
-        return make_pair(self.data, hand, epoch, self.args)
 
 
 def make_pair(data, hand, epoch, args):
@@ -679,7 +667,7 @@ def probe_score(backbone, probe, device):
 
 # ------------------------------------------------------------------ files: hands folders and pairs
 
-MINE_AGAIN = "run mine_pairs.py again"
+MINE_AGAIN = "run mine_pairs.py"
 
 
 @dataclasses.dataclass
@@ -691,7 +679,7 @@ class Data:
     pca: torch.Tensor  # (D, 42) components for --weight-pca, or None
     pool: np.ndarray  # (U, 2) folder and row of the hands that are trained on
     probe: np.ndarray  # (P, 2) the same of the hands that the probe keeps
-    digest: int  # of all that decides which pairs are trained on
+    digest: int  # of all that decides what is trained on
 
 
 def load_data(args):
@@ -758,7 +746,6 @@ def choose_probe(video, limit, seed):
 def load_neighbours(path, count, top_k):
     """neighbours.npy (N, K) of a folder of N = count hands."""
     file = path / "neighbours.npy"
-    require(file.exists(), f"{file}: missing, expected mined pairs (run mine_pairs.py first)")
     neighbours = load_array(file, np.int64, (count, None), hint=MINE_AGAIN)
     require(neighbours.size and neighbours.min() >= -1 and neighbours.max() < count,
             f"{file}: expected one column or more with values in -1..{count - 1} ({MINE_AGAIN})")
@@ -823,8 +810,12 @@ def start_run(settings, data, plan, model, step, args):
 
 def load_batches(data, first, end, plan, args):
     """Yields this rank's pieces of each step from `first` on, on the device."""
+    def make(item):
+        epoch, hand = item
+        return make_pair(data, hand, epoch, args)
+
     hands = items_of_steps(first, end, len(data.pool), plan, args.seed)
-    loader = load_items(Pairs(data, args), hands, plan.workers, collate,
+    loader = load_items(make, hands, plan.workers, collate,
                         pin_memory=plan.device.type == "cuda")
     for _ in range(first, end):
         pieces = itertools.islice(loader, plan.pieces)

@@ -162,9 +162,11 @@ def pretraining_gradient(run, args, device):
 
 def make_pieces(data, plan, args, device):
     """The micro-batches of the first step, on the device."""
-    pairs = pretrain.Pairs(data, args)
-    return [pretrain.to_device(pretrain.collate([pairs[item] for item in items]), device)
-            for items in pretrain.items_of_steps(0, 1, len(data.pool), plan, args.seed)]
+    pieces = []
+    for items in pretrain.items_of_steps(0, 1, len(data.pool), plan, args.seed):
+        pairs = [pretrain.make_pair(data, hand, epoch, args) for epoch, hand in items]
+        pieces.append(pretrain.to_device(pretrain.collate(pairs), device))
+    return pieces
 
 
 def tuning_gradient(run, head, device):
@@ -172,7 +174,7 @@ def tuning_gradient(run, head, device):
                  "--out", "unused", "--weights", "none", "--input-size", run.checked_side, "--head",
                  head)
     pictures = finetune.Pictures(finetune.load_data(args).test, finetune.make_crops(args))
-    batch = finetune.collate([pictures[0, k] for k in range(run.checked)])
+    batch = finetune.collate([pictures((0, k)) for k in range(run.checked)])
     batch = {key: value.to(device) for key, value in batch.items()}
     torch.manual_seed(0)
     network = finetune.NETWORKS[head]("resnet18", "none")
@@ -275,7 +277,8 @@ def loader_speed(run):
     data = pretrain.load_data(args)
     plan = pretrain.make_plan(args, len(data.pool), 0, 1, run.device)
     items = pretrain.items_of_steps(0, 75 * run.steps, len(data.pool), plan, args.seed)
-    batches = common.load_items(pretrain.Pairs(data, args), items, args.workers, pretrain.collate)
+    batches = common.load_items(lambda item: pretrain.make_pair(data, item[1], item[0], args),
+                                items, args.workers, pretrain.collate)
     first = 4 * args.workers  # those that were made while the processes started
     for _ in range(first):
         next(batches)

@@ -28,7 +28,7 @@ def split(args):
 def test_crops(samples, args):
     """-> tensors of all samples as the network gets them in a test."""
     pictures = finetune.Pictures(samples, finetune.make_crops(args))
-    return finetune.collate([pictures[None, row] for row in range(len(samples))])
+    return finetune.collate([pictures((None, row)) for row in range(len(samples))])
 
 
 test_crops.__test__ = False  # for pytest

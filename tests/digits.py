@@ -69,7 +69,7 @@ def parse_args():
     args = parser.parse_args()
     args.methods = experiment.in_order(args.methods, ROWS)
     if args.pool:
-        cut = common.logged_settings(args.pool[0]) or {}
+        cut = common.logged_settings(args.pool[0])
         args.border = cut.get("border", "mirror")
         args.pool_margin = cut.get("margin", 2.6)
         args.margin = args.margin or args.pool_margin

@@ -81,7 +81,7 @@ def start(out, **settings):
     (out / "logs").mkdir(parents=True, exist_ok=True)
     settings = common.plain(argparse.Namespace(**settings), simhand=[*METHODS["simhand"]])
     old = common.logged_settings(out)
-    if old is None:
+    if not old:
         common.start_log(out, settings)
     else:
         common.refuse_other_arguments(out, old, settings, ())

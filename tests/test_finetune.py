@@ -37,7 +37,7 @@ def first_batch(train, args):
     plan = finetune.make_plan(args, len(train))
     rows = next(finetune.items_of_steps(0, 1, len(train), plan, args.seed))
     pictures = finetune.Pictures(train, finetune.make_crops(args))
-    return rows, finetune.collate([pictures[row] for row in rows])
+    return rows, finetune.collate([pictures(row) for row in rows])
 
 
 # ---------------------------------------------------------------------------- pictures and targets
@@ -500,7 +500,7 @@ plan = finetune.make_plan(args, len(train))
 torch.manual_seed(0)
 pictures = finetune.Pictures(train, finetune.make_crops(args))
 rows = next(finetune.items_of_steps(0, 1, len(train), plan, args.seed))
-batch = finetune.collate([pictures[row] for row in rows])
+batch = finetune.collate([pictures(row) for row in rows])
 with_bone = finetune.has_wrist_and_bone(batch["valid"]).sum()
 found = []
 for head in ("detnet", "linear"):
@@ -663,6 +663,7 @@ def test_what_cannot_be_predicted_is_refused(rendered, straight, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     ("--root x", "expected --dataset and --root, or --predict"),
     ("--predict x", "--predict and --weights RUN/model.pt"),
+    ("--predict x --weights m.pt --dataset freihand --root x", "expected --dataset and --root, or"),
     ("--dataset freihand --root x --setup s1", "--setup and --paper-filter belong to"),
     ("--dataset dexycb --root x --modality exo", "--modality belongs to"),
     ("--dataset freihand --root x --input-size 48", "multiple of 32, not 48, with --head detnet"),

@@ -442,7 +442,12 @@ def test_temporal_pairs_of_a_folder(hands):
         assert (rows[key][neighbours[paired]].astype(int) - rows[key][paired] == difference).all()
 
 
-@pytest.mark.parametrize("log", ["", '{"another": "program"}\n'])
+def test_published_hands_have_no_next_frame(hands):
+    (hands / "log.jsonl").write_text('{"args": {"annotations": "hands.json", "fps": 1.0}}\n')
+    assert "--temporal needs hands out of videos" in refused("mine_pairs.py", hands, "--temporal")
+
+
+@pytest.mark.parametrize("log", ["", '{"another": "program"}\n', '{"args": ["--fps"]}\n'])
 def test_without_the_extractions_log_the_rate_is_the_usual_gap(hands, log):
     run_here("mine_pairs.py", hands, "--temporal")
     expected = np.load(hands / "neighbours.npy")

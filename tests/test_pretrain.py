@@ -65,10 +65,10 @@ def make_model(args):
 def first_step(args, data, rank=0, ranks=1):
     """-> the plan, and this rank's pieces of the first step."""
     plan = make_plan(args, data, rank, ranks)
-    pairs = pretrain.Pairs(data, args)
     pieces = []
     for items in pretrain.items_of_steps(0, 1, len(data.pool), plan, args.seed):
-        pieces.append(pretrain.collate([pairs[item] for item in items]))
+        pairs = [pretrain.make_pair(data, hand, epoch, args) for epoch, hand in items]
+        pieces.append(pretrain.collate(pairs))
     return plan, pieces
 
 
