@@ -77,9 +77,10 @@ def read_weights(path, network):
     state = load_checkpoint(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # PeCLR's and the official ones are wrapped
-    is_state_dict = isinstance(state, dict) and all(isinstance(value, torch.Tensor)
-                                                    for value in state.values())
-    is_state_dict = is_state_dict and all(isinstance(key, str) for key in state)
+    is_state_dict = isinstance(state, dict)
+    if is_state_dict:
+        named = all(isinstance(key, str) for key in state)
+        is_state_dict = named and all(map(torch.is_tensor, state.values()))
     require(is_state_dict, f"{path}: expected a state dict, that is names and tensors only")
     # Official training checkpoints number the ResNet's children.
     for number, (child, _) in enumerate(network.named_children()):
@@ -803,8 +804,12 @@ def save_checkpoint(out, settings, data, step, model, optimizer, **more):
     finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
     require(finite, f"{out}: a weight is not finite after step {step}; {KEPT}")
     with atomic(Path(out) / "checkpoint.pt") as file:
-        torch.save(dict(args=settings, data=data, step=step, model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), **more), file)
+        torch.save(dict(args=settings,
+                        data=data,
+                        step=step,
+                        model=model.state_dict(),
+                        optimizer=optimizer.state_dict(),
+                        **more), file)
 
 
 def plain(args, **effective):

@@ -362,9 +362,10 @@ def read_settings(folder):
              "filtered" if args.get("paper_filter") else None]
     method = Path(str(args.get("weights", ""))).stem  # "none", "imagenet", or a file's
     settings = {key: args.get(key) for key in ("dataset", "paper_filter", "label_fraction")}
+    made_by = before.get("args") or {}
     return settings | {"data": " ".join(word for word in words if word),
                        "pool": before.get("hands"),
-                       "method": (before.get("args") or {}).get("method", method)}
+                       "method": made_by.get("method", method)}
 
 
 def claim(folder, names):

@@ -843,9 +843,12 @@ def merge(out, merged, parts, annotations, failed, start):
         save_pairs(temporary, videos, rows, annotations)
     log = read_log(out / "log.jsonl")
     frames = log[-1].get("frames", 0) + sum(part.frames for part in parts.values())
-    log.append({"videos": len(videos), "frames": frames, "hands": len(rows),
+    log.append({"videos": len(videos),
+                "frames": frames,
+                "hands": len(rows),
                 "hands_a_frame": round(len(rows) / max(frames, 1), 3),
-                "left": int(rows["left"].sum()), "failed": failed,
+                "left": int(rows["left"].sum()),
+                "failed": failed,
                 "seconds": round(time.time() - start, 1)})
     save_lines(temporary / "videos.txt", videos)
     save_lines(temporary / "log.jsonl", map(json.dumps, log))

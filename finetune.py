@@ -703,8 +703,12 @@ def save_model(model, train, args):
     """model.pt: the weights, and what --predict needs beside them."""
     bones = bone_length(train.xyz[has_wrist_and_bone(train.valid)])
     crop = args.crop or float(np.median(train.side / np.ptp(train.uv, axis=1).max(1)))
-    content = dict(head=args.head, backbone=args.backbone, input_size=args.input_size,
-                   border=args.border, crop=crop, bone=float(np.median(bones)),
+    content = dict(head=args.head,
+                   backbone=args.backbone,
+                   input_size=args.input_size,
+                   border=args.border,
+                   crop=crop,
+                   bone=float(np.median(bones)),
                    model=model.state_dict())
     with atomic(Path(args.out) / "model.pt") as file:
         torch.save(content, file)

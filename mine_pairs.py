@@ -176,8 +176,9 @@ def similar_hands(hands, mined, embeddings, pictures, top_k, same_video, device)
     video = hands.rows["video"][mined]
     group = np.arange(len(mined)) if same_video else video
     count = len(embeddings)
-    pairs = Pairs(np.full((count, top_k), -1), np.full((count, top_k), np.inf, np.float32),
-                  np.full(count, -1))
+    neighbours = np.full((count, top_k), -1)
+    distances = np.full((count, top_k), np.inf, np.float32)
+    pairs = Pairs(neighbours, distances, np.full(count, -1))
     rows = np.arange(len(mined))
     wanted = top_k + 1
     while len(rows):
@@ -377,10 +378,9 @@ def grow_tree(embeddings, group, leaf, device):
     low = np.minimum.reduceat(embeddings[row], start[:-1])
     high = np.maximum.reduceat(embeddings[row], start[:-1])
     point = torch.from_numpy(embeddings[row]).to(device)
-    return Tree(start.tolist(), torch.from_numpy(row).to(device),
-                torch.from_numpy(group[row].astype(np.int64)).to(device), point,
-                point.square().sum(1), torch.from_numpy(low).to(device),
-                torch.from_numpy(high).to(device))
+    arrays = row, group[row].astype(np.int64), low, high
+    row, group, low, high = [torch.from_numpy(array).to(device) for array in arrays]
+    return Tree(start.tolist(), row, group, point, point.square().sum(1), low, high)
 
 
 def search(tree, some, top_k):
@@ -489,8 +489,10 @@ def write(out, hands, pca, embeddings, pairs, explained, mined, args):
     first = pairs.neighbours[paired, 0]
     distances = pairs.distances[paired, 0]
     twice = np.flatnonzero(pairs.copies >= 0)
-    summary = {"hands": len(paired), "explained_variance": round(float(explained), 4),
-               "mined": mined, "without_neighbour": mined - int(paired.sum()),
+    summary = {"hands": len(paired),
+               "explained_variance": round(float(explained), 4),
+               "mined": mined,
+               "without_neighbour": mined - int(paired.sum()),
                "same_picture": len(twice),
                "neighbours_from_videos": len(np.unique(hands.rows["video"][first])),
                "most_often_chosen": int(np.bincount(first).max()),

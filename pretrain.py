@@ -645,8 +645,8 @@ def load_probe(data, args):
                                  args.border)[0])
     video = torch.tensor(video)
     poses = torch.from_numpy(upright(np.stack(keypoints))).flatten(1)
-    return Probe(torch.from_numpy(np.stack(images)), (video[:, None] != video).any(2),
-                 torch.cdist(poses, poses))
+    others = (video[:, None] != video).any(2)
+    return Probe(torch.from_numpy(np.stack(images)), others, torch.cdist(poses, poses))
 
 
 @torch.no_grad()
@@ -654,10 +654,11 @@ def probe_score(backbone, probe, device):
     """Each hand takes the one of another video whose features are the most alike. How far off is
     its pose, on average? -> 1: no further than the nearest pose; 0: as far as by chance."""
     backbone.eval()
-    features = torch.cat([backbone(normalise(images.to(device))).cpu()
-                          for images in probe.images.split(256)])
+    features = []
+    for images in probe.images.split(256):
+        features.append(backbone(normalise(images.to(device))).cpu())
     backbone.train()
-    features = F.normalize(features, dim=1)
+    features = F.normalize(torch.cat(features), dim=1)
     alike = (features @ features.T).masked_fill(~probe.others, -math.inf)
     found = probe.distances.gather(1, alike.argmax(1, keepdim=True)).mean()
     chance = probe.distances[probe.others].mean()
@@ -795,10 +796,17 @@ def start_run(settings, data, plan, model, step, args):
     """Print the settings, start the log, and at the first start draw the views. -> the log's rows
     so far."""
     parameters = sum(p.numel() for p in model.parameters())
-    print_settings(args, make_parser(), hands=sum(len(f.keypoints) for f in data.folders),
-                   pool=len(data.pool), probe_hands=len(data.probe), ranks=plan.ranks,
-                   device=plan.device, precision=plan.precision, micro_batch=plan.micro_batch,
-                   negatives=2 * args.batch_size - 2, steps=plan.steps, start=step,
+    print_settings(args, make_parser(),
+                   hands=sum(len(folder.keypoints) for folder in data.folders),
+                   pool=len(data.pool),
+                   probe_hands=len(data.probe),
+                   ranks=plan.ranks,
+                   device=plan.device,
+                   precision=plan.precision,
+                   micro_batch=plan.micro_batch,
+                   negatives=2 * args.batch_size - 2,
+                   steps=plan.steps,
+                   start=step,
                    parameters=f"{parameters / 1e6:.1f}M")
     rows = start_log(args.out, settings, step)
     if not rows:

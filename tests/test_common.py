@@ -526,7 +526,8 @@ def renamed(state):
     (lambda s: {**s, "surplus": torch.zeros(1)}, 'a resnet18: Unexpected .*: "surplus".$'),
     (lambda s: {**s, "conv1.weight": s["conv1.weight"] * math.nan},
      "must be finite, not so: conv1.weight$"),
-    (lambda s: [1, 2], "expected a state dict")])
+    (lambda s: [1, 2], "expected a state dict"),
+    (lambda s: {0: torch.zeros(1)}, "expected a state dict")])
 def test_weights_that_do_not_fit_are_named(reference, change, words, tmp_path):
     state = {k: v for k, v in reference.state_dict().items() if not k.startswith("fc.")}
     with pytest.raises(InputError, match=rf"a\.pt.*{words}"):
