@@ -119,7 +119,7 @@ def test_without_colour_a_picture_is_its_crop_of_that_seed_and_epoch(rendered):
         crops = finetune.make_crops(args)
         view = finetune.sample_crop(train[3], crops, np.random.default_rng((seed, epoch, 3)))
         expected = finetune.view_sample(train[3], 3, view, crops)[0]
-        assert np.array_equal(finetune.Pictures(train, crops)[epoch, 3]["image"], expected)
+        assert np.array_equal(finetune.Pictures(train, crops)((epoch, 3))["image"], expected)
 
 
 def test_test_crops_hold_the_hand_in_their_middle(rendered):
