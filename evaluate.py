@@ -152,6 +152,7 @@ def score(prediction, truth, valid, wrist):
               "samples_without_bone": int((~(wrist & valid[:, 9])).sum()),
               "samples_without_procrustes": int((valid.sum(1) < 3).sum())}
     errors = distances(prediction, truth, valid, wrist)
+    curves = {}
     for alignment, names in ALIGNMENTS.items():
         error = errors.pop(alignment)  # a million samples have 170 MB of each
         error.sort(0)  # for `pck`; NaN comes last
@@ -160,11 +161,11 @@ def score(prediction, truth, valid, wrist):
         result[f"{alignment}mpjpe"] = number(mean_over_joints(sums, n))
         for name in names:
             curve = pck(error, n, THRESHOLDS[name])
+            curves[alignment + name] = curve
             result[alignment + name] = number(area(curve, THRESHOLDS[name]))
         if alignment == "":
             result["per_joint"] = [number(mean) for mean in sums / np.where(n, n, np.nan)]
-            wrist_curve = pck(error, n, THRESHOLDS["auc_0_50"])
-    return result, wrist_curve
+    return result, curves["auc_0_50"]
 
 
 def distances(prediction, truth, valid, wrist):

@@ -117,6 +117,8 @@ def choose_rows(hands, args):
     require(len(mined) > args.dims,
             f"{name}: {len(mined)} hands, a PCA of --dims {args.dims} needs {args.dims + 1}")
     if args.temporal:
+        require(not logged_settings(hands.folder).get("annotations"), f"{hands.folder}: published "
+                "annotations tell no times of pictures: --temporal needs hands out of videos")
         order = hands.rows["video"].astype(np.int64) << 32 | hands.rows["frame"]
         require((np.diff(order) >= 0).all(), f"{name}: rows must be sorted by video, then frame")
         return mined
@@ -269,10 +271,7 @@ def rows_of_next_frame(hands):
     other when nothing lies between them in the source, or when they are at most 1.5 sampling
     intervals apart (where the rate is not known: 1.5 times the median).
     """
-    settings = logged_settings(hands.folder)
-    fps = settings.get("fps")
-    require(not settings.get("annotations"), f"{hands.folder}: published annotations tell no times "
-            "of pictures: --temporal needs hands out of videos")
+    fps = logged_settings(hands.folder).get("fps")
     rows = hands.rows
     count = len(rows)
     is_new = np.diff(rows["video"], prepend=-1) | np.diff(rows["frame"], prepend=-1)

@@ -730,8 +730,8 @@ def load_data(args):
 def choose_probe(video, limit, seed):
     """Which hands of a folder are kept out of the pool -> bool (N,): all those of a twentieth of
     its videos at most, and of no more videos than `limit` hands need; none where that is a single
-    video or two hands, which would have no choice. And the rows of those that the probe
-    looks at: of each video as many, evenly spaced."""
+    video or two hands, which would have no choice. And the rows of those that the probe looks at:
+    of each video as many, evenly spaced."""
     videos, counts = np.unique(video, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(videos))[:len(videos) // 20]
     enough = np.searchsorted(np.cumsum(counts[order]), limit) + 1
